@@ -1,0 +1,126 @@
+"""One optimizer step: this project's single pass against the conventional loop, and several rollouts against one.
+
+Both loops run on the embedded task with a teacher of twice the student's size, in turn, on the same batches; what is
+quoted is the median of the paired ratios.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.conventional import conventional_step
+from opd.config import Config, load_config
+from opd.data.loader import PromptBatch, Prompts, collate, load_examples
+from opd.ledger import Ledger
+from opd.models.load import load_model, load_processor
+from opd.rollout import Policy
+from opd.teacher import Teacher
+from opd.train import Trainer
+
+ROUNDS = 15
+
+
+def make_trainer(config: Config, examples: int = 16) -> tuple[Trainer, PromptBatch]:
+    """The default run's trainer, and its first batch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = {"dtype": torch.float32, "device": device}
+    processor = load_processor(config.model.student)
+    student = load_model(config.model.student, **place)
+    teacher = Teacher(load_model(config.model.teacher, **place))
+    policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
+    trainer = Trainer.of(config, student, teacher, policy, Ledger(device))
+    pool = Prompts(load_examples(config.data.eval, config.data, examples), config.data, processor, student)
+    batch = collate([pool[i] for i in range(examples)], policy.pad_token_id, device)
+    return trainer, batch
+
+
+def single_pass_step(trainer: Trainer, batch: PromptBatch, step: int) -> None:
+    """What `opd.train` does in a step."""
+    trainer.step([batch], step)
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of a call, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def analytic_share(trainer: Trainer, batch: PromptBatch) -> float:
+    """(3 s + t) / (4 s + t): s and t are the student's and the teacher's forward of the prompt."""
+    assert trainer.teacher is not None
+    costs = [
+        sum(p.numel() for p in lm.language_model.layers.parameters())
+        for lm in (trainer.student, trainer.teacher.lm)
+    ]
+    return (3 * costs[0] + costs[1]) / (4 * costs[0] + costs[1])
+
+
+def paired(first: Callable[[int], object], second: Callable[[int], object]) -> dict[str, object]:
+    """Time two calls in turn; medians and the median of the paired ratios first / second."""
+    times: list[tuple[float, float]] = []
+    for step in range(ROUNDS + 2):
+        row = []
+        for call in (first, second):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            begun = time.perf_counter()
+            call(step)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            row.append(time.perf_counter() - begun)
+        times.append((row[0], row[1]))
+    times = times[2:]
+    ratios = sorted(a / b for a, b in times)
+    return {
+        "rounds": len(times),
+        "first_ms": 1000 * statistics.median(a for a, _ in times),
+        "second_ms": 1000 * statistics.median(b for _, b in times),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    root: Path = tmp_path_factory.mktemp("step")
+    # Constant, small rate: the rollouts of both loops stay those of the shipped student.
+    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "data.eval=synthetic:eval"])
+
+
+def test_single_pass_against_conventional(benchmark, config: Config) -> None:
+    trainer, batch = make_trainer(config)
+    share = analytic_share(trainer, batch)
+    measured = flops(lambda: single_pass_step(trainer, batch, 0)) / flops(
+        lambda: conventional_step(trainer, batch, 0)
+    )
+    result = benchmark.pedantic(
+        paired,
+        (
+            lambda step: single_pass_step(trainer, batch, step),
+            lambda step: conventional_step(trainer, batch, step),
+        ),
+        rounds=1,
+    )
+    benchmark.extra_info.update(result, flops_ratio=measured, analytic_ratio=share)
+    print(f"\nsingle pass / conventional: {result}, FLOPs {measured:.3f}, analytic {share:.3f}")
+
+
+def test_four_rollouts_against_one(benchmark, config: Config) -> None:
+    one, batch = make_trainer(config)
+    four, _ = make_trainer(load_config([f"data.video_root={config.data.video_root}", "num_rollouts=4"]))
+    result = benchmark.pedantic(
+        paired,
+        (
+            lambda step: single_pass_step(four, batch, step),
+            lambda step: single_pass_step(one, batch, step),
+        ),
+        rounds=1,
+    )
+    benchmark.extra_info.update(result)
+    print(f"\nnum_rollouts 4 / 1: {result}")

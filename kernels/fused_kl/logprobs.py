@@ -1,0 +1,188 @@
+"""Sampled-token log-probabilities and entropy, straight from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_kl import checks
+from fused_kl.chunks import Gradients, Needs, Side, compute_dtype
+from fused_kl.tiles import token_chunks
+from fused_kl.torch_kernels import Banned, token_rows_
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLogprobsOutput:
+    """What `linear_logprobs` returns, [N] each; fp32, or fp64 for fp64 inputs; values in nats.
+
+    `logprobs` is differentiable, `entropy` detached.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+# (rows, their logprobs [n]) -> (loss of each row [n], its derivative by the logprob [n])
+Objective = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """The policy, and how to walk over it."""
+
+    allowed_columns: Tensor | None
+    temperature: float
+    chunk_size: int | str
+
+
+class TokenPass:
+    """One walk over the chunks of a head and its sampled tokens."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        lm_head: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        options: TokenOptions,
+        active: Tensor | None = None,
+    ) -> None:
+        self.num_rows, self.vocab = hidden.shape[0], lm_head.shape[0]
+        self.dtype = compute_dtype(hidden, lm_head, bias)
+        self.side = Side(
+            hidden,
+            lm_head,
+            bias,
+            num_columns=self.vocab,
+            temperature=options.temperature,
+            active=active,
+            dtype=self.dtype,
+        )
+        self.token_ids = token_ids
+        allowed = options.allowed_columns
+        self.banned = None if allowed is None else Banned.outside(allowed, self.dtype)
+        self.chunk_size = options.chunk_size
+
+    def run(
+        self, needs: Needs, objective: Objective | None
+    ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+        """Row losses, logprobs and entropy [N], and the gradients of the summed row losses."""
+        gradients = Gradients(self.side, needs, self.num_rows, self.vocab)
+        losses, logprobs, entropy = (
+            self.side.hidden.new_zeros(self.num_rows, dtype=self.dtype) for _ in range(3)
+        )
+        chunks = token_chunks(self.num_rows, self.vocab, 1, self.dtype.itemsize, self.chunk_size)
+        chunk_rows = max((rows.stop - rows.start for rows in chunks), default=0)
+        buffer = losses.new_empty(chunk_rows, self.vocab)
+        for rows in chunks:
+            hidden_rows = self.side.rows(rows)
+            logits = buffer[: rows.stop - rows.start]
+            self.side.project(hidden_rows, logits)
+            logprobs[rows], entropy[rows] = token_rows_(
+                logits, self.token_ids[rows], banned=self.banned, with_grad=any(needs)
+            )
+            if objective is None:
+                continue
+            losses[rows], slope = objective(rows, logprobs[rows])
+            if any(needs):
+                # The logprob of a banned token is constant, so it moves nothing.
+                slope = slope.masked_fill(logprobs[rows].isneginf(), 0)
+                gradients.add(rows, hidden_rows, logits, slope)
+        return losses, logprobs, entropy, gradients
+
+
+def check_token_arguments(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    options: TokenOptions,
+) -> None:
+    """Everything but the range of the ids, which masked rows are exempt from."""
+    checks.check_side("hidden", hidden, "lm_head", lm_head, "bias", bias)
+    checks.check_same_device(
+        "hidden",
+        hidden,
+        lm_head=lm_head,
+        token_ids=token_ids,
+        allowed_columns=options.allowed_columns,
+        bias=bias,
+    )
+    checks.check_token_ids(token_ids, hidden.shape[0])
+    checks.check_columns(options.allowed_columns, lm_head.shape[0], lm_head.shape[0])
+    checks.check_temperature(options.temperature)
+    checks.check_chunk_size(options.chunk_size)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    lm_head: Tensor,
+    token_ids: Tensor,
+    *,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    chunk_size: int | Literal["auto"] = "auto",
+) -> LinearLogprobsOutput:
+    """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
+
+    Chunked over tokens and recomputed in backward (5 GEMM units where a loss with gradients in
+    forward needs 3): use `linear_policy_loss` when the loss has its form.
+
+    Args:
+        hidden: `[N, H]` fp16, bf16, fp32 or fp64, after the final norm.
+        lm_head: `[V, H]`; its gradient is skipped when it does not require grad.
+        token_ids: `[N]` int64 or int32, in [0, V).
+        allowed_columns: `[V]` bool; other columns get probability 0 before normalisation. A token
+            outside has logprob -inf and moves nothing.
+        temperature: divides the logits.
+        bias: `[V]`, may require grad.
+        chunk_size: tokens per chunk; "auto" keeps the logit buffer within 512 MiB.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or range.
+    """
+    options = TokenOptions(allowed_columns, temperature, chunk_size)
+    check_token_arguments(hidden, lm_head, bias, token_ids, options)
+    checks.check_token_range(token_ids, lm_head.shape[0])
+    logprobs, entropy = _Logprobs.apply(hidden, lm_head, bias, token_ids.long(), options)
+    return LinearLogprobsOutput(logprobs=logprobs, entropy=entropy)
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx,
+        hidden: Tensor,
+        lm_head: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        options: TokenOptions,
+    ):
+        token_pass = TokenPass(hidden, lm_head, bias, token_ids, options)
+        _, logprobs, entropy, _ = token_pass.run(Needs(False, False, False), None)
+        ctx.save_for_backward(hidden, lm_head, bias, token_ids)
+        ctx.options = options
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: Tensor, _):  # pyright: ignore
+        hidden, lm_head, bias, token_ids = ctx.saved_tensors
+        # Rows that the loss ignores may hold NaN hidden states, like those of weight 0 elsewhere.
+        active = grad_logprobs != 0
+        token_pass = TokenPass(hidden, lm_head, bias, token_ids, ctx.options, active)
+        *_, gradients = token_pass.run(
+            Needs(*ctx.needs_input_grad[:3]), lambda rows, logprobs: (logprobs, grad_logprobs[rows])
+        )
+        cast = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients.take(), (hidden, lm_head, bias), strict=True)
+        )
+        return *cast, None, None

@@ -1,0 +1,200 @@
+"""Dense definitions: the truth that every fast path is compared with. Allocates `[N, V]`.
+
+Rows of weight 0 and columns outside the policy are cut out rather than masked, so that nothing
+here shares a trick, or a mistake, with the fused code. `dtype` is the dtype of all arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_probs(
+    hidden: Tensor,
+    lm_head: Tensor,
+    *,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """log softmax((hidden @ lm_head.T + bias) / temperature) over the allowed columns.
+
+    `[N, H]` and `[V, H]` give `[N, number of allowed columns]`.
+    """
+    logits = hidden.to(dtype) @ lm_head.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if allowed_columns is not None:
+        logits = logits[:, allowed_columns]
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """-sum_v p log p, `[N, V]` -> `[N]` in nats."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
+    """`[N, V]` twice -> `[N]` in nats.
+
+    beta 1: sum p (log p - log q), reverse; beta 0: sum q (log q - log p), forward; between:
+    beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q.
+    """
+    p, q = student_log_probs.exp(), teacher_log_probs.exp()
+    if beta == 1.0:
+        return (p * (student_log_probs - teacher_log_probs)).sum(-1)
+    if beta == 0.0:
+        return (q * (teacher_log_probs - student_log_probs)).sum(-1)
+    log_m = torch.logaddexp(
+        student_log_probs + math.log(1 - beta), teacher_log_probs + math.log(beta)
+    )
+    teacher_part = (q * (teacher_log_probs - log_m)).sum(-1)
+    student_part = (p * (student_log_probs - log_m)).sum(-1)
+    return beta * teacher_part + (1 - beta) * student_part
+
+
+def _scatter_rows(kept: Tensor, values: Tensor) -> Tensor:
+    out = values.new_zeros(len(kept))
+    out[kept] = values
+    return out
+
+
+def _kept(token_weights: Tensor | None, num_rows: int) -> Tensor:
+    if token_weights is None:
+        return torch.ones(num_rows, dtype=torch.bool)
+    return token_weights != 0
+
+
+def linear_reverse_kl(
+    student_hidden: Tensor,
+    student_lm_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_lm_head: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense `fused_kl.linear_reverse_kl`: loss, token_kl, student_entropy, teacher_entropy."""
+    vocab = min(len(student_lm_head), len(teacher_lm_head))
+    kept = _kept(token_weights, len(student_hidden))
+    columns = None if allowed_columns is None else allowed_columns[:vocab]
+    student, teacher = (
+        log_probs(
+            hidden[kept],
+            lm_head[:vocab],
+            allowed_columns=columns,
+            temperature=temperature,
+            bias=None if bias is None else bias[:vocab],
+            dtype=dtype,
+        )
+        for hidden, lm_head, bias in (
+            (student_hidden, student_lm_head, student_bias),
+            (teacher_hidden, teacher_lm_head, teacher_bias),
+        )
+    )
+    token_kl = divergence(student, teacher, beta)
+    weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)
+    return (
+        (weights * token_kl).sum(),
+        _scatter_rows(kept, token_kl),
+        _scatter_rows(kept, entropy(student)),
+        _scatter_rows(kept, entropy(teacher)),
+    )
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    lm_head: Tensor,
+    token_ids: Tensor,
+    *,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Dense `fused_kl.linear_logprobs`: logprobs (-inf for a token outside the policy), entropy."""
+    dense = log_probs(
+        hidden,
+        lm_head,
+        allowed_columns=allowed_columns,
+        temperature=temperature,
+        bias=bias,
+        dtype=dtype,
+    )
+    full = dense
+    if allowed_columns is not None:
+        full = dense.new_full((len(hidden), len(lm_head)), -torch.inf)
+        full[:, allowed_columns] = dense
+    return full.gather(-1, token_ids[:, None].long()).squeeze(-1), entropy(dense)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    token_ids: Tensor,
+    *,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    clip: float | None = None,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense `fused_kl.linear_policy_loss`: loss, logprobs, entropy; no banned tokens."""
+    kept = _kept(token_weights, len(hidden))
+    logprobs, token_entropy = linear_logprobs(
+        hidden[kept],
+        lm_head,
+        token_ids[kept],
+        allowed_columns=allowed_columns,
+        temperature=temperature,
+        bias=bias,
+        dtype=dtype,
+    )
+    old = logprobs.detach() if old_logprobs is None else old_logprobs[kept].to(dtype)
+    advantage = advantages[kept].to(dtype)
+    ratio = (logprobs - old).exp()
+    surrogate = ratio * advantage
+    if clip is not None:
+        surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)
+    loss = -(weights * surrogate).sum()
+    return loss, _scatter_rows(kept, logprobs), _scatter_rows(kept, token_entropy)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    lm_head: Tensor,
+    token_ids: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense `fused_kl.linear_cross_entropy`: loss, logprobs, entropy."""
+    kept = _kept(token_weights, len(hidden))
+    logprobs, token_entropy = linear_logprobs(
+        hidden[kept],
+        lm_head,
+        token_ids[kept],
+        allowed_columns=allowed_columns,
+        temperature=temperature,
+        bias=bias,
+        dtype=dtype,
+    )
+    weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)
+    loss = -(weights * logprobs).sum()
+    return loss, _scatter_rows(kept, logprobs), _scatter_rows(kept, token_entropy)

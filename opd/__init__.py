@@ -1,0 +1,1 @@
+"""Video-OPD: on-policy distillation of multimodal models for temporal video grounding."""

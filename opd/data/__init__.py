@@ -1,0 +1,1 @@
+"""Examples, annotation formats and video decoding."""

@@ -1,0 +1,262 @@
+"""Readers of the public annotation formats, chosen by name, and the writer of our own data.
+
+A format says how its file splits into records and what examples a record holds;
+`read_examples` does the rest for all of them: locations in messages, video look-up, unique ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.answers import Span
+from opd.data.examples import DataError, Example
+
+VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+_Fields = dict[str, Any]  # of Example, `video` still a name
+
+
+@dataclass(frozen=True)
+class _Format:
+    split: Callable[[str], Iterable[tuple[int | str, Any]]]  # text -> (line, index or key; record)
+    parse: Callable[[int | str, Any], Iterable[_Fields]]  # ValueError says what is wrong
+
+
+def read_examples(path: str | Path, format: str, video_root: str | Path) -> list[Example]:
+    """Read an annotation file.
+
+    Args:
+        path: the annotation file, UTF-8.
+        format: one of `FORMATS`.
+        video_root: folder of the videos; a name is looked up as given, then with each of
+            `VIDEO_EXTENSIONS` appended.
+
+    Raises:
+        DataError: a file that cannot be read or holds nothing, a record that is malformed, a
+            video that is missing, an id that occurs twice; one line naming file and place.
+        ValueError: for a format that is not known.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown data format {format!r}; known: {', '.join(FORMATS)}")
+    path, video_root = Path(path), Path(video_root)
+    try:
+        records = list(FORMATS[format].split(path.read_text(encoding="utf-8-sig")))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{error}") from error
+
+    examples: dict[str, Example] = {}
+    for place, record in records:
+        source = f"{path}:{place}"
+        try:
+            for fields in FORMATS[format].parse(place, record):
+                video = find_video(video_root, fields.pop("video"))
+                example = Example(**fields, video=video, source=source)
+                if example.id in examples:
+                    raise ValueError(
+                        f"id {example.id!r} was used at {examples[example.id].source} already"
+                    )
+                examples[example.id] = example
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from error
+    if not examples:
+        raise DataError(f"{path}: holds no examples")
+    return list(examples.values())
+
+
+def find_video(video_root: Path, name: str) -> Path:
+    """The file of a video named with or without its extension.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for extension in ("", *VIDEO_EXTENSIONS):
+        # Appended, never substituted: `NUs_210.0_360.0` only looks as if it had a suffix.
+        candidate = video_root / (name + extension)
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no video {name!r} in {video_root}, nor with {', '.join(VIDEO_EXTENSIONS)}")
+
+
+def write_timerft(
+    path: str | Path, examples: Iterable[Example], video_root: str | Path | None = None
+) -> None:
+    """Write examples as TimeRFT JSON, one record a line, as `read_examples` reads it back.
+
+    Args:
+        path: file to write.
+        examples: each with exactly one span, a duration and a video under `video_root`.
+        video_root: what `video` is stored relative to; default the folder of `path`.
+
+    Raises:
+        ValueError: for an example that the format cannot hold.
+    """
+    path = Path(path)
+    root = path.parent if video_root is None else Path(video_root)
+    lines = []
+    for example in examples:
+        if len(example.spans) != 1 or example.duration_s is None:
+            raise ValueError(f"example {example.id!r} needs one span and a duration for timerft")
+        record = {
+            "video": example.video.relative_to(root).as_posix(),
+            "duration": example.duration_s,
+            "timestamp": list(example.spans[0]),
+            "sentence": example.query,
+            "qid": example.id,
+            "difficulty": example.difficulty,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False))
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+# How files split into records.
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(text):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{number}: not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _json_file(text: str, kind: type) -> Any:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from error
+    if not isinstance(content, kind):
+        raise ValueError(f" holds a {type(content).__name__} where a {kind.__name__} belongs")
+    return content
+
+
+def _json_list(text: str) -> Iterator[tuple[int, Any]]:
+    return enumerate(_json_file(text, list))
+
+
+def _json_dict(text: str) -> Iterator[tuple[str, Any]]:
+    return iter(_json_file(text, dict).items())
+
+
+# What a record holds. Each function names the record it reads.
+
+
+def _charades(place: int | str, line: str) -> Iterator[_Fields]:
+    """`3MSZA 24.3 30.4##person turn a light on.`"""
+    head, found, query = line.partition("##")
+    words = head.split()
+    if not found or len(words) != 3 or not query.strip():
+        raise ValueError("expected `video start end##sentence`")
+    try:
+        span = (float(words[1]), float(words[2]))
+    except ValueError:
+        raise ValueError(f"{words[1]!r} and {words[2]!r} are not two times") from None
+    # Charades-STA has no ids; the line number makes one that no other line has.
+    yield {
+        "id": f"{words[0]}:{place}",
+        "video": words[0],
+        "query": query.strip(),
+        "spans": (span,),
+        "duration_s": None,
+    }
+
+
+def _activitynet(place: int | str, record: Any) -> Iterator[_Fields]:
+    """`"v_uqi": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": ["..."]}`"""
+    timestamps, sentences = (_get(record, key, list) for key in ("timestamps", "sentences"))
+    if len(timestamps) != len(sentences):
+        raise ValueError(f"{len(timestamps)} timestamps for {len(sentences)} sentences")
+    for k, (timestamp, sentence) in enumerate(zip(timestamps, sentences, strict=True)):
+        yield {
+            "id": f"{place}:{k}",
+            "video": str(place),
+            "query": _get({f"sentences[{k}]": sentence}, f"sentences[{k}]", str).strip(),
+            "spans": (_span(timestamp),),
+            "duration_s": _number(record, "duration"),
+        }
+
+
+def _qvhighlights(place: int | str, record: Any) -> Iterator[_Fields]:
+    """`{"qid": 2579, "query": "...", "duration": 150, "vid", "relevant_windows": [[82, 150]]}`"""
+    windows = _get(record, "relevant_windows", list)
+    if not windows:
+        raise ValueError('"relevant_windows" is empty')
+    yield {
+        "id": _id(record),
+        "video": _get(record, "vid", str),
+        "query": _get(record, "query", str).strip(),
+        "spans": tuple(_span(window) for window in windows),
+        "duration_s": _number(record, "duration"),
+    }
+
+
+def _timerft(place: int | str, record: Any) -> Iterator[_Fields]:
+    """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`"""
+    difficulty = _get(record, "difficulty", (int, float, type(None)), None)
+    yield {
+        "id": _id(record),
+        "video": _get(record, "video", str),
+        "query": _get(record, "sentence", str).strip(),
+        "spans": (_span(_get(record, "timestamp", list)),),
+        "duration_s": _number(record, "duration"),
+        "difficulty": None if difficulty is None else float(difficulty),
+    }
+
+
+FORMATS: dict[str, _Format] = {
+    "timerft": _Format(_json_list, _timerft),
+    "charades": _Format(_lines, _charades),
+    "activitynet": _Format(_json_dict, _activitynet),
+    "qvhighlights": _Format(_json_lines, _qvhighlights),
+    "tacos": _Format(_json_lines, _qvhighlights),
+}
+"""The one registry of formats, by the name used in configurations."""
+
+_REQUIRED = object()
+
+
+def _get(record: Any, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    """A field of the given type; a missing one is an error unless there is a default."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__} where an object belongs")
+    value = record.get(key, default)
+    if value is _REQUIRED:
+        raise ValueError(f'no "{key}"')
+    # bool is an int to Python, never to a data set.
+    if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+        raise ValueError(f'"{key}" is {value!r:.60}')
+    return value
+
+
+def _number(record: Any, key: str) -> float:
+    value = float(_get(record, key, (int, float)))
+    if not math.isfinite(value):
+        raise ValueError(f'"{key}" is {value}')
+    return value
+
+
+def _id(record: Any) -> str:
+    return str(_get(record, "qid", (str, int)))
+
+
+def _span(value: Any) -> Span:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{value!r:.60} is not a [start, end] pair")
+    ends = {"start": value[0], "end": value[1]}
+    return _number(ends, "start"), _number(ends, "end")

@@ -1,0 +1,232 @@
+"""From examples to prompt batches: decoded frames, token ids, positions; prefetched, in a
+reproducible order."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from opd.answers import format_span
+from opd.config import DataConfig
+from opd.data import synthetic
+from opd.data.examples import DataError, Example
+from opd.data.formats import read_examples
+from opd.data.video import TEMPORAL_PATCH, Backend, VideoFrames, sample_frames
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One example as the models see it.
+
+    `input_ids` int64 `[P]`, `position_ids` int64 `[3, P]`, `pixel_values` `[patches, patch_dim]`,
+    `grid_thw` in patches, `frame_indices` and `timestamps_s` of what was decoded, and the reference
+    answer's `completion_ids`, end token included (empty where the example has no span).
+    """
+
+    example: Example
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    next_position: int
+    pixel_values: torch.Tensor
+    grid_thw: tuple[int, int, int]
+    frame_indices: tuple[int, ...]
+    timestamps_s: tuple[float, ...]
+    completion_ids: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts side by side, left-padded to the longest: `input_ids` `[B, P]`, `mask` boolean,
+    `position_ids` `[3, B, P]`."""
+
+    prompts: tuple[Prompt, ...]
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    position_ids: torch.Tensor
+    next_position: torch.Tensor
+    pixel_values: torch.Tensor
+    video_grid_thw: torch.Tensor
+
+    @property
+    def examples(self) -> list[Example]:
+        return [prompt.example for prompt in self.prompts]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens as the layers see them, padding included."""
+        return self.input_ids.numel()
+
+    def references(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference completions, right-padded: ids and mask `[B, 1, T]`."""
+        rows = [prompt.completion_ids for prompt in self.prompts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        device = self.input_ids.device
+        return ids[:, None].to(device), mask[:, None].to(device)
+
+
+def collate(
+    prompts: Sequence[Prompt], pad_token_id: int, device: torch.device | str = "cpu"
+) -> PromptBatch:
+    """Left-pad prompts to the longest of them and join their videos."""
+    width = max(len(p.input_ids) for p in prompts)
+    batch = len(prompts)
+    ids = torch.full((batch, width), pad_token_id)
+    mask = torch.zeros(batch, width, dtype=torch.bool)
+    positions = torch.zeros(3, batch, width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt.input_ids)
+        ids[row, start:] = prompt.input_ids
+        mask[row, start:] = True
+        positions[:, row, start:] = prompt.position_ids
+    return PromptBatch(
+        prompts=tuple(prompts),
+        input_ids=ids.to(device),
+        mask=mask.to(device),
+        position_ids=positions.to(device),
+        next_position=torch.tensor([p.next_position for p in prompts]).to(device),
+        pixel_values=torch.cat([p.pixel_values for p in prompts]).to(device),
+        video_grid_thw=torch.tensor([p.grid_thw for p in prompts]).to(device),
+    )
+
+
+def load_examples(source: str, config: DataConfig, limit: int | None) -> list[Example]:
+    """The examples of `synthetic:SPLIT` (written on first use) or of an annotation file in
+    `config.format`."""
+    root = Path(config.video_root)
+    if source.startswith("synthetic:"):
+        examples = read_examples(
+            synthetic.ensure_split(root, source.removeprefix("synthetic:")), "timerft", root
+        )
+    else:
+        examples = read_examples(Path(source), config.format, root)
+    if not examples:
+        raise DataError(f"{source}: no example in it")
+    return examples[:limit]
+
+
+class Prompts:
+    """Makes prompts from examples: decode, then the checkpoint's own processor. Keeps decoded
+    frames up to `cache_mb`."""
+
+    def __init__(
+        self, examples: Sequence[Example], config: DataConfig, processor: Any, lm: Any
+    ) -> None:
+        self.examples, self.config, self.processor, self.lm = examples, config, processor, lm
+        self.tokenizer = processor.tokenizer
+        self.end_token = self.tokenizer.eos_token
+        self._frames: dict[int, VideoFrames] = {}
+        self._free = config.cache_mb * 2**20
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def frames(self, index: int) -> VideoFrames:
+        """The sampled frames of one example's video."""
+        if index in self._frames:
+            return self._frames[index]
+        config = self.config
+        decoded = sample_frames(
+            self.examples[index].video,
+            fps=config.fps,
+            max_frames=config.max_frames,
+            backend=cast(Backend, config.backend),
+        )
+        if decoded.frames.nbytes <= self._free:
+            self._free -= decoded.frames.nbytes
+            self._frames[index] = decoded
+        return decoded
+
+    def text(self, example: Example) -> str:
+        """The prompt as the chat template writes it, up to where the assistant speaks."""
+        before, after = self.config.prompt.split("{video}")
+        content = [
+            {"type": "text", "text": before},
+            {"type": "video"},
+            {"type": "text", "text": after},
+        ]
+        content = [c for c in content if c.get("text") != ""]
+        for item in content:
+            if "text" in item:
+                item["text"] = item["text"].replace("{query}", example.query)
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def __getitem__(self, index: int) -> Prompt:
+        example, decoded = self.examples[index], self.frames(index)
+        inputs = self.processor(
+            text=[self.text(example)],
+            videos=[decoded.frames],
+            video_metadata=[decoded.metadata()],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        ids = inputs["input_ids"][0]
+        frames, rows, columns = inputs["video_grid_thw"][0].tolist()
+        grid = (frames, rows, columns)
+        times = decoded.times_s
+        spacing = (times[-1] - times[0]) / max(1, len(times) - 1)
+        positions, next_position = self.lm.positions(ids, grid, TEMPORAL_PATCH * spacing)
+        answer = "".join(format_span(*span) for span in example.spans[:1])
+        completion = self.tokenizer(answer + self.end_token).input_ids if answer else []
+        return Prompt(
+            example=example,
+            input_ids=ids,
+            position_ids=positions,
+            next_position=next_position,
+            pixel_values=inputs["pixel_values_videos"],
+            grid_thw=grid,
+            frame_indices=tuple(decoded.indices),
+            timestamps_s=tuple(decoded.timestamps_s),
+            completion_ids=torch.tensor(completion, dtype=torch.long),
+        )
+
+
+def shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
+    """The order of one epoch: a function of seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
+
+
+def schedule(num_examples: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Which examples each step trains on: fresh shuffles, one epoch after the other."""
+    order: list[int] = []
+    while len(order) < steps * batch_size:
+        order += shuffled(num_examples, seed, len(order) // num_examples)
+    return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
+
+
+def batches(
+    prompts: Prompts,
+    plan: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    ahead: int = 2,
+) -> Iterator[PromptBatch]:
+    """The batches of a plan, in its order, made by one thread that stays at most `ahead` batches in
+    front."""
+    pad = prompts.tokenizer.pad_token_id
+
+    def make(indices: Sequence[int]) -> PromptBatch:
+        return collate([prompts[i] for i in indices], pad)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+        pending: list[Future[PromptBatch]] = [
+            pool.submit(make, indices) for indices in plan[:ahead]
+        ]
+        for position in range(len(plan)):
+            batch = pending.pop(0).result()
+            if position + ahead < len(plan):
+                pending.append(pool.submit(make, plan[position + ahead]))
+            yield to_device(batch, device)
+
+
+def to_device(batch: PromptBatch, device: torch.device | str) -> PromptBatch:
+    """The batch's tensors on a device."""
+    tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **tensors)

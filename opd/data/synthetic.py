@@ -1,0 +1,312 @@
+"""The embedded task: clips of coloured shapes that appear and vanish, written as real mp4 files
+with public annotations.
+
+A query names one shape by colour and kind; the answer is when it is visible. Every clip holds one
+to three distractors that share the target's colour or its kind, and has one of three difficulty
+levels:
+
+    1  contrast     the shapes' colours are blended with the background
+    2  occlusion    and a grey bar hides part of the target
+    3  neighbour    and a shape of the target's colour is visible beside it at an overlapping time
+
+Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
+span, the others are jittered) and, in a fifth of its clips, shapes that `teacher` never shows;
+`eval` is held out and clean; `teacher` (clean) and `student` (jittered) are what the two shipped
+models were made from.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from opd.data.examples import Example
+from opd.data.formats import write_timerft
+
+SIZE = 64
+FPS = 10
+COLOURS = {
+    "red": (224, 48, 48),
+    "green": (48, 200, 64),
+    "blue": (64, 96, 240),
+    "yellow": (232, 216, 48),
+    "magenta": (216, 64, 208),
+    "cyan": (48, 208, 216),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+NOVEL_SHAPES = ("ring", "star")  # in a fifth of the training pool, and nowhere else
+PHRASES = ("the {} is visible", "a {} appears", "the {} can be seen", "a {} is on the screen")
+CELLS = ((17, 17), (17, 47), (47, 17), (47, 47))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How one split is drawn. `jitter_s` is the standard deviation of the noise on each boundary,
+    in seconds."""
+
+    seed: int
+    clips: int
+    jitter_s: float = 0.0
+    wrong: float = 0.0
+    novel: float = 0.0
+    solo: float = 0.0  # share of clips that show the target alone
+    duration_s: float = 12.0
+    spans_s: tuple[float, float] = (1.5, 6.0)  # shortest and longest
+
+
+SPLITS = {
+    "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
+    "eval": Split(seed=2, clips=512),
+    "short": Split(seed=5, clips=4096, solo=0.5, duration_s=4.0, spans_s=(0.5, 3.0)),
+    "teacher": Split(seed=3, clips=8192, solo=0.5),
+    "student": Split(seed=4, clips=2048, jitter_s=0.5, solo=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One shape on screen: visible in [start_s, end_s), drawn around `center` (row, column) with
+    `radius` pixels."""
+
+    colour: str
+    kind: str
+    start_s: float
+    end_s: float
+    center: tuple[int, int]
+    radius: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A drawn clip: its shapes (the target first), the annotation as given and the truth, all in
+    seconds."""
+
+    id: str
+    shapes: tuple[Shape, ...]
+    query: str
+    duration_s: float
+    truth: tuple[float, float]
+    annotation: tuple[float, float]
+    difficulty: int
+    contrast: float
+    bar: tuple[int, int] | None  # columns of the occluding bar
+    background: int
+
+
+def _span(rng: np.random.Generator, split: Split) -> tuple[float, float]:
+    shortest, longest = (round(10 * s) for s in split.spans_s)
+    length = rng.integers(shortest, longest + 1) / 10
+    start = rng.integers(0, round((split.duration_s - length) * 10) + 1) / 10
+    return round(float(start), 1), round(float(start + length), 1)
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+
+
+def _annotate(
+    rng: np.random.Generator, truth: tuple[float, float], split: Split
+) -> tuple[float, float]:
+    """The span that the annotation file gives: the truth, a jittered one, or (for `split.wrong`)
+    another span."""
+    if rng.random() < split.wrong:
+        while True:
+            wrong = _span(rng, split)
+            union = max(wrong[1], truth[1]) - min(wrong[0], truth[0])
+            if _overlap(wrong, truth) < 0.3 * union:
+                return wrong
+    if not split.jitter_s:
+        return truth
+    start, end = np.round(np.array(truth) + rng.normal(0.0, split.jitter_s, 2), 1)
+    start = float(np.clip(start, 0.0, split.duration_s - 0.5))
+    return round(start, 1), round(float(np.clip(end, start + 0.5, split.duration_s)), 1)
+
+
+def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
+    """Draw clip `index` of a split: a pure function of the two, so any subset of a split is the
+    same clips."""
+    split = split or SPLITS[split_name]
+    rng = np.random.default_rng([split.seed, index])
+    difficulty = int(rng.integers(1, 4))
+    novel = rng.random() < split.novel
+    target_kind = str(rng.choice(NOVEL_SHAPES if novel else SHAPES))
+    colour = str(rng.choice(list(COLOURS)))
+    cells = [CELLS[i] for i in rng.permutation(len(CELLS))]
+    cells.append(cells[-1])  # a fifth shape shares a cell with the fourth
+
+    def place(cell: tuple[int, int]) -> tuple[int, int]:
+        row, column = np.array(cell) + rng.integers(-3, 4, 2)
+        return int(row), int(column)
+
+    truth = _span(rng, split)
+    look = [(colour, target_kind)]
+    spans = [truth]
+    kinds = SHAPES + NOVEL_SHAPES if novel else SHAPES
+    num_distractors = int(rng.integers(1, 4))
+    num_others = int(rng.integers(0, 5 - num_distractors))
+    if split.solo and rng.random() < split.solo:
+        num_distractors = num_others = 0
+    for position in range(num_distractors + num_others):
+        neighbour = difficulty == 3 and position == 0
+        while True:
+            if neighbour or (position < num_distractors and rng.random() < 0.5):
+                candidate = (colour, str(rng.choice(kinds)))
+            elif position < num_distractors:
+                candidate = (str(rng.choice(list(COLOURS))), target_kind)
+            else:
+                candidate = (str(rng.choice(list(COLOURS))), str(rng.choice(kinds)))
+            span = _span(rng, split)
+            if candidate not in look and (not neighbour or _overlap(span, truth) >= min(1.0, split.spans_s[0])):
+                break
+        look.append(candidate)
+        spans.append(span)
+    shapes = tuple(
+        Shape(
+            colour=c,
+            kind=k,
+            start_s=s[0],
+            end_s=s[1],
+            center=place(cell),
+            radius=int(rng.integers(10, 14)),
+        )
+        for (c, k), s, cell in zip(look, spans, cells, strict=False)
+    )
+    bar = None
+    if difficulty >= 2:
+        left = shapes[0].center[1] + int(rng.integers(-8, 3))
+        bar = (left, left + 6)
+    return Clip(
+        id=f"{split_name}-{index:05d}",
+        shapes=shapes,
+        query=str(rng.choice(PHRASES)).format(f"{colour} {target_kind}"),
+        duration_s=split.duration_s,
+        truth=truth,
+        annotation=_annotate(rng, truth, split),
+        difficulty=difficulty,
+        contrast=float(rng.uniform(0.55, 1.0)),
+        bar=bar,
+        background=int(rng.integers(16, 56)),
+    )
+
+
+def _mask(shape: Shape) -> np.ndarray:
+    """Boolean [SIZE, SIZE] of the pixels that the shape covers."""
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    y, x, r = rows - shape.center[0], columns - shape.center[1], float(shape.radius)
+    distance = np.hypot(y, x)
+    match shape.kind:
+        case "circle":
+            return distance <= r
+        case "square":
+            return np.maximum(abs(y), abs(x)) <= 0.85 * r
+        case "triangle":
+            return (y <= 0.8 * r) & (y >= -r + 2.0 * abs(x))
+        case "cross":
+            return (np.minimum(abs(y), abs(x)) <= 0.3 * r) & (np.maximum(abs(y), abs(x)) <= r)
+        case "ring":
+            return (distance <= r) & (distance >= 0.55 * r)
+        case "star":
+            return distance <= r * (0.62 + 0.38 * np.cos(5 * np.arctan2(x, -y)))
+    raise ValueError(f"unknown shape {shape.kind!r}")
+
+
+def render(clip: Clip) -> np.ndarray:
+    """Frames of a clip, uint8 `[duration_s * FPS, SIZE, SIZE, 3]` (RGB); frame i shows the time i /
+    FPS."""
+    background = np.full((SIZE, SIZE, 3), clip.background, np.float32)
+    masks = [_mask(shape) for shape in clip.shapes]
+    times = np.arange(round(clip.duration_s * FPS)) / FPS
+    visible = np.array(
+        [(times >= s.start_s - 1e-6) & (times < s.end_s - 1e-6) for s in clip.shapes]
+    )
+    frames = np.empty((len(times), SIZE, SIZE, 3), np.uint8)
+    for state in np.unique(visible, axis=1).T:
+        image = background.copy()
+        for shape, mask, shown in reversed(list(zip(clip.shapes, masks, state, strict=True))):
+            if shown:  # the target is drawn last: what hides it is the bar, never another shape
+                colour = np.array(COLOURS[shape.colour], np.float32)
+                image[mask] = clip.contrast * colour + (1 - clip.contrast) * clip.background
+        if clip.bar is not None:
+            image[:, max(0, clip.bar[0]) : max(0, clip.bar[1])] = 112
+        frames[(visible == state[:, None]).all(axis=0)] = image.round().astype(np.uint8)
+    return frames
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """Encode uint8 `[F, H, W, 3]` RGB frames as H.264 in mp4."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "16", "preset": "ultrafast", "g": "30"}
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
+    """Write a split below `root` unless it is there already, and return its annotation file
+    (TimeRFT format).
+
+    The truth of a split with imperfect annotations lies aside in `truth/NAME.jsonl`, which no
+    reader opens. Raises ValueError for an unknown split.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"data: unknown synthetic split {name!r} (known: {', '.join(SPLITS)})")
+    count = clips or SPLITS[name].clips
+    annotations = root / f"{name}-{count}.json"
+    if annotations.exists():
+        return annotations
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [draw_clip(name, index) for index in range(count)]
+
+    def write(clip: Clip) -> None:
+        path = folder / f"{clip.id}.mp4"
+        if not path.exists():
+            part = path.with_suffix(".part.mp4")
+            write_video(part, render(clip))
+            part.replace(path)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, drawn))
+    truth = root / "truth" / f"{name}-{count}.jsonl"
+    truth.parent.mkdir(exist_ok=True)
+    truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in drawn))
+    part = annotations.with_suffix(".part")
+    write_timerft(part, [_example(root, clip) for clip in drawn], root)
+    shutil.move(
+        part, annotations
+    )  # last, so that the file's presence means that the split is whole
+    return annotations
+
+
+def _example(root: Path, clip: Clip) -> Example:
+    return Example(
+        id=clip.id,
+        video=root / clip.id.rsplit("-", 1)[0] / f"{clip.id}.mp4",
+        query=clip.query,
+        spans=(clip.annotation,),
+        duration_s=clip.duration_s,
+        difficulty=float(clip.difficulty),
+        source=clip.id,
+    )
+
+
+def corpus() -> Sequence[str]:
+    """Every text that the task can show, from which the embedded tokenizer is trained."""
+    shapes = [f"{c} {k}" for c in COLOURS for k in SHAPES + NOVEL_SHAPES]
+    queries = [phrase.format(shape) for phrase in PHRASES for shape in shapes]
+    numbers = [f"{t / 10:.1f}" for t in range(121)]
+    return (
+        queries
+        + [f"<{n} seconds>" for n in numbers]
+        + [f"From {n} to {n} seconds." for n in numbers]
+    )

@@ -1,0 +1,94 @@
+"""The engine: who holds the weights, accumulates gradients and steps. Here plain torch on one
+device."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from opd.config import OptimConfig
+
+
+def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
+    """The rate at a step (from 0) as a share of `optim.lr`: a linear warm-up, then the schedule to
+    its floor."""
+    warmup = math.ceil(config.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - warmup) / max(1, steps - warmup)
+        left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+
+    return factor
+
+
+class TorchEngine:
+    """AdamW with fp32 master weights and fp32 gradient accumulation, whatever the model's dtype.
+
+    A rate of 1e-6 vanishes in pure bf16. Where parameters are fp32 (or fp64) already they are their
+    own masters.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimConfig, steps: int) -> None:
+        self.config = config
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.masters = [
+            p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
+            for p in self.parameters
+        ]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(self._accumulate_into(master))
+        decayed = [m for m in self.masters if m.ndim >= 2]
+        plain = [m for m in self.masters if m.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            foreach=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, steps))
+
+    @staticmethod
+    def _accumulate_into(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+        return hook
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch's loss."""
+        loss.backward()
+
+    def step(self, gradient_scale: float = 1.0) -> float:
+        """Scale the accumulated gradient (by a denominator known only now), clip, update; returns
+        its norm before clipping."""
+        if gradient_scale != 1.0:
+            for master in self.masters:
+                if master.grad is not None:
+                    master.grad.mul_(gradient_scale)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return float(norm)

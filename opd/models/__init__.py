@@ -1,0 +1,1 @@
+"""Models: loading Qwen-VL checkpoints, the embedded tiny ones, and attention."""

@@ -1,0 +1,145 @@
+"""Loading: a checkpoint folder, hub id, shipped or fresh tiny model, seen through one small
+interface."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from opd.models import attention, tiny
+from opd.models.positions import qwen2_5_vl_positions, qwen3_vl_positions
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+EMBEDDED = Path(__file__).parent / "checkpoints"
+
+
+Video = tuple[
+    torch.Tensor, list[torch.Tensor]
+]  # vision tokens [tokens, H], and one such tensor per deepstack level
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used, told in one line."""
+
+
+class Head(nn.Linear):
+    """The language-model head. With `loss`, computes it here, so that a sharding engine has
+    gathered the weight."""
+
+    def forward(self, hidden: torch.Tensor, loss: Any = None) -> Any:
+        """`hidden @ weight.T`, or `loss(hidden, weight)` without ever building the logits."""
+        return super().forward(hidden) if loss is None else loss(hidden, self.weight)
+
+
+@dataclass(frozen=True)
+class VideoLM:
+    """A Qwen-VL model and its parts by one set of names, whatever the family."""
+
+    model: Any
+
+    @property
+    def family(self) -> str:
+        return self.model.config.model_type
+
+    @property
+    def visual(self) -> Any:
+        return self.model.model.visual
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def head(self) -> Any:
+        return self.model.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def encode_video(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> Video:
+        """One call of the vision tower for a batch of videos; no graph where the tower is frozen.
+
+        Args:
+            pixel_values: `[patches, patch_dim]`; grid_thw: int64 `[B, 3]`, in patches.
+
+        Returns: Embeddings `[vision tokens, H]`, and one such tensor per deepstack level (none for
+            Qwen2.5-VL).
+        """
+        trained = any(p.requires_grad for p in self.visual.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            out = self.visual(pixel_values.to(self.head.weight.dtype), grid_thw=grid_thw)
+        return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
+
+    def positions(
+        self, input_ids: torch.Tensor, grid_thw: tuple[int, int, int], seconds_per_pair: float
+    ) -> tuple[torch.Tensor, int]:
+        """Position ids `[3, P]` of one unpadded prompt, and the position of its first completion
+        token."""
+        config = self.model.config
+        merge = config.vision_config.spatial_merge_size
+        grid = (grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge)
+        if self.family == "qwen3_vl":
+            return qwen3_vl_positions(input_ids, config.video_token_id, grid)
+        step = config.vision_config.tokens_per_second * seconds_per_pair
+        return qwen2_5_vl_positions(input_ids, config.video_token_id, grid, step)
+
+    def train_only(self, trainable: str) -> None:
+        """Freeze everything but the language model and its head (`language`), or nothing
+        (`all`)."""
+        self.model.requires_grad_(trainable == "all")
+        self.language_model.requires_grad_(True)
+        self.head.requires_grad_(True)
+
+
+def resolve(spec: str) -> str:
+    """The folder or hub id that a spec names; ModelError for an unknown shipped model or a missing
+    folder."""
+    kind, _, name = spec.partition(":")
+    if kind == "embedded":
+        if not (EMBEDDED / name / "config.json").is_file():
+            raise ModelError(f"{spec}: no such shipped model")
+        return str(EMBEDDED / name)
+    if spec.startswith((".", "/")) and not Path(spec, "config.json").is_file():
+        raise ModelError(f"{spec}: no checkpoint folder there (config.json is missing)")
+    return spec
+
+
+def load_processor(spec: str) -> Any:
+    """The processor (chat template, tokenizer, video processor) of a checkpoint."""
+    if spec.startswith("tiny:"):
+        return tiny.processor()
+    return AutoProcessor.from_pretrained(resolve(spec))
+
+
+def load_model(spec: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> VideoLM:
+    """Load a model for training or scoring: our attention, our head, no dropout, evaluation mode.
+
+    `tiny:SIZE` is a fresh model whose weights follow from `seed`. Raises ModelError for an unusable
+    checkpoint.
+    """
+    if spec.startswith("tiny:"):
+        model: Any = tiny.build(spec.removeprefix("tiny:"), seed).to(dtype)
+    else:
+        path = resolve(spec)
+        try:
+            family = AutoConfig.from_pretrained(path).model_type
+            if family not in FAMILIES:
+                raise ModelError(
+                    f"{spec}: family {family} is not supported (known: {', '.join(FAMILIES)})"
+                )
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        except OSError as error:
+            raise ModelError(f"{spec}: {str(error).splitlines()[0]}") from error
+    return prepare(model.to(device))
+
+
+def prepare(model: Any) -> VideoLM:
+    """Our attention and head on an already built model, in evaluation mode (every dropout is
+    off)."""
+    attention.install(model)
+    model.lm_head.__class__ = Head
+    return VideoLM(model.eval())

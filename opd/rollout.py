@@ -1,0 +1,134 @@
+"""Rollouts: completions sampled from a prefix, under one policy that the loss shares."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.models.load import VideoLM
+from opd.prefix import Decoder, LayerCounter, Prefix
+
+VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """What a completion may consist of, and how its distribution is made; the sampler and every
+    loss use this one object.
+
+    p(v) = softmax over allowed columns of logits / temperature. `allowed_columns` is boolean `[V]`,
+    False for vision tokens (one sampled makes the next forward fail) and for rows of the embedding
+    that the tokenizer does not have.
+    """
+
+    allowed_columns: torch.Tensor
+    temperature: float
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    @classmethod
+    def of(cls, lm: VideoLM, tokenizer: Any, temperature: float) -> "Policy":
+        """The policy of a checkpoint: its tokenizer's vocabulary less vision tokens; its generation
+        config's end tokens."""
+        allowed = torch.zeros(lm.head.weight.shape[0], dtype=torch.bool, device=lm.device)
+        allowed[: len(tokenizer)] = True
+        allowed[
+            [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
+        ] = False
+        ends = lm.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        return cls(
+            allowed, temperature, tuple({tokenizer.eos_token_id, *ends}), tokenizer.pad_token_id
+        )
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """fp32 log-probabilities `[..., V]` of logits; -inf at columns that are not allowed."""
+        logits = logits.float() / self.temperature
+        return logits.masked_fill(~self.allowed_columns, -torch.inf).log_softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """Completions `[B, R, T]`, right-padded: ids, mask (first end token included) and the sampler's
+    log-probabilities.
+
+    `truncated` `[B, R]` marks those that reached the length limit without an end token.
+    """
+
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    truncated: torch.Tensor
+
+
+def uniforms(
+    seed: int, step: int, prompt_ids: Sequence[str], num_rollouts: int, length: int
+) -> torch.Tensor:
+    """fp64 `[B, R, T]` in [0, 1): one number per token, a function of (seed, step, prompt id,
+    rollout, position) alone.
+
+    So batching, padding, world size and resuming do not change what a prompt's rollout draws.
+    """
+    rows = []
+    for prompt_id in prompt_ids:
+        for rollout in range(num_rollouts):
+            digest = hashlib.blake2b(
+                f"{seed}/{step}/{prompt_id}/{rollout}".encode(), digest_size=16
+            ).digest()
+            generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
+            rows.append(generator.random(length))
+    return torch.from_numpy(np.stack(rows).reshape(len(prompt_ids), num_rollouts, length))
+
+
+def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+    """Token ids from `[..., V]` log-probabilities: the most likely, or the inverse of the
+    cumulative distribution at `draws`."""
+    if draws is None:
+        return log_probs.argmax(-1)
+    cumulative = log_probs.double().exp().cumsum(-1)
+    points = draws.to(cumulative.device)[..., None] * cumulative[..., -1:]
+    ids = torch.searchsorted(cumulative, points, right=True)[..., 0]
+    return ids.clamp_max(log_probs.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(
+    lm: VideoLM,
+    prefix: Prefix,
+    policy: Policy,
+    max_completion_length: int,
+    draws: torch.Tensor | None,
+    counter: LayerCounter | None = None,
+) -> Rollouts:
+    """Continue each prompt of a (detached) prefix until an end token or the length limit.
+
+    Args:
+        draws: `[B, R, T]` from `uniforms`, R completions per prompt; None decodes one greedily.
+    """
+    batch, device = len(prefix.last_hidden), prefix.last_hidden.device
+    num_rollouts = 1 if draws is None else draws.shape[1]
+    ends = torch.tensor(policy.eos_token_ids, device=device)
+    decoder = Decoder(lm, prefix, num_rollouts, max_completion_length - 1)
+    hidden = prefix.last_hidden[:, None].expand(-1, num_rollouts, -1)
+    done = torch.zeros(batch, num_rollouts, dtype=torch.bool, device=device)
+    ids, masks, logprobs = [], [], []
+    for position in range(max_completion_length):
+        log_probs = policy.log_probs(lm.head(hidden))
+        token = choose(log_probs, None if draws is None else draws[:, :, position])
+        masks.append(~done)
+        ids.append(torch.where(done, policy.pad_token_id, token))
+        logprobs.append(log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0))
+        done = done | torch.isin(token, ends)
+        if position + 1 == max_completion_length or done.all():
+            break
+        hidden = decoder.step(ids[-1], counter)
+    return Rollouts(torch.stack(ids, 2), torch.stack(masks, 2), torch.stack(logprobs, 2), ~done)

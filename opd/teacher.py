@@ -1,0 +1,32 @@
+"""The frozen teacher: scores the student's tokens, with the student's prompt, template and
+positions."""
+
+from dataclasses import dataclass
+
+import torch
+
+from opd.data.loader import PromptBatch
+from opd.models.load import VideoLM
+from opd.prefix import Prefix, extend, prefill
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A stronger model of the student's family; no gradient ever reaches it."""
+
+    lm: VideoLM
+
+    def __post_init__(self) -> None:
+        self.lm.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def prefill(self, batch: PromptBatch) -> Prefix:
+        """Forward the prompt once; keys and values only."""
+        return prefill(
+            self.lm, batch, self.lm.encode_video(batch.pixel_values, batch.video_grid_thw)
+        )
+
+    @torch.no_grad()
+    def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, R, T, H]` that predict each completion token."""
+        return extend(self.lm, prefix, completion_ids)

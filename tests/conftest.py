@@ -1,0 +1,42 @@
+"""Fixtures of the step's tests."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Deterministic mode fills torch.empty with NaN: a read before a write cannot pass unseen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _rms_norm(self: Any, hidden: Tensor) -> Tensor:
+    variance = hidden.pow(2).mean(-1, keepdim=True)
+    return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def _rotate_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
+    rotate_half = modeling_qwen3_vl.rotate_half
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+@pytest.fixture
+def exact_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock RMSNorm and vision rotary go through fp32; here they stay in fp64, so that 1e-12 can be asked."""
+    for module, norms in (
+        (modeling_qwen3_vl, ["Qwen3VLTextRMSNorm"]),
+        (modeling_qwen2_5_vl, ["Qwen2_5_VLRMSNorm"]),
+    ):
+        for name in norms:
+            monkeypatch.setattr(getattr(module, name), "forward", _rms_norm)
+        monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", _rotate_vision)

@@ -1,0 +1,178 @@
+"""Attention: the two functions against the definition and against the stock modules, in fp64."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opd.models.attention import attend, vision_attention
+from tests.helpers import FAMILIES, build, ours, relative, stock
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+WITHIN = 1e-13
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`[B, L, heads, D]` by definition: every head by itself, masked scores, softmax."""
+    groups = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // groups].transpose(1, 2) * scale
+        if mask is not None:
+            low = torch.full_like(scores, -torch.inf)
+            scores = torch.where(mask[:, 0], scores, low) if mask.dtype == torch.bool else scores + mask[:, 0]
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ value[:, head // groups])
+    return torch.stack(heads, 2)
+
+
+def inputs(length: int, keys: int, heads: int, kv_heads: int) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value with grad, and what multiplies the output for a backward."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(heads: int, length: int) -> Tensor:
+        return torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+
+    leaves = [randn(heads, length), randn(kv_heads, keys), randn(kv_heads, keys)]
+    return [x.requires_grad_() for x in leaves], randn(heads, length).transpose(1, 2)
+
+
+def check(leaves: list[Tensor], cotangent: Tensor, mask: Tensor | None, expected_mask: Tensor | None) -> None:
+    found, weights = attend(nn.Module(), *leaves, mask, scaling=0.7)
+    expected = naive(*leaves, expected_mask, 0.7)
+    assert weights is None
+    assert found.is_contiguous()
+    assert relative(found, expected) < WITHIN
+    for grad, truth in zip(
+        torch.autograd.grad(found, leaves, cotangent),
+        torch.autograd.grad(expected, leaves, cotangent),
+        strict=True,
+    ):
+        assert relative(grad, truth) < WITHIN
+
+
+HEADS = [(4, 4), (4, 2), (6, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_without_mask_it_is_causal(heads, kv_heads):
+    causal = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    check(*inputs(7, 7, heads, kv_heads), None, causal)
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_one_query_without_mask_sees_every_key(heads, kv_heads):
+    check(*inputs(1, 7, heads, kv_heads), None, None)
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+@pytest.mark.parametrize("additive", [False, True])
+def test_mask_of_each_row_of_the_batch(heads, kv_heads, additive):
+    # Fewer queries than keys, as in extend; no row is empty.
+    mask = torch.rand(2, 1, 5, 9, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[..., 0] = True
+    if additive:
+        mask = torch.where(mask, 0.3 * torch.arange(9.0).double(), -torch.inf)
+    check(*inputs(5, 9, heads, kv_heads), mask, mask)
+
+
+def test_keys_and_values_are_not_repeated_for_a_group(monkeypatch):
+    shapes = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        shapes.append((query.shape, key.shape, key.data_ptr(), options.get("enable_gqa", False)))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr("opd.models.attention.scaled_dot_product_attention", spy)
+    (query, key, value), _ = inputs(5, 9, 6, 2)
+    attend(nn.Module(), query, key, value, torch.ones(2, 1, 5, 9, dtype=torch.bool))
+    assert shapes == [((2, 2, 15, 8), (2, 2, 9, 8), key.data_ptr(), False)]
+
+
+def segments(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (8,), (4, 8, 4, 12, 8), (1, 3)])
+@pytest.mark.usefixtures("exact_modules")
+def test_vision_attention_equals_the_stock_module(family, lengths):
+    attention = stock("student", family, trainable="all").model.visual.blocks[0].attn
+    size, head_dim = sum(lengths), attention.head_dim
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(size, attention.qkv.in_features, generator=generator, dtype=torch.float64)
+    hidden.requires_grad_()
+    angles = torch.rand(size, head_dim // 2, generator=generator, dtype=torch.float64).repeat(1, 2)
+    rotary = angles.cos(), angles.sin()
+    cotangent = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    expected = attention(hidden, cu_seqlens=segments(*lengths), position_embeddings=rotary)
+    found = vision_attention(attention, hidden, segments(*lengths), rotary)
+    assert relative(found, expected) < WITHIN
+    leaves = [hidden, *attention.parameters()]
+    for grad, truth in zip(
+        torch.autograd.grad(found, leaves, cotangent),
+        torch.autograd.grad(expected, leaves, cotangent),
+        strict=True,
+    ):
+        # A segment of one token gives query and key no gradient, up to rounding: not relative there.
+        assert float((grad - truth).abs().max()) < WITHIN * max(1.0, float(truth.abs().max()))
+
+
+def grids(family: str) -> list[tuple[int, int, int]]:
+    """Videos of unequal size, in patches; in Qwen2.5-VL 6 x 10 patches make windows of 16, 8 and 4."""
+    return [(2, 4, 4), (1, 6, 10)] if family == "qwen2_5_vl" else [(2, 4, 4), (3, 2, 6)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("exact_modules")
+def test_vision_tower_equals_the_stock_tower_on_ragged_videos(family):
+    lm, model = ours("student", family), stock("student", family)
+    grid = torch.tensor(grids(family))
+    vision = model.config.vision_config
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(int(grid.prod(1).sum()), width, generator=generator, dtype=torch.float64)
+    embeds, deepstack = lm.encode_video(pixels, grid)
+    expected = model.model.visual(pixels, grid_thw=grid)
+    assert relative(embeds, expected.pooler_output) < WITHIN
+    levels = getattr(expected, "deepstack_features", None) or []
+    assert len(deepstack) == len(levels) == (1 if family == "qwen3_vl" else 0)
+    for level, truth in zip(deepstack, levels, strict=True):
+        assert relative(level, truth) < WITHIN
+    sizes = grid.prod(1).tolist()
+    for video, patches, together in zip(
+        grid, pixels.split(sizes), embeds.split([size // 4 for size in sizes]), strict=True
+    ):
+        assert relative(together, lm.encode_video(patches, video[None])[0]) < WITHIN
+
+
+def test_windows_of_the_ragged_video_are_ragged(monkeypatch):
+    # Otherwise the test above would not reach the grouping by length.
+    lm = ours("student", "qwen2_5_vl")
+    seen = []
+    block = lm.visual.blocks[0].attn
+
+    def spy(hidden, cu_seqlens, **options):
+        seen.extend((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+        return vision_attention(block, hidden, cu_seqlens, **options)
+
+    monkeypatch.setattr(block, "forward", spy)
+    pixels = torch.zeros(92, 3 * 2 * 14 * 14, dtype=torch.float64)
+    lm.encode_video(pixels, torch.tensor(grids("qwen2_5_vl")))
+    assert seen == [16, 16, 16, 16, 8, 8, 8, 4]
+
+
+def test_one_call_for_each_distinct_length(monkeypatch):
+    attention = build("student").model.visual.blocks[0].attn
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        calls.append(tuple(query.shape[::2]))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr("opd.models.attention.scaled_dot_product_attention", spy)
+    hidden = torch.ones(36, attention.qkv.in_features, dtype=torch.float64)
+    rotary = torch.ones(36, attention.head_dim), torch.zeros(36, attention.head_dim)
+    vision_attention(attention, hidden, segments(4, 8, 4, 12, 8), rotary)
+    assert sorted(calls) == [(1, 12), (2, 4), (2, 8)]

@@ -1,0 +1,101 @@
+"""Prompts and batches: what the models see is what was decoded, in an order that repeats."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.config import DataConfig
+from opd.data.examples import DataError
+from opd.data.loader import Prompts, batches, collate, load_examples, schedule
+from opd.models.load import VideoLM, prepare
+from opd.models.tiny import build, processor
+
+
+@pytest.fixture(scope="module")
+def lm() -> VideoLM:
+    return prepare(build("student", 0))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory, lm: VideoLM) -> Prompts:
+    config = DataConfig(video_root=str(tmp_path_factory.mktemp("videos")))
+    return Prompts(load_examples("synthetic:eval", config, 6), config, processor(), lm)
+
+
+def test_the_prompt_reads_as_the_chat_template_writes_it(prompts: Prompts) -> None:
+    prompt = prompts[0]
+    text = prompts.tokenizer.decode(prompt.input_ids)
+    example = prompt.example
+    assert text.startswith(f"<|im_start|>user\n{example.query}. When?<|vision_start|><0.1 seconds>")
+    assert text.endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    for time in prompt.timestamps_s:
+        assert f"<{time:.1f} seconds><|vision_start|>" in text
+    assert text.count("<|video_pad|>") == 24 * 4 == len(prompt.pixel_values) // 4
+    answer = prompts.tokenizer.decode(prompt.completion_ids)
+    start, end = example.spans[0]
+    assert answer == f"From {start:.1f} to {end:.1f} seconds.<|im_end|>"
+
+
+def test_digits_are_single_tokens(prompts: Prompts) -> None:
+    tokens = prompts.tokenizer.tokenize("From 13.4 to 107.1 seconds.")
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == list("1341071")
+
+
+def test_frames_are_the_decoded_ones(prompts: Prompts) -> None:
+    decoded = prompts.frames(1)
+    pixels = prompts[1].pixel_values  # [time, block row, block column, row, column, channel, 2, 16, 16] flattened
+    first = pixels.view(24, 2, 2, 2, 2, 3, 2, 16, 16).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    rebuilt = first.reshape(48, 3, 64, 64) * 127.5 + 127.5
+    assert (rebuilt - decoded.frames.float()).abs().max() < 1e-3
+
+
+def test_a_frame_cache_changes_nothing(prompts: Prompts, lm: VideoLM) -> None:
+    config = DataConfig(video_root=prompts.config.video_root, cache_mb=0)
+    uncached = Prompts(prompts.examples, config, processor(), lm)
+    again = prompts[2]
+    assert not uncached._frames and torch.equal(uncached[2].pixel_values, again.pixel_values)
+    assert uncached[2].frame_indices == again.frame_indices
+
+
+def test_collation_pads_on_the_left(prompts: Prompts) -> None:
+    items = [prompts[i] for i in range(6)]
+    batch = collate(items, prompts.tokenizer.pad_token_id)
+    lengths = [len(item.input_ids) for item in items]
+    assert len(set(lengths)) > 1, "the case needs unequal prompts"
+    for row, item in enumerate(items):
+        assert batch.mask[row].sum() == len(item.input_ids)
+        assert torch.equal(batch.input_ids[row, batch.mask[row]], item.input_ids)
+        assert torch.equal(batch.position_ids[:, row, batch.mask[row]], item.position_ids)
+        assert batch.mask[row, -1]
+    ids, mask = batch.references(prompts.tokenizer.pad_token_id)
+    assert torch.equal(ids[3, 0][mask[3, 0]], items[3].completion_ids)
+
+
+def test_every_example_once_an_epoch_in_an_order_that_repeats() -> None:
+    plan = schedule(10, 4, 5, seed=3)
+    assert plan == schedule(10, 4, 5, seed=3) != schedule(10, 4, 5, seed=4)
+    assert sorted(plan[0] + plan[1]) == sorted(plan[2] + plan[3]) == list(range(10))
+    assert plan[0] + plan[1] != plan[2] + plan[3]
+
+
+def test_prefetching_keeps_the_order(prompts: Prompts) -> None:
+    plan = [[0, 1], [5], [2, 3], [4, 0]]
+    seen = [[p.example.id for p in batch.prompts] for batch in batches(prompts, plan)]
+    assert seen == [[prompts.examples[i].id for i in indices] for indices in plan]
+
+
+def test_a_broken_video_names_itself(prompts: Prompts, lm: VideoLM, tmp_path: Path) -> None:
+    import dataclasses
+
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    examples = [dataclasses.replace(prompts.examples[0], video=broken)]
+    with pytest.raises(DataError, match="broken.mp4"):
+        list(batches(Prompts(examples, prompts.config, processor(), lm), [[0]]))
+
+
+def test_an_empty_annotation_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(DataError, match=r"none\.json"):
+        load_examples(str(tmp_path / "none.json"), DataConfig(video_root=str(tmp_path)), None)

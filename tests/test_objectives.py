@@ -1,0 +1,403 @@
+"""Objectives: what they compute, one policy for sampler and loss, and one denominator for a step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd.config import Config, OptimConfig, PrefixConfig, SampleConfig
+from opd.data.loader import Prompt, PromptBatch
+from opd.ledger import Ledger
+from opd.models.load import VideoLM
+from opd.objectives import Loss, Targets
+from opd.prefix import extend
+from opd.rollout import Policy, Rollouts, sample, uniforms
+from opd.teacher import Teacher
+from opd.train import Trainer, split
+from tests.helpers import (
+    END,
+    FAMILIES,
+    PAD,
+    backward,
+    batch_of,
+    gap,
+    gradients,
+    make_prompt,
+    ours,
+    policy_of,
+    prefill_of,
+    random_completions,
+    relative,
+    single_pass,
+    unequal_prompts,
+)
+
+EXACT = 1e-12
+F64 = torch.float64
+
+
+# One distribution.
+
+
+def small(num_rows: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Policy]:
+    """Student and teacher of different width over seven tokens, two of them banned, temperature 1.7."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    allowed = torch.tensor([True, False, True, True, True, False, True])
+    student = randn(num_rows, 5).requires_grad_(), randn(7, 5).requires_grad_()
+    return *student, randn(num_rows, 4), randn(7, 4), Policy(allowed, 1.7, (), 0)
+
+
+def test_expected_gradient_of_sampled_is_that_of_reverse_kl():
+    # sum over y of p(y) times the gradient on y: an exact expectation, no sampling.
+    hidden, head, teacher_hidden, teacher_head, policy = small()
+    leaves = (hidden, head)
+    tokens = policy.allowed_columns.nonzero().flatten().tolist()
+    with torch.no_grad():
+        logits = (hidden @ head.T / policy.temperature).masked_fill(
+            ~policy.allowed_columns, -torch.inf
+        )
+        probs = logits.softmax(-1)
+    expected_gradient = [torch.zeros_like(leaf) for leaf in leaves]
+    expected_loss = torch.zeros((), dtype=F64)
+    # Rows are independent: their losses add up, so enumerate each row's token with the others fixed.
+    for row in range(len(hidden)):
+        for token in tokens:
+            targets = Targets(
+                torch.tensor([token]), policy, teacher_hidden[[row]], teacher_head
+            )
+            loss = targets.sampled(hidden[[row]], head).loss
+            expected_loss += probs[row, token] * loss.detach()
+            for total, grad in zip(
+                expected_gradient, torch.autograd.grad(loss, leaves), strict=True
+            ):
+                total += probs[row, token] * grad
+    ids = torch.zeros(len(hidden), dtype=torch.long)
+    out = Targets(ids, policy, teacher_hidden, teacher_head).reverse_kl(hidden, head)
+    truth = torch.autograd.grad(out.loss, leaves)
+    for found, expected in zip(expected_gradient, truth, strict=True):
+        assert expected.abs().max() > 0.01
+        assert relative(found, expected) < 1e-10
+    # E[-A] is the KL itself, so that descending the sampled loss descends the KL.
+    assert relative(expected_loss, out.loss.detach()) < 1e-10
+    assert float(out.loss) > 0.1
+
+
+def test_reverse_kl_descends():
+    # The sign, without any formula: a small step against the gradient lowers KL(student || teacher).
+    hidden, head, teacher_hidden, teacher_head, policy = small()
+    targets = Targets(torch.zeros(3, dtype=torch.long), policy, teacher_hidden, teacher_head)
+    before = targets.reverse_kl(hidden, head).loss
+    (gradient,) = torch.autograd.grad(before, (head,))
+    after = targets.reverse_kl(hidden, head.detach() - 1e-3 * gradient).loss
+    expected = before - 1e-3 * gradient.square().sum()
+    assert after < before and abs(after - expected) < 0.05 * abs(before - expected)
+
+
+def test_values_by_definition():
+    hidden, head, teacher_hidden, teacher_head, policy = small()
+    ids = torch.tensor([0, 3, 6])
+    targets = Targets(ids, policy, teacher_hidden, teacher_head)
+    keep = policy.allowed_columns
+    log_p = (hidden @ head[keep].T / 1.7).log_softmax(-1).detach()
+    log_q = (teacher_hidden @ teacher_head[keep].T / 1.7).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    entropy, teacher_entropy = (-(x.exp() * x).sum(-1) for x in (log_p, log_q))
+    columns = torch.tensor([0, 2, 4])
+    rows = torch.arange(3)
+    chosen, scored = log_p[rows, columns], log_q[rows, columns]
+    full = targets.reverse_kl(hidden, head)
+    one = targets.sampled(hidden, head)
+    reference = targets.sft(hidden, head)
+    assert relative(full.loss, kl.sum()) < EXACT
+    assert relative(one.loss, -(scored - chosen).sum()) < EXACT
+    assert relative(reference.loss, -chosen.sum()) < EXACT
+    for found, expected in (
+        (full.token_kl, kl),
+        (one.token_kl, kl),
+        (full.student_entropy, entropy),
+        (one.student_entropy, entropy),
+        (reference.student_entropy, entropy),
+        (full.teacher_entropy, teacher_entropy),
+        (one.student_logprobs, chosen),
+        (reference.student_logprobs, chosen),
+    ):
+        assert found is not None and not found.requires_grad
+        assert relative(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "sampled", "sft"])
+def test_no_gradient_reaches_banned_rows_of_the_head(objective):
+    hidden, head, teacher_hidden, teacher_head, policy = small()
+    targets = Targets(torch.tensor([0, 3, 6]), policy, teacher_hidden, teacher_head)
+    getattr(targets, objective)(hidden, head).loss.backward()
+    assert head.grad is not None
+    assert (head.grad[~policy.allowed_columns] == 0).all()
+    assert (head.grad[policy.allowed_columns] != 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("objective", ["reverse_kl", "sampled"])
+def test_a_teacher_that_is_the_student_teaches_nothing(family, objective):
+    lm, twin = ours("student", family), Teacher(ours("student", family))
+    batch = batch_of(unequal_prompts(lm))
+    made: list[Loss] = []
+
+    def loss() -> Tensor:
+        completions = random_completions(3, 2)
+        made.append(single_pass(lm, twin, batch, completions, policy_of(lm), objective))
+        return made[-1].loss
+
+    value, found = backward(lm.model, loss)
+    assert made[0].token_kl is not None
+    assert abs(value) < EXACT and made[0].token_kl.abs().max() < EXACT
+    assert len(found) > 20 and max(float(g.abs().max()) for g in found.values()) < EXACT
+    other = Teacher(ours("student", family, seed=1))
+    assert float(
+        single_pass(lm, other, batch, random_completions(3, 2), policy_of(lm)).loss.detach()
+    ) > 1
+
+
+# A step of the trainer.
+
+
+def trainer_of(
+    student: VideoLM,
+    teacher: Teacher | None,
+    policy: Policy | None = None,
+    *,
+    kind: type[Trainer] = Trainer,
+    lr: float = 1e-3,
+    max_grad_norm: float = 1e9,
+    length: int = 5,
+    **options: Any,
+) -> Trainer:
+    config = Config(
+        steps=150,
+        optim=OptimConfig(
+            lr=lr, schedule="constant", warmup=0.05, max_grad_norm=max_grad_norm
+        ),
+        sample=SampleConfig(max_completion_length=length),
+        **options,
+    )
+    ledger = Ledger(torch.device("cpu"))
+    return kind.of(config, student, teacher, policy or policy_of(student), ledger)
+
+
+def four_prompts(lm: VideoLM) -> list[Prompt]:
+    return [*unequal_prompts(lm), make_prompt(lm, "d", pairs=1, text=3)]
+
+
+def stepped(prompts: Sequence[Prompt], trainer: Trainer) -> tuple[dict, dict[str, Tensor], dict]:
+    """The row of one step, the gradients that the optimizer saw, and the updated weights."""
+    seen: dict[str, Tensor] = {}
+    model = trainer.student.model
+    trainer.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(model)))
+    size = trainer.config.micro_batch_size
+    micro = [
+        batch_of([prompts[i] for i in rows]) for rows in split(list(range(len(prompts))), size)
+    ]
+    row = trainer.step(micro, 0)
+    return row, seen, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+MANY_ENDS = tuple(range(0, 350, 6))
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("objective", ["reverse_kl", "sampled", "sft"])
+@pytest.mark.usefixtures("exact_modules")
+def test_micro_batches_change_nothing(normalize, objective):
+    teacher = None if objective == "sft" else Teacher(ours("teacher", seed=5, layers=2))
+    results = []
+    for size in (None, 1, 2):
+        lm = ours("student", layers=2)
+        policy = replace(policy_of(lm), eos_token_ids=MANY_ENDS)
+        method = {"method": "sft"} if objective == "sft" else {"objective": objective, "num_rollouts": 3}
+        trainer = trainer_of(
+            lm, teacher, policy, normalize=normalize, batch_size=4, micro_batch_size=size, **method
+        )
+        results.append(stepped(four_prompts(lm), trainer))
+    row, grads, weights = results[0]
+    assert row["loss"] != 0 and row["grad_norm"] > 0
+    assert row["completion_length"] != int(row["completion_length"]) or objective == "sft"
+    for other, its_grads, its_weights in results[1:]:
+        for key, value in row.items():
+            assert other[key] == pytest.approx(value, rel=1e-10), key
+        worst = gap((other["loss"], its_grads), (row["loss"], grads))
+        assert worst.loss < EXACT and worst.gradient < EXACT, worst
+        # AdamW's first step is lr times the sign where a gradient is not tiny.
+        for name, weight in weights.items():
+            assert relative(its_weights[name], weight) < 1e-6, name
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.usefixtures("exact_modules")
+def test_the_denominator_is_the_steps(normalize):
+    # The step's gradient is that of the summed loss over 4 x 3 rollouts, or over their tokens.
+    lm, teacher = ours("student", layers=2), Teacher(ours("teacher", seed=5, layers=2))
+    policy = replace(policy_of(lm), eos_token_ids=MANY_ENDS)
+    prompts = four_prompts(lm)
+    batch = batch_of(prompts)
+    draws = uniforms(0, 0, [p.example.id for p in prompts], 3, 5)
+    made = sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws)
+    num_tokens = int(made.completion_mask.sum())
+    assert 12 < num_tokens < 60
+    by = 12 if normalize == "sequence" else num_tokens
+    completions = made.completion_ids, made.completion_mask
+    expected = backward(
+        lm.model, lambda: single_pass(lm, teacher, batch, completions, policy).loss / by
+    )
+    lm.model.zero_grad()
+    trainer = trainer_of(
+        lm,
+        teacher,
+        policy,
+        normalize=normalize,
+        batch_size=4,
+        micro_batch_size=2,
+        num_rollouts=3,
+        prefix=PrefixConfig(recompute="1"),
+    )
+    row, found, _ = stepped(prompts, trainer)
+    worst = gap((row["loss"], found), expected)
+    assert worst.loss < EXACT and worst.gradient < EXACT, worst
+    norm = torch.stack([g.norm() for g in expected[1].values()]).norm()
+    assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-10)
+    assert row["completion_length"] == num_tokens / 12
+    assert row["truncated"] == pytest.approx(float(made.truncated.double().mean()))
+    assert trainer.counter.passes("prompt", sum(map(len, (p.input_ids for p in prompts)))) > 1.0
+
+
+def test_a_teacher_that_is_the_student_leaves_the_weights():
+    lm = ours("student", layers=2)
+    trainer = trainer_of(lm, Teacher(ours("student", layers=2)), batch_size=4, num_rollouts=2)
+    before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    row, found, after = stepped(four_prompts(lm), trainer)
+    assert abs(row["loss"]) < EXACT and row["grad_norm"] < EXACT and found
+    # Adam divides by the gradient's own size; only exact zeros leave the weights.
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_reference_answers_end_with_their_end_token():
+    lm = ours("student", layers=1)
+    prompts = [make_prompt(lm, "a", pairs=1), make_prompt(lm, "b", pairs=1)]
+    words = [torch.tensor([5, 6, END]), torch.tensor([7, END])]
+    prompts = [replace(p, completion_ids=w) for p, w in zip(prompts, words, strict=True)]
+    ids, mask = batch_of(prompts).references(PAD)
+    assert ids.tolist() == [[[5, 6, END]], [[7, END, PAD]]]
+    assert mask.tolist() == [[[True, True, True]], [[True, True, False]]]
+
+
+# One policy for sampler and loss: a student with about 30% of its mass on banned tokens.
+
+
+class SamplerOnlyBans(Trainer):
+    """The mistake: the loss normalises over all tokens, the sampler over the allowed ones."""
+
+    def loss(
+        self, student_hidden: Tensor, token_ids: Tensor, teacher_hidden: Tensor | None
+    ) -> Loss:
+        every = torch.ones_like(self.policy.allowed_columns)
+        free = replace(self, policy=replace(self.policy, allowed_columns=every))
+        return Trainer.loss(free, student_hidden, token_ids, teacher_hidden)
+
+
+def leaky() -> tuple[VideoLM, Teacher, PromptBatch, Policy]:
+    """Short prompts of one frame pair, and a one-layer student that wants to say banned tokens."""
+    lm = ours("student", layers=1)
+    prompts = [make_prompt(lm, n, pairs=1, rows=1, columns=1, text=2) for n in "abcd"]
+    batch, policy = batch_of(prompts), policy_of(lm)
+    hidden = prefill_of(lm, batch).last_hidden.detach().mean(0)
+    with torch.no_grad():
+        lm.head.weight[~policy.allowed_columns] += 3.3 * hidden / hidden.square().sum()
+    return lm, Teacher(ours("teacher", seed=5, layers=1)), batch, policy
+
+
+def draw(lm: VideoLM, batch: PromptBatch, policy: Policy, num_rollouts: int) -> Rollouts:
+    draws = uniforms(9, 0, [p.example.id for p in batch.prompts], num_rollouts, 3)
+    return sample(lm, prefill_of(lm, batch).detach(), policy, 3, draws)
+
+
+@torch.no_grad()
+def banned_mass(lm: VideoLM, batch: PromptBatch, policy: Policy) -> float:
+    """Mean mass of banned tokens before masking, over the tokens of sampled completions."""
+    made = draw(lm, batch, policy, 16)
+    hidden = extend(lm, prefill_of(lm, batch), made.completion_ids)[made.completion_mask]
+    return float(lm.head(hidden).softmax(-1)[:, ~policy.allowed_columns].sum(-1).mean())
+
+
+def test_sampling_estimates_the_gradient_of_reverse_kl():
+    lm, teacher, batch, policy = leaky()
+    assert 0.25 < banned_mass(lm, batch, policy) < 0.4
+    made = draw(lm, batch, policy, 200)
+    assert policy.allowed_columns[made.completion_ids].all()
+    completions = made.completion_ids, made.completion_mask
+
+    def direction(objective: str, policy: Policy) -> Tensor:
+        _, found = backward(
+            lm.model,
+            lambda: single_pass(lm, teacher, batch, completions, policy, objective).loss,
+        )
+        return torch.cat([g.flatten() for g in found.values()])
+
+    exact = direction("reverse_kl", policy)
+    estimate = direction("sampled", policy)
+    assert torch.cosine_similarity(estimate, exact, 0) > 0.95
+    assert abs(float(estimate.norm() / exact.norm()) - 1) < 0.2
+    everything = replace(policy, allowed_columns=torch.ones_like(policy.allowed_columns))
+    assert torch.cosine_similarity(direction("sampled", everything), exact, 0) < 0.8
+
+
+def test_sampled_gradients_of_one_position_average_to_the_exact_one():
+    # Every rollout starts at the same place: 500 draws of the real sampler against the exact gradient.
+    lm, teacher, batch, policy = leaky()
+    made = draw(lm, batch, policy, 500)
+    ids = made.completion_ids[0, :, 0]
+    with torch.no_grad():
+        student = prefill_of(lm, batch).last_hidden[0]
+        other = teacher.prefill(batch).last_hidden[0]
+    hidden = student.repeat(500, 1).requires_grad_()
+    targets = Targets(ids, policy, other.repeat(500, 1), teacher.lm.head.weight)
+    (draws,) = torch.autograd.grad(targets.sampled(hidden, lm.head.weight.detach()).loss, hidden)
+    one = student[None].clone().requires_grad_()
+    exact = replace(targets, token_ids=ids[:1], teacher_hidden=other[None])
+    (truth,) = torch.autograd.grad(exact.reverse_kl(one, lm.head.weight.detach()).loss, one)
+    error = draws.std(0) / 500**0.5
+    assert ((draws.mean(0) - truth[0]).abs() < 4.5 * error).all()
+    assert (truth[0].abs() > 4.5 * error).any()
+
+
+def test_banned_mass_does_not_grow():
+    lm, teacher, batch, policy = leaky()
+    before = banned_mass(lm, batch, policy)
+    trainer = trainer_of(
+        lm, teacher, policy, objective="sampled", batch_size=4, num_rollouts=4, length=3
+    )
+    for step in range(150):
+        trainer.step([batch], step)
+    assert banned_mass(lm, batch, policy) <= before
+
+
+def test_banned_mass_grows_where_only_the_sampler_bans():
+    # The control: it shows that the test above would notice.
+    lm, teacher, batch, policy = leaky()
+    trainer = trainer_of(
+        lm,
+        teacher,
+        policy,
+        kind=SamplerOnlyBans,
+        objective="sampled",
+        batch_size=4,
+        num_rollouts=4,
+        length=3,
+    )
+    for step in range(30):
+        trainer.step([batch], step)
+    assert banned_mass(lm, batch, policy) > 0.7

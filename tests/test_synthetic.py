@@ -1,0 +1,96 @@
+"""The embedded task: drawn as described, imperfect where it says so, truth kept aside."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opd.data import synthetic
+from opd.data.formats import read_examples
+from opd.data.synthetic import FPS, NOVEL_SHAPES, SPLITS, draw_clip, ensure_split, render
+from opd.metrics import tiou
+
+POOL = [draw_clip("train", i) for i in range(1024)]
+HELD_OUT = [draw_clip("eval", i) for i in range(512)]
+
+
+def test_a_clip_is_a_function_of_split_and_index() -> None:
+    assert draw_clip("train", 17) == POOL[17]
+    assert draw_clip("train", 17).shapes != draw_clip("eval", 17).shapes
+    assert len({clip.shapes for clip in POOL + HELD_OUT}) == len(POOL) + len(HELD_OUT)
+
+
+def test_clips_are_as_the_task_says() -> None:
+    for clip in POOL + HELD_OUT:
+        target, *others = clip.shapes
+        assert 1 <= len(others) <= 4
+        alike = [s for s in others if s.colour == target.colour or s.kind == target.kind]
+        assert 1 <= len(alike), "a distractor shares the target's colour or kind"
+        assert len({(s.colour, s.kind) for s in clip.shapes}) == len(clip.shapes)
+        assert f"{target.colour} {target.kind}" in clip.query
+        start, end = clip.truth
+        assert 1.5 <= round(end - start, 6) <= 6.0 and 0 <= start and end <= clip.duration_s
+        assert round(start * 10, 6) % 1 == 0
+        if clip.difficulty == 3:
+            assert any(
+                s.colour == target.colour and min(s.end_s, end) - max(s.start_s, start) >= 1.0
+                for s in others
+            )
+        assert (clip.bar is not None) == (clip.difficulty >= 2)
+    counts = Counter(clip.difficulty for clip in POOL)
+    assert all(count > 250 for count in counts.values()) and set(counts) == {1, 2, 3}
+
+
+def test_the_pools_annotations_are_imperfect_by_the_stated_amounts() -> None:
+    overlaps = np.array([tiou(clip.annotation, clip.truth) for clip in POOL])
+    far = np.array([max(abs(np.subtract(c.annotation, c.truth))) > 2.0 for c in POOL])
+    wrong = (overlaps < 0.3) & far
+    assert 0.16 < wrong.mean() < 0.24
+    errors = np.concatenate([np.subtract(c.annotation, c.truth) for c in np.array(POOL, object)[~far]])
+    assert 0.42 < errors.std() < 0.55
+    assert all(clip.annotation == clip.truth for clip in HELD_OUT)
+
+
+def test_shapes_that_the_teacher_never_saw() -> None:
+    novel = [any(s.kind in NOVEL_SHAPES for s in clip.shapes) for clip in POOL]
+    assert 0.15 < np.mean(novel) < 0.25
+    for name in ("teacher", "student", "eval"):
+        kinds = {s.kind for i in range(300) for s in draw_clip(name, i).shapes}
+        assert kinds == set(synthetic.SHAPES)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_what_is_drawn_is_what_the_truth_says(index: int) -> None:
+    clip = draw_clip("eval", index)
+    frames = render(clip).astype(int)
+    without = render(replace(clip, shapes=clip.shapes[1:])).astype(int)
+    visible = (frames != without).any(axis=(1, 2, 3))
+    times = np.flatnonzero(visible) / FPS
+    assert times[0] == pytest.approx(clip.truth[0])
+    assert times[-1] + 1 / FPS == pytest.approx(clip.truth[1])
+
+
+def test_a_split_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ensure_split(tmp_path, "train", 6)
+    examples = read_examples(path, "timerft", tmp_path)
+    assert [e.id for e in examples] == [f"train-{i:05d}" for i in range(6)]
+    assert [e.spans[0] for e in examples] == [clip.annotation for clip in POOL[:6]]
+    assert all(e.video.is_file() and e.duration_s == 12.0 for e in examples)
+    truths = [json.loads(x) for x in (tmp_path / "truth" / "train-6.jsonl").read_text().splitlines()]
+    assert [tuple(t["truth"]) for t in truths] == [clip.truth for clip in POOL[:6]]
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr(synthetic, "write_video", None)
+    assert ensure_split(tmp_path, "train", 6).stat().st_mtime_ns == before, "written once"
+
+
+def test_an_unknown_split_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown synthetic split 'test'"):
+        ensure_split(tmp_path, "test")
+
+
+def test_the_splits_have_disjoint_seeds() -> None:
+    seeds = [split.seed for split in SPLITS.values()]
+    assert len(set(seeds)) == len(seeds)
