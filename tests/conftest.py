@@ -32,7 +32,8 @@ def _rotate_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 @pytest.fixture
 def exact_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock RMSNorm and vision rotary go through fp32; here they stay in fp64, so that 1e-12 can be asked."""
+    """Stock RMSNorm and vision rotary go through fp32; here they stay in fp64, so that 1e-12 can be
+    asked."""
     for module, norms in (
         (modeling_qwen3_vl, ["Qwen3VLTextRMSNorm"]),
         (modeling_qwen2_5_vl, ["Qwen2_5_VLRMSNorm"]),

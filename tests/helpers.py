@@ -1,4 +1,5 @@
-"""What the tests of the step share: synthetic prompts, fp64 models, and the stock forward to compare with."""
+"""What the tests of the step share: synthetic prompts, fp64 models, and the stock forward to
+compare with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def make_prompt(
     text: int = 5,
     seconds_per_pair: float = 0.7,
 ) -> Prompt:
-    """A prompt laid out as its family's processor does, with random words and pixels that follow from `name`.
+    """A prompt laid out as its family's processor does, with random words and pixels that follow
+    from `name`.
 
     `rows` and `columns` count vision tokens; Qwen3-VL writes a time stamp before each frame pair.
     """
@@ -167,7 +169,8 @@ def single_pass(
     objective: str = "reverse_kl",
     recompute: str = "none",
 ) -> Loss:
-    """The step's forward on given completions: each prompt once, then the completions' tokens only."""
+    """The step's forward on given completions: each prompt once, then the completions' tokens
+    only."""
     ids, mask = completions
     teacher_hidden = teacher_lm_head = None
     if teacher is not None:
@@ -179,7 +182,8 @@ def single_pass(
 
 
 def stock_hidden(model: Any, prompt: Prompt, completion: Tensor) -> Tensor:
-    """`[T, H]`: the stock model's hidden states that predict each completion token, one unpadded sequence."""
+    """`[T, H]`: the stock model's hidden states that predict each completion token, one unpadded
+    sequence."""
     steps = len(completion) - 1
     ids = torch.cat([prompt.input_ids, completion[:-1]])
     after = prompt.next_position + torch.arange(steps)
@@ -207,7 +211,8 @@ def stock_loss(
     policy: Policy,
     objective: str = "reverse_kl",
 ) -> Tensor:
-    """The loss by its definition: a plain full-sequence forward of every rollout by stock models."""
+    """The loss by its definition: a plain full-sequence forward of every rollout by stock
+    models."""
     columns = policy.allowed_columns.long().cumsum(0) - 1
     total = torch.zeros((), dtype=torch.float64)
     for prompt, rows, masks in zip(prompts, *completions, strict=True):
@@ -256,7 +261,8 @@ class Gap:
 def gap(
     found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]
 ) -> Gap:
-    """Compare losses and every gradient; the same parameters must have one, and none may be all zero."""
+    """Compare losses and every gradient; the same parameters must have one, and none may be all
+    zero."""
     assert found[1].keys() == expected[1].keys()
     sizes = {n: (g - expected[1][n]).abs().max() / expected[1][n].abs().max() for n, g in found[1].items()}
     assert all(size.isfinite() for size in sizes.values()), sizes

@@ -119,7 +119,8 @@ def test_vision_attention_equals_the_stock_module(family, lengths):
 
 
 def grids(family: str) -> list[tuple[int, int, int]]:
-    """Videos of unequal size, in patches; in Qwen2.5-VL 6 x 10 patches make windows of 16, 8 and 4."""
+    """Videos of unequal size, in patches; in Qwen2.5-VL 6 x 10 patches make windows of 16, 8 and
+    4."""
     return [(2, 4, 4), (1, 6, 10)] if family == "qwen2_5_vl" else [(2, 4, 4), (3, 2, 6)]
 
 

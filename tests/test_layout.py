@@ -1,4 +1,5 @@
-"""The tree: imports go one way, `kernels/` is no package, the wheel holds what it should, every YAML loads."""
+"""The tree: imports go one way, `kernels/` is no package, the wheel holds what it should, every
+YAML loads."""
 
 import ast
 import subprocess
@@ -56,8 +57,8 @@ def test_the_kernel_library_imports_nothing_of_ours() -> None:
 
 
 def test_kernels_is_not_a_package() -> None:
-    # transformers looks for an installed package `kernels` (the hub's kernel loader); importable from the working
-    # directory, ours would be taken for it and every model class would fail to import.
+    # transformers looks for an installed package `kernels` (the hub's loader); importable from
+    # the working directory, ours would be taken for it and no model class would import.
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -68,7 +69,15 @@ def test_no_file_holds_two_ideas() -> None:
 
 
 def test_the_wheel_holds_the_two_packages_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
     subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

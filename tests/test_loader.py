@@ -44,7 +44,8 @@ def test_digits_are_single_tokens(prompts: Prompts) -> None:
 
 def test_frames_are_the_decoded_ones(prompts: Prompts) -> None:
     decoded = prompts.frames(1)
-    pixels = prompts[1].pixel_values  # [time, block row, block column, row, column, channel, 2, 16, 16] flattened
+    pixels = prompts[1].pixel_values
+    # Flattened from [time, block row, block column, row, column, channel, frame of pair, 16, 16].
     first = pixels.view(24, 2, 2, 2, 2, 3, 2, 16, 16).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
     rebuilt = first.reshape(48, 3, 64, 64) * 127.5 + 127.5
     assert (rebuilt - decoded.frames.float()).abs().max() < 1e-3
@@ -91,7 +92,7 @@ def test_a_broken_video_names_itself(prompts: Prompts, lm: VideoLM, tmp_path: Pa
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     examples = [dataclasses.replace(prompts.examples[0], video=broken)]
-    with pytest.raises(DataError, match="broken.mp4"):
+    with pytest.raises(DataError, match=r"broken\.mp4"):
         list(batches(Prompts(examples, prompts.config, processor(), lm), [[0]]))
 
 

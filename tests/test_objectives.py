@@ -1,4 +1,5 @@
-"""Objectives: what they compute, one policy for sampler and loss, and one denominator for a step."""
+"""Objectives: what they compute, one policy for sampler and loss, and one denominator for a
+step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,7 +44,8 @@ F64 = torch.float64
 
 
 def small(num_rows: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Policy]:
-    """Student and teacher of different width over seven tokens, two of them banned, temperature 1.7."""
+    """Student and teacher of different width over seven tokens, two of them banned, temperature
+    1.7."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -86,7 +88,7 @@ def test_expected_gradient_of_sampled_is_that_of_reverse_kl():
         assert relative(found, expected) < 1e-10
     # E[-A] is the KL itself, so that descending the sampled loss descends the KL.
     assert relative(expected_loss, out.loss.detach()) < 1e-10
-    assert float(out.loss) > 0.1
+    assert out.loss > 0.1
 
 
 def test_reverse_kl_descends():
@@ -219,17 +221,19 @@ def test_micro_batches_change_nothing(normalize, objective):
     for size in (None, 1, 2):
         lm = ours("student", layers=2)
         policy = replace(policy_of(lm), eos_token_ids=MANY_ENDS)
-        method = {"method": "sft"} if objective == "sft" else {"objective": objective, "num_rollouts": 3}
+        method = {"objective": objective, "num_rollouts": 3}
+        if objective == "sft":
+            method = {"method": "sft"}
         trainer = trainer_of(
             lm, teacher, policy, normalize=normalize, batch_size=4, micro_batch_size=size, **method
         )
         results.append(stepped(four_prompts(lm), trainer))
     row, grads, weights = results[0]
     assert row["loss"] != 0 and row["grad_norm"] > 0
-    assert row["completion_length"] != int(row["completion_length"]) or objective == "sft"
+    lengths = row["completion_length"]
+    assert 1 < lengths < 5 or objective == "sft"
     for other, its_grads, its_weights in results[1:]:
-        for key, value in row.items():
-            assert other[key] == pytest.approx(value, rel=1e-10), key
+        assert other == pytest.approx(row, rel=1e-10)
         worst = gap((other["loss"], its_grads), (row["loss"], grads))
         assert worst.loss < EXACT and worst.gradient < EXACT, worst
         # AdamW's first step is lr times the sign where a gradient is not tiny.
@@ -309,17 +313,6 @@ class SamplerOnlyBans(Trainer):
         return Trainer.loss(free, student_hidden, token_ids, teacher_hidden)
 
 
-def leaky() -> tuple[VideoLM, Teacher, PromptBatch, Policy]:
-    """Short prompts of one frame pair, and a one-layer student that wants to say banned tokens."""
-    lm = ours("student", layers=1)
-    prompts = [make_prompt(lm, n, pairs=1, rows=1, columns=1, text=2) for n in "abcd"]
-    batch, policy = batch_of(prompts), policy_of(lm)
-    hidden = prefill_of(lm, batch).last_hidden.detach().mean(0)
-    with torch.no_grad():
-        lm.head.weight[~policy.allowed_columns] += 3.3 * hidden / hidden.square().sum()
-    return lm, Teacher(ours("teacher", seed=5, layers=1)), batch, policy
-
-
 def draw(lm: VideoLM, batch: PromptBatch, policy: Policy, num_rollouts: int) -> Rollouts:
     draws = uniforms(9, 0, [p.example.id for p in batch.prompts], num_rollouts, 3)
     return sample(lm, prefill_of(lm, batch).detach(), policy, 3, draws)
@@ -333,9 +326,33 @@ def banned_mass(lm: VideoLM, batch: PromptBatch, policy: Policy) -> float:
     return float(lm.head(hidden).softmax(-1)[:, ~policy.allowed_columns].sum(-1).mean())
 
 
+@torch.no_grad()
+def leaky() -> tuple[VideoLM, Teacher, PromptBatch, Policy]:
+    """A one-layer student that puts 30% of its mass on banned tokens, and short prompts.
+
+    The teacher is the student with noise, so that it says much the same about allowed tokens.
+    """
+    lm, other = ours("student", layers=1), ours("student", layers=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in other.model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=F64)
+        parameter.add_(0.1 * parameter.std() * noise)
+    prompts = [make_prompt(lm, n, pairs=1, rows=1, columns=1, text=2) for n in "abcd"]
+    batch, policy = batch_of(prompts), policy_of(lm)
+    direction = prefill_of(lm, batch).last_hidden.mean(0)
+    low, high = -10.0, 30.0
+    start = lm.head.weight.clone()
+    for _ in range(12):
+        middle = (low + high) / 2
+        lm.head.weight.copy_(start)
+        lm.head.weight[~policy.allowed_columns] += middle * direction / direction.square().sum()
+        low, high = (low, middle) if banned_mass(lm, batch, policy) > 0.3 else (middle, high)
+    return lm, Teacher(other), batch, policy
+
+
 def test_sampling_estimates_the_gradient_of_reverse_kl():
     lm, teacher, batch, policy = leaky()
-    assert 0.25 < banned_mass(lm, batch, policy) < 0.4
+    assert 0.28 < banned_mass(lm, batch, policy) < 0.32
     made = draw(lm, batch, policy, 200)
     assert policy.allowed_columns[made.completion_ids].all()
     completions = made.completion_ids, made.completion_mask
@@ -350,9 +367,10 @@ def test_sampling_estimates_the_gradient_of_reverse_kl():
     exact = direction("reverse_kl", policy)
     estimate = direction("sampled", policy)
     assert torch.cosine_similarity(estimate, exact, 0) > 0.95
-    assert abs(float(estimate.norm() / exact.norm()) - 1) < 0.2
+    assert abs(float(estimate @ exact / exact.square().sum()) - 1) < 0.15
+    # The control: banning in the sampler only is another direction.
     everything = replace(policy, allowed_columns=torch.ones_like(policy.allowed_columns))
-    assert torch.cosine_similarity(direction("sampled", everything), exact, 0) < 0.8
+    assert torch.cosine_similarity(direction("sampled", everything), exact, 0) < 0.9
 
 
 def test_sampled_gradients_of_one_position_average_to_the_exact_one():

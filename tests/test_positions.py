@@ -1,4 +1,5 @@
-"""Position ids: written out by hand for both families, and against the stock rule where that is right."""
+"""Position ids: written out by hand for both families, and against the stock rule where that is
+right."""
 
 import pytest
 import torch

@@ -28,11 +28,11 @@ def test_clips_are_as_the_task_says() -> None:
         target, *others = clip.shapes
         assert 1 <= len(others) <= 4
         alike = [s for s in others if s.colour == target.colour or s.kind == target.kind]
-        assert 1 <= len(alike), "a distractor shares the target's colour or kind"
+        assert len(alike) >= 1, "a distractor shares the target's colour or kind"
         assert len({(s.colour, s.kind) for s in clip.shapes}) == len(clip.shapes)
         assert f"{target.colour} {target.kind}" in clip.query
         start, end = clip.truth
-        assert 1.5 <= round(end - start, 6) <= 6.0 and 0 <= start and end <= clip.duration_s
+        assert 1.5 <= round(end - start, 6) <= 6.0 and start >= 0 and end <= clip.duration_s
         assert round(start * 10, 6) % 1 == 0
         if clip.difficulty == 3:
             assert any(
@@ -49,7 +49,9 @@ def test_the_pools_annotations_are_imperfect_by_the_stated_amounts() -> None:
     far = np.array([max(abs(np.subtract(c.annotation, c.truth))) > 2.0 for c in POOL])
     wrong = (overlaps < 0.3) & far
     assert 0.16 < wrong.mean() < 0.24
-    errors = np.concatenate([np.subtract(c.annotation, c.truth) for c in np.array(POOL, object)[~far]])
+    errors = np.concatenate(
+        [np.subtract(c.annotation, c.truth) for c in np.array(POOL, object)[~far]]
+    )
     assert 0.42 < errors.std() < 0.55
     assert all(clip.annotation == clip.truth for clip in HELD_OUT)
 
@@ -79,7 +81,9 @@ def test_a_split_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [e.id for e in examples] == [f"train-{i:05d}" for i in range(6)]
     assert [e.spans[0] for e in examples] == [clip.annotation for clip in POOL[:6]]
     assert all(e.video.is_file() and e.duration_s == 12.0 for e in examples)
-    truths = [json.loads(x) for x in (tmp_path / "truth" / "train-6.jsonl").read_text().splitlines()]
+    truths = [
+        json.loads(x) for x in (tmp_path / "truth" / "train-6.jsonl").read_text().splitlines()
+    ]
     assert [tuple(t["truth"]) for t in truths] == [clip.truth for clip in POOL[:6]]
     before = path.stat().st_mtime_ns
     monkeypatch.setattr(synthetic, "write_video", None)

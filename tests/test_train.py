@@ -1,4 +1,5 @@
-"""The main job, end to end and short: a real run on the embedded task, its folder, its numbers, its repeatability."""
+"""The main job, end to end and short: a real run on the embedded task, its folder, its numbers, its
+repeatability."""
 
 import json
 import math
@@ -52,7 +53,13 @@ def default(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_the_run_folder_holds_what_scripts_read(default: tuple[Path, dict[str, Any]]) -> None:
     run_dir, summary = default
-    for name in ("config.yaml", "metrics.jsonl", "curve.png", "summary.json", "student/config.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "curve.png",
+        "summary.json",
+        "student/config.json",
+    ):
         assert (run_dir / name).stat().st_size > 0
     assert list((run_dir / "tensorboard").glob("events*"))
     assert json.loads((run_dir / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -145,7 +152,13 @@ def test_the_other_objectives_run(arguments: tuple[str, ...], videos: Path, tmp_
 
 
 def test_sft_lowers_the_loss(videos: Path, tmp_path: Path) -> None:
-    arguments = ("method=sft", "steps=8", "data.limit_train=4", "optim.lr=3e-3", "eval.before=false")
+    arguments = (
+        "method=sft",
+        "steps=8",
+        "data.limit_train=4",
+        "optim.lr=3e-3",
+        "eval.before=false",
+    )
     run(videos, tmp_path / "run", *arguments)
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
