@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.conventional import conventional_step
 from opd.config import Config, load_config
 from opd.data.loader import PromptBatch, Prompts, collate, load_examples
+from opd.engine import reuse_freed_memory
 from opd.ledger import Ledger
 from opd.models.load import load_model, load_processor
 from opd.rollout import Policy
@@ -30,6 +31,7 @@ def make_trainer(config: Config, examples: int = 16) -> tuple[Trainer, PromptBat
     """The default run's trainer, and its first batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = {"dtype": torch.float32, "device": device}
+    reuse_freed_memory()
     processor = load_processor(config.model.student)
     student = load_model(config.model.student, **place)
     teacher = Teacher(load_model(config.model.teacher, **place))

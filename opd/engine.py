@@ -1,6 +1,7 @@
 """The engine: who holds the weights, accumulates gradients and steps. Here plain torch on one
 device."""
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -25,6 +26,20 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
 
     return factor
+
+
+def reuse_freed_memory() -> None:
+    """Keep freed blocks inside the process where the C library is glibc; elsewhere do nothing.
+
+    By default it gives every large block back to the system, and each step pays the page faults for
+    the same activations again: a fifth of a CPU step.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**30)
+        mallopt(top_pad, 2**26)
 
 
 class TorchEngine:

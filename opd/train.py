@@ -30,7 +30,7 @@ from opd import report
 from opd.config import Config, ConfigError, fail, load_config, to_yaml
 from opd.data.examples import DataError
 from opd.data.loader import PromptBatch, Prompts, batches, load_examples, schedule
-from opd.engine import TorchEngine
+from opd.engine import TorchEngine, reuse_freed_memory
 from opd.evaluate import Evaluation, evaluate
 from opd.ledger import Ledger
 from opd.models.load import ModelError, VideoLM, load_model, load_processor
@@ -176,6 +176,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    reuse_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.model.dtype
     if dtype == "auto":

@@ -161,7 +161,9 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
             else:
                 candidate = (str(rng.choice(list(COLOURS))), str(rng.choice(kinds)))
             span = _span(rng, split)
-            if candidate not in look and (not neighbour or _overlap(span, truth) >= min(1.0, split.spans_s[0])):
+            if candidate not in look and (
+                not neighbour or _overlap(span, truth) >= min(1.0, split.spans_s[0])
+            ):
                 break
         look.append(candidate)
         spans.append(span)

@@ -62,7 +62,7 @@ SIZES = {
     "student": (96, 6, 256, 3, 1, 48, 2),
 }
 INIT_STD = 0.08  # about 1 / sqrt(width): the usual 0.02 starts so small a model too quietly
-# Normalised queries and keys of 32 dimensions score 5.7 at most: too little to single out one of 300 tokens.
+# Normalised queries and keys of 32 dimensions score at most 5.7: too little to pick 1 of 300 keys.
 QK_NORM = 2.0
 VOCABULARY = 384  # rows of the embedding; more than the tokenizer has, as in Qwen's checkpoints
 
@@ -125,9 +125,7 @@ def _ids() -> dict[str, Any]:
     return {key: tokenizer().convert_tokens_to_ids(token) for key, token in names.items()}
 
 
-def build(
-    size: str, seed: int, family: str = "qwen3_vl"
-) -> Qwen3VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration:
+def build(size: str, seed: int, family: str = "qwen3_vl") -> Any:
     """A random model of a named size in fp32; the same seed gives the same weights.
 
     Raises ValueError for an unknown size or family.
