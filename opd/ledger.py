@@ -1,4 +1,4 @@
-"""The ledger: device seconds and wall seconds of every phase of a run."""
+"""The ledger: device seconds of every phase of a run."""
 
 import time
 from collections.abc import Iterator
@@ -34,18 +34,15 @@ class Ledger:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.wall: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._device: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._start = self._mark()
-
-    def _mark(self) -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
+        self._clock = time.perf_counter if self.on_gpu else time.process_time
+        self._start = self._clock()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge what runs inside to a phase; phases do not nest."""
-        wall, cpu = self._mark()
+        begun = time.process_time()
         events = None
         if self.on_gpu:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -53,10 +50,8 @@ class Ledger:
         try:
             yield
         finally:
-            now_wall, now_cpu = self._mark()
-            self.wall[name] += now_wall - wall
             if events is None:
-                self._device[name] += now_cpu - cpu
+                self._device[name] += time.process_time() - begun
             else:
                 events[1].record()
                 self._events.append((name, *events))
@@ -68,9 +63,8 @@ class Ledger:
             for name, start, end in self._events:
                 self._device[name] += start.elapsed_time(end) / 1000
             self._events.clear()
-        wall, cpu = (now - then for now, then in zip(self._mark(), self._start, strict=True))
-        busy = sum(v for k, v in self._device.items() if k != "idle")
-        return self._device | {"idle": max(0.0, (wall if self.on_gpu else cpu) - busy)}
+        busy = sum(seconds for name, seconds in self._device.items() if name != "idle")
+        return self._device | {"idle": max(0.0, self._clock() - self._start - busy)}
 
     def device_hours(self) -> dict[str, float]:
         """`total` and one entry a phase."""

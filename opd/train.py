@@ -14,6 +14,7 @@ They are not part of the method.
 """
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from opd import report
 from opd.config import Config, ConfigError, fail, load_config, to_yaml
@@ -177,6 +179,9 @@ def train(config: Config) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     reuse_freed_memory()
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.model.dtype
     if dtype == "auto":

@@ -32,12 +32,10 @@ def _rotate_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 @pytest.fixture
 def exact_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock RMSNorm and vision rotary go through fp32; here they stay in fp64, so that 1e-12 can be
-    asked."""
-    for module, norms in (
-        (modeling_qwen3_vl, ["Qwen3VLTextRMSNorm"]),
-        (modeling_qwen2_5_vl, ["Qwen2_5_VLRMSNorm"]),
+    """Stock norms and vision rotary go through fp32; here they stay in fp64, for 1e-12."""
+    for module, norm in (
+        (modeling_qwen3_vl, modeling_qwen3_vl.Qwen3VLTextRMSNorm),
+        (modeling_qwen2_5_vl, modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm),
     ):
-        for name in norms:
-            monkeypatch.setattr(getattr(module, name), "forward", _rms_norm)
+        monkeypatch.setattr(norm, "forward", _rms_norm)
         monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", _rotate_vision)

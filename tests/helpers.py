@@ -1,5 +1,4 @@
-"""What the tests of the step share: synthetic prompts, fp64 models, and the stock forward to
-compare with."""
+"""What the tests of the step share: synthetic prompts, fp64 models, the stock forward as truth."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,8 +73,7 @@ def make_prompt(
     text: int = 5,
     seconds_per_pair: float = 0.7,
 ) -> Prompt:
-    """A prompt laid out as its family's processor does, with random words and pixels that follow
-    from `name`.
+    """A prompt laid out as its family's processor does; words and pixels follow from `name`.
 
     `rows` and `columns` count vision tokens; Qwen3-VL writes a time stamp before each frame pair.
     """
@@ -169,8 +167,7 @@ def single_pass(
     objective: str = "reverse_kl",
     recompute: str = "none",
 ) -> Loss:
-    """The step's forward on given completions: each prompt once, then the completions' tokens
-    only."""
+    """The step's forward on given completions: each prompt once, then only the completions."""
     ids, mask = completions
     teacher_hidden = teacher_lm_head = None
     if teacher is not None:
@@ -211,8 +208,7 @@ def stock_loss(
     policy: Policy,
     objective: str = "reverse_kl",
 ) -> Tensor:
-    """The loss by its definition: a plain full-sequence forward of every rollout by stock
-    models."""
+    """The loss by definition: a plain full-sequence forward of every rollout by stock models."""
     columns = policy.allowed_columns.long().cumsum(0) - 1
     total = torch.zeros((), dtype=torch.float64)
     for prompt, rows, masks in zip(prompts, *completions, strict=True):
@@ -258,13 +254,13 @@ class Gap:
     worst: str
 
 
-def gap(
-    found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]
-) -> Gap:
-    """Compare losses and every gradient; the same parameters must have one, and none may be all
-    zero."""
+def gap(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> Gap:
+    """Compare losses and every gradient; both have the same ones, and none is all zero."""
     assert found[1].keys() == expected[1].keys()
-    sizes = {n: (g - expected[1][n]).abs().max() / expected[1][n].abs().max() for n, g in found[1].items()}
+    sizes = {
+        n: (g - expected[1][n]).abs().max() / expected[1][n].abs().max()
+        for n, g in found[1].items()
+    }
     assert all(size.isfinite() for size in sizes.values()), sizes
     worst = max(sizes, key=lambda name: float(sizes[name]))
     return Gap(abs(found[0] - expected[0]) / abs(expected[0]), float(sizes[worst]), worst)

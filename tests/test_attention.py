@@ -19,7 +19,11 @@ def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         scores = query[:, head] @ key[:, head // groups].transpose(1, 2) * scale
         if mask is not None:
             low = torch.full_like(scores, -torch.inf)
-            scores = torch.where(mask[:, 0], scores, low) if mask.dtype == torch.bool else scores + mask[:, 0]
+            scores = (
+                torch.where(mask[:, 0], scores, low)
+                if mask.dtype == torch.bool
+                else scores + mask[:, 0]
+            )
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         heads.append(weights / weights.sum(-1, keepdim=True) @ value[:, head // groups])
     return torch.stack(heads, 2)
@@ -36,7 +40,9 @@ def inputs(length: int, keys: int, heads: int, kv_heads: int) -> tuple[list[Tens
     return [x.requires_grad_() for x in leaves], randn(heads, length).transpose(1, 2)
 
 
-def check(leaves: list[Tensor], cotangent: Tensor, mask: Tensor | None, expected_mask: Tensor | None) -> None:
+def check(
+    leaves: list[Tensor], cotangent: Tensor, mask: Tensor | None, expected_mask: Tensor | None
+) -> None:
     found, weights = attend(nn.Module(), *leaves, mask, scaling=0.7)
     expected = naive(*leaves, expected_mask, 0.7)
     assert weights is None
@@ -114,13 +120,12 @@ def test_vision_attention_equals_the_stock_module(family, lengths):
         torch.autograd.grad(expected, leaves, cotangent),
         strict=True,
     ):
-        # A segment of one token gives query and key no gradient, up to rounding: not relative there.
+        # In a segment of one token queries and keys get no gradient: nothing to be relative to.
         assert float((grad - truth).abs().max()) < WITHIN * max(1.0, float(truth.abs().max()))
 
 
 def grids(family: str) -> list[tuple[int, int, int]]:
-    """Videos of unequal size, in patches; in Qwen2.5-VL 6 x 10 patches make windows of 16, 8 and
-    4."""
+    """Videos of unequal size, in patches; Qwen2.5-VL cuts 6 x 10 into windows of 16, 8 and 4."""
     return [(2, 4, 4), (1, 6, 10)] if family == "qwen2_5_vl" else [(2, 4, 4), (3, 2, 6)]
 
 

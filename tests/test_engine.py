@@ -1,5 +1,4 @@
-"""The engine: the rate by hand, fp32 masters and accumulation under bf16, scale before clip,
-decay."""
+"""The engine: the rate by hand, fp32 masters and accumulation, scale before clip, decay."""
 
 import math
 
@@ -78,7 +77,7 @@ class Weights(nn.Module):
 
 
 def test_one_adamw_step_by_hand():
-    # Bias-corrected, the first step is lr g / (|g| + 1e-8); decay multiplies by 1 - lr x 0.5 before.
+    # Bias-corrected, the first step is lr g / (|g| + 1e-8); before it, decay multiplies by 0.95.
     module = Weights(w=[[2.0, -3.0]])
     engine = engine_of(module, weight_decay=0.5)
     engine.backward(module.loss(w=[[0.25, -4.0]]))

@@ -1,5 +1,4 @@
-"""Objectives: what they compute, one policy for sampler and loss, and one denominator for a
-step."""
+"""Objectives: what they compute, one policy for sampler and loss, one denominator for a step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,8 +43,7 @@ F64 = torch.float64
 
 
 def small(num_rows: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Policy]:
-    """Student and teacher of different width over seven tokens, two of them banned, temperature
-    1.7."""
+    """Student and teacher of different width over seven tokens, two banned, temperature 1.7."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -68,12 +66,10 @@ def test_expected_gradient_of_sampled_is_that_of_reverse_kl():
         probs = logits.softmax(-1)
     expected_gradient = [torch.zeros_like(leaf) for leaf in leaves]
     expected_loss = torch.zeros((), dtype=F64)
-    # Rows are independent: their losses add up, so enumerate each row's token with the others fixed.
+    # Rows are independent and their losses add up, so each is enumerated by itself.
     for row in range(len(hidden)):
         for token in tokens:
-            targets = Targets(
-                torch.tensor([token]), policy, teacher_hidden[[row]], teacher_head
-            )
+            targets = Targets(torch.tensor([token]), policy, teacher_hidden[[row]], teacher_head)
             loss = targets.sampled(hidden[[row]], head).loss
             expected_loss += probs[row, token] * loss.detach()
             for total, grad in zip(
@@ -92,7 +88,7 @@ def test_expected_gradient_of_sampled_is_that_of_reverse_kl():
 
 
 def test_reverse_kl_descends():
-    # The sign, without any formula: a small step against the gradient lowers KL(student || teacher).
+    # The sign, without a formula: a small step against the gradient lowers the loss.
     hidden, head, teacher_hidden, teacher_head, policy = small()
     targets = Targets(torch.zeros(3, dtype=torch.long), policy, teacher_hidden, teacher_head)
     before = targets.reverse_kl(hidden, head).loss
@@ -161,9 +157,10 @@ def test_a_teacher_that_is_the_student_teaches_nothing(family, objective):
     assert abs(value) < EXACT and made[0].token_kl.abs().max() < EXACT
     assert len(found) > 20 and max(float(g.abs().max()) for g in found.values()) < EXACT
     other = Teacher(ours("student", family, seed=1))
-    assert float(
-        single_pass(lm, other, batch, random_completions(3, 2), policy_of(lm)).loss.detach()
-    ) > 1
+    assert (
+        float(single_pass(lm, other, batch, random_completions(3, 2), policy_of(lm)).loss.detach())
+        > 1
+    )
 
 
 # A step of the trainer.
@@ -182,9 +179,7 @@ def trainer_of(
 ) -> Trainer:
     config = Config(
         steps=150,
-        optim=OptimConfig(
-            lr=lr, schedule="constant", warmup=0.05, max_grad_norm=max_grad_norm
-        ),
+        optim=OptimConfig(lr=lr, schedule="constant", warmup=0.05, max_grad_norm=max_grad_norm),
         sample=SampleConfig(max_completion_length=length),
         **options,
     )
@@ -347,7 +342,7 @@ def leaky() -> tuple[VideoLM, PromptBatch, Policy]:
 
 @torch.no_grad()
 def near(lm: VideoLM) -> Teacher:
-    """A teacher that says much the same about allowed tokens: the student's own start, with noise."""
+    """A teacher that says much the same: the student, with noise."""
     other = ours("student", layers=1)
     generator = torch.Generator().manual_seed(0)
     for mine, its in zip(other.model.parameters(), lm.model.parameters(), strict=True):
@@ -377,7 +372,7 @@ def test_sampling_estimates_the_gradient_of_reverse_kl():
 
 
 def test_sampled_gradients_of_one_position_average_to_the_exact_one():
-    # Every rollout starts at the same place: 500 draws of the real sampler against the exact gradient.
+    # Every rollout starts at one place: 500 draws of the real sampler, and the exact gradient.
     lm, batch, policy = leaky()
     teacher = near(lm)
     made = draw(lm, batch, policy, 500)
@@ -397,7 +392,7 @@ def test_sampled_gradients_of_one_position_average_to_the_exact_one():
 
 
 def train_leaky(kind: type[Trainer], steps: int) -> float:
-    """Banned mass after `sampled` training towards a teacher that shares nothing with the student."""
+    """Banned mass after `sampled` training towards a teacher unlike the student."""
     lm, batch, policy = leaky()
     trainer = trainer_of(
         lm,

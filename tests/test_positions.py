@@ -1,5 +1,4 @@
-"""Position ids: written out by hand for both families, and against the stock rule where that is
-right."""
+"""Position ids: by hand for both families, and against the stock rule where that is right."""
 
 import pytest
 import torch
@@ -46,14 +45,18 @@ def test_qwen2_5_vl_by_hand():
 
 
 def test_qwen2_5_vl_fractions_of_a_position_are_kept_until_the_floor():
-    # 1.4 positions a pair: 0, 1.4, 2.8, 4.2, 5.6 -> 0, 1, 2, 4, 5, not multiples of a rounded step.
+    # 1.4 positions a pair: 0, 1.4, 2.8, 4.2, 5.6 -> 0, 1, 2, 4, 5: no multiple of a rounded step.
     positions, following = qwen2_5_vl_positions(ids(1, 5, 1), VIDEO, (5, 1, 1), 1.4)
-    assert positions.tolist() == [[0, 1, 2, 3, 5, 6, 7], [0, 1, 1, 1, 1, 1, 7], [0, 1, 1, 1, 1, 1, 7]]
+    assert positions.tolist() == [
+        [0, 1, 2, 3, 5, 6, 7],
+        [0, 1, 1, 1, 1, 1, 7],
+        [0, 1, 1, 1, 1, 1, 7],
+    ]
     assert following == 8
 
 
 def test_qwen2_5_vl_less_than_a_position_a_pair():
-    # 0.4 positions a pair: 0, 0.4, 0.8, 1.2 -> 0, 0, 0, 1; a step cut to an integer would be 0 for all.
+    # 0.4 positions a pair: 0, 0.4, 0.8, 1.2 -> 0, 0, 0, 1; a step cut to an integer would be 0.
     positions, following = qwen2_5_vl_positions(ids(1, 4, 1), VIDEO, (4, 1, 1), 0.4)
     assert positions[0].tolist() == [0, 1, 1, 1, 2, 3]
     assert following == 4
@@ -84,7 +87,9 @@ def test_the_model_tells_grid_and_time_scale():
 @pytest.mark.parametrize("rows, columns", [(2, 2), (1, 3), (4, 2)])
 def test_qwen3_vl_equals_the_stock_rule(rows, columns):
     model = stock("student", layers=1)
-    prompt = make_prompt(ours("student", layers=1), "p", pairs=3, rows=rows, columns=columns, text=4)
+    prompt = make_prompt(
+        ours("student", layers=1), "p", pairs=3, rows=rows, columns=columns, text=4
+    )
     expected, delta = model.model.get_rope_index(
         prompt.input_ids[None],
         mm_token_type_ids=2 * (prompt.input_ids == model.config.video_token_id)[None].int(),

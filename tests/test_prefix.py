@@ -1,5 +1,4 @@
-"""The single pass: its loss and every gradient are those of the plain full-sequence forward, and it
-costs what it says."""
+"""The single pass: loss and every gradient are those of the full forward, at the cost it claims."""
 
 from dataclasses import replace
 
@@ -51,8 +50,7 @@ def compare(
     trainable: str = "language",
     temperature: float = 1.0,
 ) -> Gap:
-    """A whole step (prefill, sample, extend, loss, backward) against stock models on what it
-    sampled."""
+    """A step (prefill, sample, extend, loss, backward) against stock models on what it sampled."""
     lm, model = (make("student", family, trainable=trainable) for make in (ours, stock))
     teacher = Teacher(ours("teacher", family, seed=5))
     stock_teacher = stock("teacher", family, seed=5).requires_grad_(False)
@@ -210,8 +208,7 @@ def test_a_prompt_is_forwarded_once(recompute):
 
 
 def kept_by_graph(lm: VideoLM, forward) -> tuple[int, Tensor]:
-    """Bytes of distinct storages that a forward saves for its backward, weights aside; and its
-    result."""
+    """Bytes of distinct storages saved for backward, weights aside; and the result."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, Tensor] = {}
 

@@ -10,9 +10,10 @@ levels:
     3  neighbour    and a shape of the target's colour is visible beside it at an overlapping time
 
 Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
-span, the others are jittered) and, in a fifth of its clips, shapes that `teacher` never shows;
-`eval` is held out and clean; `teacher` (clean) and `student` (jittered) are what the two shipped
-models were made from.
+span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
+`eval` is held out and clean. The shipped models were made from the others: `short`, clips of 4 s in
+which a model learns from nothing what it is asked, then `mixed` (half the clips show the target
+alone) and `teacher` for the teacher, `student` (jittered labels) for the student.
 """
 
 import json
@@ -63,7 +64,8 @@ SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=512),
     "short": Split(seed=5, clips=4096, solo=0.5, duration_s=4.0, spans_s=(0.5, 3.0)),
-    "teacher": Split(seed=3, clips=8192, solo=0.5),
+    "mixed": Split(seed=3, clips=8192, solo=0.5),
+    "teacher": Split(seed=6, clips=6144),
     "student": Split(seed=4, clips=2048, jitter_s=0.5, solo=0.5),
 }
 
