@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from opd.data import synthetic
+from opd.data.clips import FPS, render
 from opd.data.formats import read_examples
-from opd.data.synthetic import FPS, NOVEL_SHAPES, SPLITS, draw_clip, ensure_split, render
+from opd.data.synthetic import NOVEL_SHAPES, SPLITS, draw_clip, ensure_split
 from opd.metrics import tiou
 
 POOL = [draw_clip("train", i) for i in range(1024)]

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from opd.config import load_config
 from opd.metrics import best_tiou
+from opd.models.load import EMBEDDED
 from opd.train import train
 
 SHORT = [
@@ -111,7 +112,7 @@ def test_the_same_seed_gives_the_same_bytes(
 
 def test_only_the_language_model_was_trained(default: tuple[Path, dict[str, Any]]) -> None:
     run_dir, _ = default
-    before = load_file("opd/models/checkpoints/student/model.safetensors")
+    before = load_file(EMBEDDED / "student" / "model.safetensors")
     after = load_file(run_dir / "student" / "model.safetensors")
     assert set(before) == set(after)
     for name, weight in before.items():

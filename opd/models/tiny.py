@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from opd.data.synthetic import SIZE, corpus
+from opd.data.clips import SIZE
+from opd.data.synthetic import corpus
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -1,0 +1,105 @@
+"""A clip of the embedded task, how it looks, and how it is encoded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+SIZE = 64
+FPS = 10
+COLOURS = {
+    "red": (224, 48, 48),
+    "green": (48, 200, 64),
+    "blue": (64, 96, 240),
+    "yellow": (232, 216, 48),
+    "magenta": (216, 64, 208),
+    "cyan": (48, 208, 216),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One shape on screen: visible in [start_s, end_s), drawn around `center` (row, column) with
+    `radius` pixels."""
+
+    colour: str
+    kind: str
+    start_s: float
+    end_s: float
+    center: tuple[int, int]
+    radius: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A drawn clip: its shapes (the target first), the annotation as given and the truth, all in
+    seconds."""
+
+    id: str
+    shapes: tuple[Shape, ...]
+    query: str
+    duration_s: float
+    truth: tuple[float, float]
+    annotation: tuple[float, float]
+    difficulty: int
+    contrast: float
+    bar: tuple[int, int] | None  # columns of the occluding bar
+    background: int
+
+
+def _mask(shape: Shape) -> np.ndarray:
+    """Boolean [SIZE, SIZE] of the pixels that the shape covers."""
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    y, x, r = rows - shape.center[0], columns - shape.center[1], float(shape.radius)
+    distance = np.hypot(y, x)
+    match shape.kind:
+        case "circle":
+            return distance <= r
+        case "square":
+            return np.maximum(abs(y), abs(x)) <= 0.85 * r
+        case "triangle":
+            return (y <= 0.8 * r) & (y >= -r + 2.0 * abs(x))
+        case "cross":
+            return (np.minimum(abs(y), abs(x)) <= 0.3 * r) & (np.maximum(abs(y), abs(x)) <= r)
+        case "ring":
+            return (distance <= r) & (distance >= 0.55 * r)
+        case "star":
+            return distance <= r * (0.62 + 0.38 * np.cos(5 * np.arctan2(x, -y)))
+    raise ValueError(f"unknown shape {shape.kind!r}")
+
+
+def render(clip: Clip) -> np.ndarray:
+    """Frames of a clip, uint8 `[duration_s * FPS, SIZE, SIZE, 3]` (RGB); frame i shows the time i /
+    FPS."""
+    background = np.full((SIZE, SIZE, 3), clip.background, np.float32)
+    masks = [_mask(shape) for shape in clip.shapes]
+    times = np.arange(round(clip.duration_s * FPS)) / FPS
+    visible = np.array(
+        [(times >= s.start_s - 1e-6) & (times < s.end_s - 1e-6) for s in clip.shapes]
+    )
+    frames = np.empty((len(times), SIZE, SIZE, 3), np.uint8)
+    for state in np.unique(visible, axis=1).T:
+        image = background.copy()
+        for shape, mask, shown in reversed(list(zip(clip.shapes, masks, state, strict=True))):
+            if shown:  # the target is drawn last: what hides it is the bar, never another shape
+                colour = np.array(COLOURS[shape.colour], np.float32)
+                image[mask] = clip.contrast * colour + (1 - clip.contrast) * clip.background
+        if clip.bar is not None:
+            image[:, max(0, clip.bar[0]) : max(0, clip.bar[1])] = 112
+        frames[(visible == state[:, None]).all(axis=0)] = image.round().astype(np.uint8)
+    return frames
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """Encode uint8 `[F, H, W, 3]` RGB frames as H.264 in mp4."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "16", "preset": "ultrafast", "g": "30"}
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
