@@ -5,6 +5,7 @@ Both loops run on the embedded task with a teacher of twice the student's size, 
 batches; what is quoted is the median of the paired ratios.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ from opd.train import Trainer
 ROUNDS = 15
 
 
-def make_trainer(config: Config, examples: int = 16) -> tuple[Trainer, PromptBatch]:
-    """The default run's trainer, and its first batch."""
+def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
+    """A trainer of the configured models, and one batch of held-out clips."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = {"dtype": torch.float32, "device": device}
     reuse_freed_memory()
@@ -37,9 +38,9 @@ def make_trainer(config: Config, examples: int = 16) -> tuple[Trainer, PromptBat
     teacher = Teacher(load_model(config.model.teacher, **place))
     policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
     trainer = Trainer.of(config, student, teacher, policy, Ledger(device))
-    held_out = load_examples(config.data.eval, config.data, examples)
+    held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, processor, student)
-    batch = collate([pool[i] for i in range(examples)], policy.pad_token_id, device)
+    batch = collate([pool[i] for i in range(len(pool))], policy.pad_token_id, device)
     return trainer, batch
 
 
@@ -94,7 +95,7 @@ def paired(first: Callable[[int], object], second: Callable[[int], object]) -> d
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     root: Path = tmp_path_factory.mktemp("step")
     # A rate near zero: the rollouts of both loops stay those of the shipped student.
-    yield load_config([f"data.video_root={root}", "optim.lr=1e-7"])
+    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "batch_size=16"])
 
 
 def test_single_pass_against_conventional(benchmark, config: Config) -> None:
@@ -117,8 +118,7 @@ def test_single_pass_against_conventional(benchmark, config: Config) -> None:
 
 def test_four_rollouts_against_one(benchmark, config: Config) -> None:
     one, batch = make_trainer(config)
-    root = f"data.video_root={config.data.video_root}"
-    four, _ = make_trainer(load_config([root, "num_rollouts=4", "optim.lr=1e-7"]))
+    four, _ = make_trainer(dataclasses.replace(config, num_rollouts=4))
     result = benchmark.pedantic(
         paired,
         (

@@ -41,7 +41,9 @@ def main(arguments: list[str]) -> None:
     sets = 32
     results, means = {}, {}
     for objective in ("reverse_kl", "sampled"):
-        trainer, batch = make_trainer(load_config([f"objective={objective}", *arguments]))
+        trainer, batch = make_trainer(
+            load_config([f"objective={objective}", "batch_size=16", *arguments])
+        )
         mean, variance = moments(trainer, batch, sets)
         # The sampled mean's squared norm overestimates the true one by variance / sets.
         signal = max(0.0, float(mean.square().sum()) - variance / sets)
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> None:
     cosine = torch.nn.functional.cosine_similarity(means["reverse_kl"], means["sampled"], dim=0)
     ratio = results["sampled"]["variance"] / results["reverse_kl"]["variance"]
     report = {
-        "prompts": 16,
+        "prompts": len(batch.prompts),
         "sets": sets,
         "variance_ratio": ratio,
         "cosine_of_means": float(cosine),

@@ -11,11 +11,11 @@ from opd.config import Config, load_config
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return load_config([f"data.video_root={tmp_path_factory.mktemp('videos')}", "threads=1"])
+    return load_config([f"data.video_root={tmp_path_factory.mktemp('videos')}", "batch_size=3"])
 
 
 def test_both_loops_make_the_same_update(config: Config) -> None:
-    (ours, batch), (theirs, _) = make_trainer(config, 3), make_trainer(config, 3)
+    (ours, batch), (theirs, _) = make_trainer(config), make_trainer(config)
     single_pass_step(ours, batch, 0)
     conventional_step(theirs, batch, 0)
     for a, b in zip(ours.engine.parameters, theirs.engine.parameters, strict=True):
@@ -25,7 +25,7 @@ def test_both_loops_make_the_same_update(config: Config) -> None:
 
 
 def test_flops_are_the_analytic_share(config: Config) -> None:
-    trainer, batch = make_trainer(config, 4)
+    trainer, batch = make_trainer(config)
     ours = flops(lambda: single_pass_step(trainer, batch, 0))
     theirs = flops(lambda: conventional_step(trainer, batch, 0))
     share = analytic_share(trainer, batch)
