@@ -169,8 +169,8 @@ class Config:
         "sequence"  # sequence (token sum, mean over rollouts) | token (mean over tokens)
     )
     seed: int = 0
-    steps: int = 900  # optimizer steps
-    batch_size: int = 8  # prompts per optimizer step, all ranks
+    steps: int = 500  # optimizer steps
+    batch_size: int = 16  # prompts per optimizer step, all ranks
     micro_batch_size: int | None = None  # prompts per backward; None is the whole batch
     num_rollouts: int = 1  # completions per prompt
     run_dir: str = "runs/default"

@@ -215,7 +215,12 @@ def batches(
     def make(indices: Sequence[int]) -> PromptBatch:
         return collate([prompts[i] for i in indices], pad)
 
+    threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+        # One OpenMP thread for the loader's own operations: a second team would fight the model's.
+        # The call also changes process-wide settings, which are put back here.
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)
         pending: list[Future[PromptBatch]] = [
             pool.submit(make, indices) for indices in plan[:ahead]
         ]
