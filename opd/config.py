@@ -73,7 +73,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW. The rate rises linearly over `warmup` of the steps, then follows `schedule`."""
 
-    lr: float = 1e-3
+    lr: float = 5e-4
     schedule: str = "cosine"  # constant | linear | cosine (the last two fall to min_lr_ratio)
     warmup: float = 0.03  # share of the steps
     min_lr_ratio: float = 0.1
