@@ -18,11 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.conventional import conventional_step
 from opd.config import Config, load_config
 from opd.data.loader import PromptBatch, Prompts, collate, load_examples
-from opd.engine import reuse_freed_memory
-from opd.ledger import Ledger
-from opd.models.load import load_model, load_processor
-from opd.rollout import Policy
-from opd.teacher import Teacher
 from opd.train import Trainer
 
 ROUNDS = 15
@@ -31,16 +26,10 @@ ROUNDS = 15
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = {"dtype": torch.float32, "device": device}
-    reuse_freed_memory()
-    processor = load_processor(config.model.student)
-    student = load_model(config.model.student, **place)
-    teacher = Teacher(load_model(config.model.teacher, **place))
-    policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
-    trainer = Trainer.of(config, student, teacher, policy, Ledger(device))
+    trainer = Trainer.of(config, device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
-    pool = Prompts(held_out, config.data, processor, student)
-    batch = collate([pool[i] for i in range(len(pool))], policy.pad_token_id, device)
+    pool = Prompts(held_out, config.data, trainer.processor, trainer.student)
+    batch = collate([pool[i] for i in range(len(pool))], trainer.policy.pad_token_id, device)
     return trainer, batch
 
 

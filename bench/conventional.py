@@ -8,7 +8,7 @@ import torch
 
 from opd.data.loader import PromptBatch
 from opd.models.load import Video, VideoLM
-from opd.prefix import prefill
+from opd.prefix import encode, prefill
 from opd.rollout import Rollouts, sample, uniforms
 from opd.train import Trainer
 
@@ -45,14 +45,14 @@ def conventional_step(trainer: Trainer, batch: PromptBatch, step: int) -> Rollou
     loss, one update."""
     assert trainer.teacher is not None
     config, student, teacher = trainer.config, trainer.student, trainer.teacher.lm
-    video = student.encode_video(batch.pixel_values, batch.video_grid_thw)
+    video = encode(student, batch)
     length = config.sample.max_completion_length
     numbers = uniforms(config.seed, step, [e.id for e in batch.examples], 1, length)
     with torch.no_grad():
         prefix = prefill(student, batch, video)
         rollouts = sample(student, prefix, trainer.policy, length, numbers)
         ids, mask = rollouts.completion_ids[:, 0], rollouts.completion_mask[:, 0]
-        teacher_video = teacher.encode_video(batch.pixel_values, batch.video_grid_thw)
+        teacher_video = encode(teacher, batch)
         teacher_hidden = full_forward(teacher, batch, teacher_video, ids)[mask]
     hidden = full_forward(student, batch, video, ids)[mask]
     loss = trainer.loss(hidden, ids[mask], teacher_hidden)

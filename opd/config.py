@@ -56,7 +56,7 @@ class DataConfig:
     max_frames: int = 768  # per video
     prompt: str = "{query}. When?{video}"  # the user's turn; {video} stands where the frames go
     backend: str = "decord"  # decord | pyav
-    cache_mb: int = 1024  # decoded frames kept in memory, MiB; 0 is none
+    cache_mb: int = 1024  # frozen towers' vision tokens (else frames) kept, MiB a split; 0 is none
 
     def __post_init__(self) -> None:
         _choice("data.backend", self.backend, ("decord", "pyav"))

@@ -21,7 +21,7 @@ from opd.metrics import (
     summarize,
 )
 from opd.models.load import VideoLM
-from opd.prefix import prefill
+from opd.prefix import encode, prefill
 from opd.rollout import Policy, Rollouts, sample, uniforms
 
 # In the place of a step number: evaluation draws its own numbers, the same before and after.
@@ -75,8 +75,8 @@ def evaluate(
     size, draws = config.eval.batch_size, config.eval.draws
     plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
     rows, ceilings = [], []
-    for batch in batches(prompts, plan, lm.device):
-        prefix = prefill(lm, batch, lm.encode_video(batch.pixel_values, batch.video_grid_thw))
+    for batch in batches(prompts, plan, lm.device, () if lm.trains_vision else (lm,)):
+        prefix = prefill(lm, batch, encode(lm, batch))
         length = config.sample.max_completion_length
         greedy = decode_answers(sample(lm, prefix, policy, length, None), prompts.tokenizer)
         sampled: list[list[str]] = [[] for _ in batch.examples]

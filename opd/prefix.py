@@ -95,6 +95,29 @@ class _Slot:
         return torch.cat([self.before[0], key], 2), torch.cat([self.before[1], value], 2)
 
 
+def encode(lm: VideoLM, batch: PromptBatch) -> Video:
+    """The vision tokens of a batch's videos.
+
+    A frozen tower sees each video alone: what it makes then depends on nothing else, and is kept
+    with the prompts that have room for it, whose next batch comes without frames.
+    """
+    if lm.trains_vision:
+        return lm.encode_video(batch.pixel_values, batch.video_grid_thw)
+    videos = []
+    patches = [0 if p.pixel_values is None else len(p.pixel_values) for p in batch.prompts]
+    for prompt, pixels, grid in zip(
+        batch.prompts, batch.pixel_values.split(patches), batch.video_grid_thw, strict=True
+    ):
+        video = prompt.features.get(lm)
+        if video is None:
+            video = lm.encode_video(pixels, grid[None])
+            if lm in prompt.features:
+                prompt.features[lm] = video
+        videos.append(video)
+    embeds, levels = zip(*videos, strict=True)
+    return torch.cat(embeds), [torch.cat(level) for level in zip(*levels, strict=True)]
+
+
 def _recomputed(mode: str, num_layers: int) -> int:
     """How many layers, from the first, are recomputed in backward."""
     return (
@@ -113,7 +136,7 @@ def prefill(
 ) -> Prefix:
     """One forward of a prompt batch. Under autograd the graph is kept, for `extend` to continue.
 
-    Args: video: what `lm.encode_video` made of the batch's frames. recompute: none, all, or how
+    Args: video: what `encode` made of the batch's frames. recompute: none, all, or how
         many layers drop their activations and run again in backward; keys and values stay on the
         graph in every mode.
     """

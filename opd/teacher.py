@@ -7,7 +7,7 @@ import torch
 
 from opd.data.loader import PromptBatch
 from opd.models.load import VideoLM
-from opd.prefix import Prefix, extend, prefill
+from opd.prefix import Prefix, encode, extend, prefill
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,7 @@ class Teacher:
     @torch.no_grad()
     def prefill(self, batch: PromptBatch) -> Prefix:
         """Forward the prompt once; keys and values only."""
-        return prefill(
-            self.lm, batch, self.lm.encode_video(batch.pixel_values, batch.video_grid_thw)
-        )
+        return prefill(self.lm, batch, encode(self.lm, batch))
 
     @torch.no_grad()
     def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:

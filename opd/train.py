@@ -37,7 +37,7 @@ from opd.evaluate import Evaluation, evaluate
 from opd.ledger import Ledger
 from opd.models.load import ModelError, VideoLM, load_model, load_processor
 from opd.objectives import Loss, Targets
-from opd.prefix import LayerCounter, extend, prefill
+from opd.prefix import LayerCounter, encode, extend, prefill
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 
@@ -47,6 +47,7 @@ class Trainer:
     """What a step needs; `micro_step` is the method."""
 
     config: Config
+    processor: Any
     student: VideoLM
     teacher: Teacher | None
     policy: Policy
@@ -55,25 +56,35 @@ class Trainer:
     counter: LayerCounter
 
     @classmethod
-    def of(
-        cls,
-        config: Config,
-        student: VideoLM,
-        teacher: Teacher | None,
-        policy: Policy,
-        ledger: Ledger,
-    ) -> "Trainer":
-        """A trainer with a fresh engine and counter; freezes what `model.trainable` leaves out."""
+    def of(cls, config: Config, device: torch.device) -> "Trainer":
+        """Loads the models and makes the engine; freezes what `model.trainable` leaves out."""
+        reuse_freed_memory()
+        dtype = config.model.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        place: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+        processor = load_processor(config.model.student)
+        student = load_model(config.model.student, seed=config.seed, **place)
+        teacher = None
+        if config.method == "opd":
+            teacher = Teacher(load_model(config.model.teacher, **place))
         student.train_only(config.model.trainable)
-        engine = TorchEngine(student.model, config.optim, config.steps)
-        counter = LayerCounter().attach(student)
-        return cls(config, student, teacher, policy, engine, ledger, counter)
+        return cls(
+            config=config,
+            processor=processor,
+            student=student,
+            teacher=teacher,
+            policy=Policy.of(student, processor.tokenizer, config.sample.temperature),
+            engine=TorchEngine(student.model, config.optim, config.steps),
+            ledger=Ledger(device),
+            counter=LayerCounter().attach(student),
+        )
 
     def micro_step(self, batch: PromptBatch, step: int) -> tuple[Loss, Rollouts]:
         """Prompt once, sample, score, train: adds the gradient of one micro-batch."""
         config, student, phase = self.config, self.student, self.ledger.phase
         with phase("vision"):
-            video = student.encode_video(batch.pixel_values, batch.video_grid_thw)
+            video = encode(student, batch)
         with phase("prefill"):
             prefix = prefill(student, batch, video, config.prefix.recompute, self.counter)
         with phase("sample"):
@@ -178,40 +189,30 @@ def train(config: Config) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    reuse_freed_memory()
     transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    place: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-    ledger = Ledger(device)
-
-    with ledger.phase("decode-wait"):
-        train_examples = load_examples(config.data.train, config.data, config.data.limit_train)
-        eval_examples = load_examples(config.data.eval, config.data, config.data.limit_eval)
-    processor = load_processor(config.model.student)
-    student = load_model(config.model.student, seed=config.seed, **place)
-    teacher = Teacher(load_model(config.model.teacher, **place)) if config.method == "opd" else None
-    policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
-    pool = Prompts(train_examples, config.data, processor, student)
-    held_out = Prompts(eval_examples, config.data, processor, student)
-    trainer = Trainer.of(config, student, teacher, policy, ledger)
+    train_examples = load_examples(config.data.train, config.data, config.data.limit_train)
+    eval_examples = load_examples(config.data.eval, config.data, config.data.limit_eval)
+    trainer = Trainer.of(config, device)
+    ledger, student, teacher = trainer.ledger, trainer.student, trainer.teacher
+    pool = Prompts(train_examples, config.data, trainer.processor, student)
+    held_out = Prompts(eval_examples, config.data, trainer.processor, student)
 
     def score(lm: VideoLM, name: str) -> Evaluation:
         bar = tqdm(total=len(held_out), desc=f"evaluate {name}", unit="query", file=sys.stderr)
         with ledger.phase("evaluate"), bar, trainer.counter.label("evaluation"):
             return evaluate(
-                lm, held_out, policy, config, run_dir / f"eval_{name}.jsonl", bar.update
+                lm, held_out, trainer.policy, config, run_dir / f"eval_{name}.jsonl", bar.update
             )
 
     before = score(student, "before") if config.eval.before else None
     plan = schedule(len(pool), config.steps, config.batch_size, config.seed)
     micro_plan = [micro for indices in plan for micro in split(indices, config.micro_batch_size)]
     per_step = len(micro_plan) // config.steps
-    loader = batches(pool, micro_plan, device)
+    models = (student,) if teacher is None else (student, teacher.lm)
+    loader = batches(pool, micro_plan, device, () if student.trains_vision else models)
     prompt_tokens = 0
     first_step_s = 0.0
     with (
@@ -243,7 +244,7 @@ def train(config: Config) -> dict[str, Any]:
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))
         student.model.save_pretrained(run_dir / "student")
-        processor.save_pretrained(run_dir / "student")
+        trainer.processor.save_pretrained(run_dir / "student")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary = {
         "method": config.method,

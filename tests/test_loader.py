@@ -10,6 +10,7 @@ from opd.data.examples import DataError
 from opd.data.loader import Prompts, batches, collate, load_examples, schedule
 from opd.models.load import VideoLM, prepare
 from opd.models.tiny import build, processor
+from opd.prefix import encode
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,34 @@ def test_a_frame_cache_changes_nothing(prompts: Prompts, lm: VideoLM) -> None:
     again = prompts[2]
     assert not uncached._frames and torch.equal(uncached[2].pixel_values, again.pixel_values)
     assert uncached[2].frame_indices == again.frame_indices
+
+
+@torch.no_grad()
+def test_vision_tokens_are_made_once_and_kept_up_to_the_limit(
+    prompts: Prompts, lm: VideoLM
+) -> None:
+    frozen = VideoLM(lm.model.requires_grad_(False))
+    plan = [[0, 1, 2], [3, 4], [2, 0], [1, 5], [5, 5]]
+    room_for_four = 5 * frozen.video_bytes(prompts[0].grid_thw) - 1
+    results: dict[int, list[torch.Tensor]] = {}
+    for room in (0, room_for_four):
+        mine = Prompts(prompts.examples, prompts.config, processor(), frozen)
+        mine._free = room
+        results[room] = []
+        without_frames = []
+        for batch in batches(mine, plan, frozen=[frozen], ahead=1):
+            embeds, levels = encode(frozen, batch)
+            results[room] += [embeds, *levels]
+            without_frames += [p.pixel_values is None for p in batch.prompts]
+        expected = [False] * 5 + ([True] * 3 if room else [False] * 3) + [False] * 3
+        assert without_frames == expected, "videos 0 to 3 fit, 4 and 5 do not"
+        assert not mine._frames
+    assert all(map(torch.equal, results[0], results[room_for_four]))
+    together, _ = frozen.encode_video(
+        torch.cat([prompts[i].pixel_values for i in plan[0]]),
+        torch.tensor([prompts[i].grid_thw for i in plan[0]]),
+    )
+    torch.testing.assert_close(results[0][0], together, atol=1e-5, rtol=1e-5)
 
 
 def test_collation_pads_on_the_left(prompts: Prompts) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from opd.data import synthetic
-from opd.data.clips import FPS, render
+from opd.data.clips import FPS, SIZE, Clip, render
 from opd.data.formats import read_examples
-from opd.data.synthetic import NOVEL_SHAPES, SPLITS, draw_clip, ensure_split
+from opd.data.synthetic import NOVEL_SHAPES, SPLITS, asked_about, draw_clip, ensure_split
 from opd.metrics import tiou
 
 POOL = [draw_clip("train", i) for i in range(1024)]
@@ -40,7 +40,7 @@ def test_clips_are_as_the_task_says() -> None:
                 s.colour == target.colour and min(s.end_s, end) - max(s.start_s, start) >= 1.0
                 for s in others
             )
-        assert (clip.bar is not None) == (clip.difficulty >= 2)
+        assert len(clip.bars) == (2 if clip.difficulty >= 2 else 0)
     counts = Counter(clip.difficulty for clip in POOL)
     assert all(count > 250 for count in counts.values()) and set(counts) == {1, 2, 3}
 
@@ -74,6 +74,36 @@ def test_what_is_drawn_is_what_the_truth_says(index: int) -> None:
     times = np.flatnonzero(visible) / FPS
     assert times[0] == pytest.approx(clip.truth[0])
     assert times[-1] + 1 / FPS == pytest.approx(clip.truth[1])
+
+
+def test_the_bars_do_not_point_at_the_target() -> None:
+    def hidden(clip: Clip, position: int) -> float:
+        center, radius = clip.shapes[position].center[1], clip.shapes[position].radius
+        columns = np.abs(np.arange(SIZE) - center) <= radius
+        bars = np.zeros(SIZE, bool)
+        for left, right in clip.bars:
+            bars[left:right] = True
+        return (columns & bars).sum() / columns.sum()
+
+    clips = [clip for clip in POOL + HELD_OUT if clip.bars]
+    target = [hidden(clip, 0) for clip in clips]
+    others = [np.mean([hidden(c, i) for i in range(1, len(c.shapes))]) for c in clips]
+    assert np.mean(target) > 0.2
+    assert abs(np.mean(target) - np.mean(others)) < 0.01
+
+
+def test_a_clip_asked_about_each_of_its_shapes(tmp_path: Path) -> None:
+    path = ensure_split(tmp_path, "student", 5)
+    examples = read_examples(path, "timerft", tmp_path)
+    clips = [draw_clip("student", i) for i in range(5)]
+    asked = [asked_about(c, i, SPLITS["student"]) for c in clips for i in range(len(c.shapes))]
+    assert [e.id for e in examples] == [clip.id for clip in asked]
+    assert len({e.id for e in examples}) == len(examples) > 5
+    assert {e.video.name for e in examples} == {f"{clip.id}.mp4" for clip in clips}
+    assert [e.spans[0] for e in examples] == [clip.annotation for clip in asked]
+    for clip, shape in zip(asked, (s for c in clips for s in c.shapes), strict=True):
+        assert f"{shape.colour} {shape.kind}" in clip.query
+        assert clip.truth == (shape.start_s, shape.end_s)
 
 
 def test_a_split_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ class Clip:
     annotation: tuple[float, float]
     difficulty: int
     contrast: float
-    bar: tuple[int, int] | None  # columns of the occluding bar
+    bars: tuple[tuple[int, int], ...]  # columns of the occluding bars
     background: int
 
 
@@ -82,11 +82,11 @@ def render(clip: Clip) -> np.ndarray:
     for state in np.unique(visible, axis=1).T:
         image = background.copy()
         for shape, mask, shown in reversed(list(zip(clip.shapes, masks, state, strict=True))):
-            if shown:  # the target is drawn last: what hides it is the bar, never another shape
+            if shown:  # the target is drawn last: what hides it is a bar, never another shape
                 colour = np.array(COLOURS[shape.colour], np.float32)
                 image[mask] = clip.contrast * colour + (1 - clip.contrast) * clip.background
-        if clip.bar is not None:
-            image[:, max(0, clip.bar[0]) : max(0, clip.bar[1])] = 112
+        for left, right in clip.bars:
+            image[:, left:right] = 112
         frames[(visible == state[:, None]).all(axis=0)] = image.round().astype(np.uint8)
     return frames
 

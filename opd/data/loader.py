@@ -3,7 +3,7 @@ reproducible order."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +24,21 @@ class Prompt:
 
     `input_ids` int64 `[P]`, `position_ids` int64 `[3, P]`, `pixel_values` `[patches, patch_dim]`,
     `grid_thw` in patches, `frame_indices` and `timestamps_s` of what was decoded, and the reference
-    answer's `completion_ids`, end token included (empty where the example has no span).
+    answer's `completion_ids`, end token included (empty where the example has no span). `features`
+    has an entry for each model whose vision tokens are to be kept, None until they are made; where
+    all are, `pixel_values` is None.
     """
 
     example: Example
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     next_position: int
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor | None
     grid_thw: tuple[int, int, int]
     frame_indices: tuple[int, ...]
     timestamps_s: tuple[float, ...]
     completion_ids: torch.Tensor
+    features: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,7 @@ def collate(
     """Left-pad prompts to the longest of them and join their videos."""
     width = max(len(p.input_ids) for p in prompts)
     batch = len(prompts)
+    videos = [p.pixel_values for p in prompts if p.pixel_values is not None]
     ids = torch.full((batch, width), pad_token_id)
     mask = torch.zeros(batch, width, dtype=torch.bool)
     positions = torch.zeros(3, batch, width, dtype=torch.long)
@@ -90,7 +94,7 @@ def collate(
         mask=mask.to(device),
         position_ids=positions.to(device),
         next_position=torch.tensor([p.next_position for p in prompts]).to(device),
-        pixel_values=torch.cat([p.pixel_values for p in prompts]).to(device),
+        pixel_values=torch.cat(videos or [torch.empty(0)]).to(device),
         video_grid_thw=torch.tensor([p.grid_thw for p in prompts]).to(device),
     )
 
@@ -111,8 +115,11 @@ def load_examples(source: str, config: DataConfig, limit: int | None) -> list[Ex
 
 
 class Prompts:
-    """Makes prompts from examples: decode, then the checkpoint's own processor. Keeps decoded
-    frames up to `cache_mb`."""
+    """Makes prompts from examples: decode, then the checkpoint's own processor.
+
+    Up to `cache_mb` it keeps what can be used again: prompts with their vision tokens for models
+    whose tower is frozen, decoded frames for others.
+    """
 
     def __init__(
         self, examples: Sequence[Example], config: DataConfig, processor: Any, lm: Any
@@ -120,26 +127,27 @@ class Prompts:
         self.examples, self.config, self.processor, self.lm = examples, config, processor, lm
         self.tokenizer = processor.tokenizer
         self.end_token = self.tokenizer.eos_token
-        self._frames: dict[int, VideoFrames] = {}
+        self._frames: dict[Path, VideoFrames] = {}
+        self._kept: dict[int, Prompt] = {}
         self._free = config.cache_mb * 2**20
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def frames(self, index: int) -> VideoFrames:
+    def frames(self, index: int, keep: bool = True) -> VideoFrames:
         """The sampled frames of one example's video."""
-        if index in self._frames:
-            return self._frames[index]
-        config = self.config
+        video, config = self.examples[index].video, self.config
+        if video in self._frames:
+            return self._frames[video]
         decoded = sample_frames(
-            self.examples[index].video,
+            video,
             fps=config.fps,
             max_frames=config.max_frames,
             backend=cast(Backend, config.backend),
         )
-        if decoded.frames.nbytes <= self._free:
+        if keep and decoded.frames.nbytes <= self._free:
             self._free -= decoded.frames.nbytes
-            self._frames[index] = decoded
+            self._frames[video] = decoded
         return decoded
 
     def text(self, example: Example) -> str:
@@ -160,7 +168,28 @@ class Prompts:
         )
 
     def __getitem__(self, index: int) -> Prompt:
-        example, decoded = self.examples[index], self.frames(index)
+        return self._make(index, keep_frames=True)
+
+    def seen_by(self, index: int, models: Sequence[Any]) -> Prompt:
+        """The prompt for models (`VideoLM`) whose towers are frozen: without frames where all of
+        them have seen it before and there was room to keep what they made."""
+        kept = self._kept.get(index)
+        if kept is not None and all(kept.features.get(m) is not None for m in models):
+            return kept
+        made = self._make(index, keep_frames=False)
+        features = {} if kept is None else kept.features
+        for model in models:
+            size = model.video_bytes(made.grid_thw)
+            if model not in features and size <= self._free:
+                self._free -= size
+                features[model] = None
+        made = replace(made, features=features)
+        if features:
+            self._kept[index] = replace(made, pixel_values=None)
+        return made
+
+    def _make(self, index: int, keep_frames: bool) -> Prompt:
+        example, decoded = self.examples[index], self.frames(index, keep_frames)
         inputs = self.processor(
             text=[self.text(example)],
             videos=[decoded.frames],
@@ -206,14 +235,18 @@ def batches(
     prompts: Prompts,
     plan: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
+    frozen: Sequence[Any] = (),
     ahead: int = 2,
 ) -> Iterator[PromptBatch]:
     """The batches of a plan, in its order, made by one thread that stays at most `ahead` batches in
-    front."""
+    front.
+
+    `frozen`: the models that will see them, if all of their vision towers are frozen.
+    """
     pad = prompts.tokenizer.pad_token_id
 
     def make(indices: Sequence[int]) -> PromptBatch:
-        return collate([prompts[i] for i in indices], pad)
+        return collate([prompts.seen_by(i, frozen) if frozen else prompts[i] for i in indices], pad)
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:

@@ -6,21 +6,22 @@ to three distractors that share the target's colour or its kind, and has one of 
 levels:
 
     1  contrast     the shapes' colours are blended with the background
-    2  occlusion    and a grey bar hides part of the target
+    2  occlusion    and two grey bars hide a part of everything, so that they tell nothing
     3  neighbour    and a shape of the target's colour is visible beside it at an overlapping time
 
 Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
 span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
-`eval` is held out and clean. The shipped models were made from the others: `short`, clips of 4 s in
-which a model learns from nothing what it is asked, then `mixed` (half the clips show the target
-alone) and `teacher` for the teacher, `student` (jittered labels) for the student.
+`eval` is held out and clean. The shipped models were made from the others, whose clips are asked
+about each of their shapes: `short`, clips of 4 s in which a model learns from nothing what it is
+asked, then `teacher` (clean) for the teacher and `student` (jittered labels) for the student.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Split:
     wrong: float = 0.0
     novel: float = 0.0
     solo: float = 0.0  # share of clips that show the target alone
+    every_shape: bool = False  # one query about each shape of a clip, not about the target alone
     duration_s: float = 12.0
     spans_s: tuple[float, float] = (1.5, 6.0)  # shortest and longest
 
@@ -53,10 +55,11 @@ class Split:
 SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=512),
-    "short": Split(seed=5, clips=4096, solo=0.5, duration_s=4.0, spans_s=(0.5, 3.0)),
-    "mixed": Split(seed=3, clips=8192, solo=0.5),
-    "teacher": Split(seed=6, clips=6144),
-    "student": Split(seed=4, clips=2048, jitter_s=0.5, solo=0.5),
+    "short": Split(
+        seed=5, clips=12288, solo=0.7, every_shape=True, duration_s=4.0, spans_s=(0.5, 1.5)
+    ),
+    "teacher": Split(seed=6, clips=8192, solo=0.3, every_shape=True),
+    "student": Split(seed=4, clips=4096, solo=0.3, every_shape=True, jitter_s=0.5),
 }
 
 
@@ -68,7 +71,7 @@ def _span(rng: np.random.Generator, split: Split) -> tuple[float, float]:
 
 
 def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    return round(max(0.0, min(a[1], b[1]) - max(a[0], b[0])), 6)
 
 
 def _annotate(
@@ -87,6 +90,10 @@ def _annotate(
     start, end = np.round(np.array(truth) + rng.normal(0.0, split.jitter_s, 2), 1)
     start = float(np.clip(start, 0.0, split.duration_s - 0.5))
     return round(start, 1), round(float(np.clip(end, start + 0.5, split.duration_s)), 1)
+
+
+def _phrase(rng: np.random.Generator, shape: Shape) -> str:
+    return str(rng.choice(PHRASES)).format(f"{shape.colour} {shape.kind}")
 
 
 def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
@@ -140,21 +147,38 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
         )
         for (c, k), s, cell in zip(look, spans, cells, strict=False)
     )
-    bar = None
-    if difficulty >= 2:
-        left = shapes[0].center[1] + int(rng.integers(-8, 3))
-        bar = (left, left + 6)
+    bars: tuple[tuple[int, int], ...] = ()
+    if difficulty >= 2:  # one through each column of cells
+        lefts = [column + int(rng.integers(-8, 3)) for column in sorted({c for _, c in CELLS})]
+        bars = tuple((left, left + 6) for left in lefts)
     return Clip(
         id=f"{split_name}-{index:05d}",
         shapes=shapes,
-        query=str(rng.choice(PHRASES)).format(f"{colour} {target_kind}"),
+        query=_phrase(rng, shapes[0]),
         duration_s=split.duration_s,
         truth=truth,
         annotation=_annotate(rng, truth, split),
         difficulty=difficulty,
         contrast=float(rng.uniform(0.55, 1.0)),
-        bar=bar,
+        bars=bars,
         background=int(rng.integers(16, 56)),
+    )
+
+
+def asked_about(clip: Clip, position: int, split: Split) -> Clip:
+    """The same clip with a query about its shape at `position`; a pure function of its
+    arguments."""
+    if position == 0:
+        return clip
+    rng = np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), position])
+    shape = clip.shapes[position]
+    truth = (shape.start_s, shape.end_s)
+    return replace(
+        clip,
+        id=f"{clip.id}.{position}",
+        query=_phrase(rng, shape),
+        truth=truth,
+        annotation=_annotate(rng, truth, split),
     )
 
 
@@ -173,12 +197,18 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
         return annotations
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
+    split = SPLITS[name]
     drawn = [draw_clip(name, index) for index in range(count)]
+    asked = [
+        asked_about(clip, position, split)
+        for clip in drawn
+        for position in range(len(clip.shapes) if split.every_shape else 1)
+    ]
 
     def write(clip: Clip) -> None:
         path = folder / f"{clip.id}.mp4"
         if not path.exists():
-            part = path.with_suffix(".part.mp4")
+            part = path.with_suffix(f".{os.getpid()}.mp4")  # two runs may write side by side
             write_video(part, render(clip))
             part.replace(path)
 
@@ -186,9 +216,9 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
         list(pool.map(write, drawn))
     truth = root / "truth" / f"{name}-{count}.jsonl"
     truth.parent.mkdir(exist_ok=True)
-    truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in drawn))
-    part = annotations.with_suffix(".part")
-    write_timerft(part, [_example(root, clip) for clip in drawn], root)
+    truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in asked))
+    part = annotations.with_suffix(f".{os.getpid()}")
+    write_timerft(part, [_example(root, clip) for clip in asked], root)
     shutil.move(
         part, annotations
     )  # last, so that the file's presence means that the split is whole
@@ -198,7 +228,7 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
 def _example(root: Path, clip: Clip) -> Example:
     return Example(
         id=clip.id,
-        video=root / clip.id.rsplit("-", 1)[0] / f"{clip.id}.mp4",
+        video=root / clip.id.rpartition("-")[0] / f"{clip.id.partition('.')[0]}.mp4",
         query=clip.query,
         spans=(clip.annotation,),
         duration_s=clip.duration_s,

@@ -1,6 +1,7 @@
 """Loading: a checkpoint folder, hub id, shipped or fresh tiny model, seen through one small
 interface."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,17 @@ class VideoLM:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def trains_vision(self) -> bool:
+        return any(p.requires_grad for p in self.visual.parameters())
+
+    def video_bytes(self, grid_thw: tuple[int, int, int]) -> int:
+        """Memory of what `encode_video` makes of one video."""
+        config = self.model.config.vision_config
+        tokens = math.prod(grid_thw) // config.spatial_merge_size**2
+        levels = 1 + len(getattr(config, "deepstack_visual_indexes", ()))
+        return tokens * levels * config.out_hidden_size * self.head.weight.element_size()
+
     def encode_video(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> Video:
         """One call of the vision tower for a batch of videos; no graph where the tower is frozen.
 
@@ -69,8 +81,7 @@ class VideoLM:
         Returns: Embeddings `[vision tokens, H]`, and one such tensor per deepstack level (none for
             Qwen2.5-VL).
         """
-        trained = any(p.requires_grad for p in self.visual.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             out = self.visual(pixel_values.to(self.head.weight.dtype), grid_thw=grid_thw)
         return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
 
