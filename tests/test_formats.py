@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def test_written_timerft_is_read_back(root):
         )
         for k, difficulty in enumerate([2.0, None])
     ]
+    question = {"query": "who runs", "question": "who runs", "answer": "a man", "spans": ()}
+    source = f"{root / 'train.json'}:2"
+    examples.append(dataclasses.replace(examples[1], **question, id="qa", source=source))
     path = root / "train.json"
     write_timerft(path, examples)
     assert read_examples(path, "timerft", root) == examples

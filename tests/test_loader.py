@@ -1,5 +1,6 @@
 """Prompts and batches: what the models see is what was decoded, in an order that repeats."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_the_prompt_reads_as_the_chat_template_writes_it(prompts: Prompts) -> No
     answer = prompts.tokenizer.decode(prompt.completion_ids)
     start, end = example.spans[0]
     assert answer == f"From {start:.1f} to {end:.1f} seconds.<|im_end|>"
+
+
+def test_a_question_is_answered_in_words(prompts: Prompts, lm: VideoLM) -> None:
+    example = replace(
+        prompts.examples[0], question="is a {query} {video} visible", answer="no.", spans=()
+    )
+    prompt = Prompts([example], prompts.config, processor(), lm)[0]
+    text = prompts.tokenizer.decode(prompt.input_ids)
+    assert text.startswith("<|im_start|>user\nis a {query} {video} visible?<|vision_start|>")
+    assert prompts.tokenizer.decode(prompt.completion_ids) == "no.<|im_end|>"
 
 
 def test_digits_are_single_tokens(prompts: Prompts) -> None:
@@ -116,11 +127,9 @@ def test_prefetching_keeps_the_order(prompts: Prompts) -> None:
 
 
 def test_a_broken_video_names_itself(prompts: Prompts, lm: VideoLM, tmp_path: Path) -> None:
-    import dataclasses
-
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    examples = [dataclasses.replace(prompts.examples[0], video=broken)]
+    examples = [replace(prompts.examples[0], video=broken)]
     with pytest.raises(DataError, match=r"broken\.mp4"):
         list(batches(Prompts(examples, prompts.config, processor(), lm), [[0]]))
 

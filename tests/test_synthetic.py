@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd.data import synthetic
-from opd.data.clips import FPS, SIZE, Clip, render
+from opd.data.clips import COLOURS, FPS, SIZE, Clip, render
 from opd.data.formats import read_examples
 from opd.data.synthetic import NOVEL_SHAPES, SPLITS, asked_about, draw_clip, ensure_split
 from opd.metrics import tiou
@@ -104,6 +104,29 @@ def test_a_clip_asked_about_each_of_its_shapes(tmp_path: Path) -> None:
     for clip, shape in zip(asked, (s for c in clips for s in c.shapes), strict=True):
         assert f"{shape.colour} {shape.kind}" in clip.query
         assert clip.truth == (shape.start_s, shape.end_s)
+
+
+@pytest.mark.parametrize("name", ["names", "words"])
+def test_questions_in_words(name: str, tmp_path: Path) -> None:
+    examples = read_examples(ensure_split(tmp_path, name, 40), "timerft", tmp_path)
+    assert len({e.id for e in examples}) == len(examples)
+    answers = Counter()
+    for example in examples:
+        clip = draw_clip(name, int(example.video.stem.rpartition("-")[2]))
+        shown = {f"{s.colour} {s.kind}" for s in clip.shapes}
+        assert all((s.start_s, s.end_s) == (0.0, clip.duration_s) for s in clip.shapes)
+        assert example.spans == () and example.answer is not None
+        if example.question == synthetic.WHAT:
+            assert {example.answer} == {f"{s}." for s in shown}
+        else:
+            asked = [
+                shape
+                for shape in (f"{c} {k}" for c in COLOURS for k in synthetic.SHAPES)
+                if example.question == f"is a {shape} visible"
+            ]
+            assert example.answer == ("yes." if asked[0] in shown else "no.")
+        answers[example.answer] += 1
+    assert answers["yes."] == answers["no."] == (40 if name == "words" else 0)
 
 
 def test_a_split_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,11 @@ def write_timerft(
 ) -> None:
     """Write examples as TimeRFT JSON, one record a line, as `read_examples` reads it back.
 
+    An example with an `answer` in words has that in place of a time (an addition to the format).
+
     Args:
         path: file to write.
-        examples: each with exactly one span, a duration and a video under `video_root`.
+        examples: each with one span or an answer, a duration and a video under `video_root`.
         video_root: what `video` is stored relative to; default the folder of `path`.
 
     Raises:
@@ -103,12 +105,17 @@ def write_timerft(
     root = path.parent if video_root is None else Path(video_root)
     lines = []
     for example in examples:
-        if len(example.spans) != 1 or example.duration_s is None:
+        if len(example.spans) != (example.answer is None) or example.duration_s is None:
             raise ValueError(f"example {example.id!r} needs one span and a duration for timerft")
+        known = (
+            {"timestamp": list(example.spans[0])}
+            if example.answer is None
+            else {"answer": example.answer}
+        )
         record = {
             "video": example.video.relative_to(root).as_posix(),
             "duration": example.duration_s,
-            "timestamp": list(example.spans[0]),
+            **known,
             "sentence": example.query,
             "qid": example.id,
             "difficulty": example.difficulty,
@@ -207,13 +214,18 @@ def _qvhighlights(place: int | str, record: Any) -> Iterator[_Fields]:
 
 
 def _timerft(place: int | str, record: Any) -> Iterator[_Fields]:
-    """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`"""
+    """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`, or
+    with "answer" for "timestamp" a question answered in words."""
     difficulty = _get(record, "difficulty", (int, float, type(None)), None)
+    query = _get(record, "sentence", str).strip()
+    answered = isinstance(record, dict) and "answer" in record
     yield {
         "id": _id(record),
         "video": _get(record, "video", str),
-        "query": _get(record, "sentence", str).strip(),
-        "spans": (_span(_get(record, "timestamp", list)),),
+        "query": query,
+        "question": query if answered else None,
+        "answer": _get(record, "answer", str) if answered else None,
+        "spans": () if answered else (_span(_get(record, "timestamp", list)),),
         "duration_s": _number(record, "duration"),
         "difficulty": None if difficulty is None else float(difficulty),
     }

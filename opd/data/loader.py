@@ -152,16 +152,16 @@ class Prompts:
 
     def text(self, example: Example) -> str:
         """The prompt as the chat template writes it, up to where the assistant speaks."""
-        before, after = self.config.prompt.split("{video}")
+        template, words = self.config.prompt, example.query
+        if example.question is not None:
+            template, words = "{query}?{video}", example.question
+        before, after = (part.replace("{query}", words) for part in template.split("{video}"))
         content = [
             {"type": "text", "text": before},
             {"type": "video"},
             {"type": "text", "text": after},
         ]
         content = [c for c in content if c.get("text") != ""]
-        for item in content:
-            if "text" in item:
-                item["text"] = item["text"].replace("{query}", example.query)
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -203,7 +203,7 @@ class Prompts:
         times = decoded.times_s
         spacing = (times[-1] - times[0]) / max(1, len(times) - 1)
         positions, next_position = self.lm.positions(ids, grid, TEMPORAL_PATCH * spacing)
-        answer = "".join(format_span(*span) for span in example.spans[:1])
+        answer = example.answer or "".join(format_span(*span) for span in example.spans[:1])
         completion = self.tokenizer(answer + self.end_token).input_ids if answer else []
         return Prompt(
             example=example,

@@ -11,9 +11,10 @@ levels:
 
 Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
 span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
-`eval` is held out and clean. The shipped models were made from the others, whose clips are asked
-about each of their shapes: `short`, clips of 4 s in which a model learns from nothing what it is
-asked, then `teacher` (clean) for the teacher and `student` (jittered labels) for the student.
+`eval` is held out and clean. The shipped models were made from the others, which go from seeing to
+telling times: `names` (clips of 1 s: what is visible), `words` (also: is a red circle visible),
+`short` (clips of 4 s: when), all asked about one or each of few shapes; then `teacher` (clean) for
+the teacher and `student` (jittered labels) for the student.
 """
 
 import json
@@ -33,6 +34,7 @@ from opd.data.formats import write_timerft
 SHAPES = ("circle", "square", "triangle", "cross")
 NOVEL_SHAPES = ("ring", "star")  # in a fifth of the training pool, and nowhere else
 PHRASES = ("the {} is visible", "a {} appears", "the {} can be seen", "a {} is on the screen")
+WHAT, WHETHER = "what is visible", "is a {} visible"
 CELLS = ((17, 17), (17, 47), (47, 17), (47, 47))
 
 
@@ -47,7 +49,7 @@ class Split:
     wrong: float = 0.0
     novel: float = 0.0
     solo: float = 0.0  # share of clips that show the target alone
-    every_shape: bool = False  # one query about each shape of a clip, not about the target alone
+    ask: str = "target"  # when it is visible | all: when each shape is | names, words: what is
     duration_s: float = 12.0
     spans_s: tuple[float, float] = (1.5, 6.0)  # shortest and longest
 
@@ -55,11 +57,11 @@ class Split:
 SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=512),
-    "short": Split(
-        seed=5, clips=12288, solo=0.7, every_shape=True, duration_s=4.0, spans_s=(0.5, 1.5)
-    ),
-    "teacher": Split(seed=6, clips=8192, solo=0.3, every_shape=True),
-    "student": Split(seed=4, clips=4096, solo=0.3, every_shape=True, jitter_s=0.5),
+    "names": Split(seed=7, clips=6144, solo=1.0, ask="names", duration_s=1.0, spans_s=(1.0, 1.0)),
+    "words": Split(seed=8, clips=12288, solo=0.5, ask="words", duration_s=1.0, spans_s=(1.0, 1.0)),
+    "short": Split(seed=5, clips=12288, solo=0.5, ask="all", duration_s=4.0, spans_s=(0.5, 1.5)),
+    "teacher": Split(seed=6, clips=8192, solo=0.2, ask="all"),
+    "student": Split(seed=4, clips=4096, solo=0.2, ask="all", jitter_s=0.5),
 }
 
 
@@ -202,8 +204,12 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     asked = [
         asked_about(clip, position, split)
         for clip in drawn
-        for position in range(len(clip.shapes) if split.every_shape else 1)
+        for position in range(len(clip.shapes) if split.ask == "all" else 1)
     ]
+    if split.ask in ("names", "words"):
+        examples = [example for clip in drawn for example in _word_questions(root, clip, split)]
+    else:
+        examples = [_example(root, clip) for clip in asked]
 
     def write(clip: Clip) -> None:
         path = folder / f"{clip.id}.mp4"
@@ -218,17 +224,52 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     truth.parent.mkdir(exist_ok=True)
     truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in asked))
     part = annotations.with_suffix(f".{os.getpid()}")
-    write_timerft(part, [_example(root, clip) for clip in asked], root)
+    write_timerft(part, examples, root)
     shutil.move(
         part, annotations
     )  # last, so that the file's presence means that the split is whole
     return annotations
 
 
+def _video(root: Path, clip: Clip) -> Path:
+    return root / clip.id.rpartition("-")[0] / f"{clip.id.partition('.')[0]}.mp4"
+
+
+def _word_questions(root: Path, clip: Clip, split: Split) -> list[Example]:
+    """What is visible, where that is one shape; then, for `words`, whether one of the shapes is,
+    and whether one is that shares its colour or its kind with one of them."""
+    rng = np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), 1])
+    shown = [(s.colour, s.kind) for s in clip.shapes]
+    questions = [(WHAT, f"{shown[0][0]} {shown[0][1]}.")] if len(shown) == 1 else []
+    if split.ask == "words":
+        absent = [
+            (c, k)
+            for c in COLOURS
+            for k in SHAPES
+            if (c, k) not in shown and any(c == colour or k == kind for colour, kind in shown)
+        ]
+        for pairs, answer in ((shown, "yes."), (absent, "no.")):
+            colour, kind = pairs[rng.integers(len(pairs))]
+            questions.append((WHETHER.format(f"{colour} {kind}"), answer))
+    return [
+        Example(
+            id=f"{clip.id}.{number}",
+            video=_video(root, clip),
+            query=question,
+            question=question,
+            answer=answer,
+            spans=(),
+            duration_s=clip.duration_s,
+            difficulty=float(clip.difficulty),
+        )
+        for number, (question, answer) in enumerate(questions)
+    ]
+
+
 def _example(root: Path, clip: Clip) -> Example:
     return Example(
         id=clip.id,
-        video=root / clip.id.rpartition("-")[0] / f"{clip.id.partition('.')[0]}.mp4",
+        video=_video(root, clip),
         query=clip.query,
         spans=(clip.annotation,),
         duration_s=clip.duration_s,
@@ -246,4 +287,5 @@ def corpus() -> Sequence[str]:
         queries
         + [f"<{n} seconds>" for n in numbers]
         + [f"From {n} to {n} seconds." for n in numbers]
+        + [WHAT, *(WHETHER.format(shape) for shape in shapes), "yes.", "no."]
     )
