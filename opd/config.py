@@ -44,7 +44,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Annotation files; `synthetic:SPLIT` is written on first use below `video_root`."""
+    """Annotation files, several separated by commas; `synthetic:SPLIT` is written on first use
+    below `video_root`."""
 
     train: str = "synthetic:train"
     eval: str = "synthetic:eval"

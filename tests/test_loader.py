@@ -8,6 +8,7 @@ import torch
 
 from opd.config import DataConfig
 from opd.data.examples import DataError
+from opd.data.formats import write_timerft
 from opd.data.loader import Prompts, batches, collate, load_examples, schedule
 from opd.models.load import VideoLM, prepare
 from opd.models.tiny import build, processor
@@ -132,6 +133,19 @@ def test_a_broken_video_names_itself(prompts: Prompts, lm: VideoLM, tmp_path: Pa
     examples = [replace(prompts.examples[0], video=broken)]
     with pytest.raises(DataError, match=r"broken\.mp4"):
         list(batches(Prompts(examples, prompts.config, processor(), lm), [[0]]))
+
+
+def test_sources_are_joined_and_an_id_used_twice_is_named(prompts: Prompts, tmp_path: Path) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    config = replace(prompts.config, video_root=str(tmp_path))
+    for number, path in enumerate(files):
+        (tmp_path / "v.mp4").touch()
+        video = tmp_path / "v.mp4"
+        write_timerft(path, [replace(prompts.examples[number], video=video)], tmp_path)
+    joined = load_examples(",".join(map(str, files)), config, None)
+    assert [e.id for e in joined] == [e.id for e in prompts.examples[:2]]
+    with pytest.raises(DataError, match=rf"a\.json:0: id '{joined[0].id}' was used at .*a\.json:0"):
+        load_examples(f"{files[0]},{files[0]}", config, None)
 
 
 def test_an_empty_annotation_file_is_named(tmp_path: Path) -> None:

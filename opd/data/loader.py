@@ -99,19 +99,26 @@ def collate(
     )
 
 
-def load_examples(source: str, config: DataConfig, limit: int | None) -> list[Example]:
-    """The examples of `synthetic:SPLIT` (written on first use) or of an annotation file in
-    `config.format`."""
+def load_examples(sources: str, config: DataConfig, limit: int | None) -> list[Example]:
+    """The examples of one or several sources, separated by commas: `synthetic:SPLIT` (written on
+    first use) or an annotation file in `config.format`.
+
+    Raises DataError for a source that cannot be read and for an id that two of them use.
+    """
     root = Path(config.video_root)
-    if source.startswith("synthetic:"):
-        examples = read_examples(
-            synthetic.ensure_split(root, source.removeprefix("synthetic:")), "timerft", root
-        )
-    else:
-        examples = read_examples(Path(source), config.format, root)
-    if not examples:
-        raise DataError(f"{source}: no example in it")
-    return examples[:limit]
+    examples: dict[str, Example] = {}
+    for source in sources.split(","):
+        if source.startswith("synthetic:"):
+            path = synthetic.ensure_split(root, source.removeprefix("synthetic:"))
+            found = read_examples(path, "timerft", root)
+        else:
+            found = read_examples(Path(source), config.format, root)
+        for example in found:
+            if example.id in examples:
+                before = examples[example.id].source
+                raise DataError(f"{example.source}: id {example.id!r} was used at {before} already")
+            examples[example.id] = example
+    return list(examples.values())[:limit]
 
 
 class Prompts:
