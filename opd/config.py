@@ -74,7 +74,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW. The rate rises linearly over `warmup` of the steps, then follows `schedule`."""
 
-    lr: float = 5e-4
+    lr: float = 1e-3
     schedule: str = "cosine"  # constant | linear | cosine (the last two fall to min_lr_ratio)
     warmup: float = 0.03  # share of the steps
     min_lr_ratio: float = 0.1
@@ -170,7 +170,7 @@ class Config:
         "sequence"  # sequence (token sum, mean over rollouts) | token (mean over tokens)
     )
     seed: int = 0
-    steps: int = 500  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 16  # prompts per optimizer step, all ranks
     micro_batch_size: int | None = None  # prompts per backward; None is the whole batch
     num_rollouts: int = 1  # completions per prompt
