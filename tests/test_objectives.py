@@ -10,10 +10,11 @@ from torch import Tensor
 
 from opd.config import Config, OptimConfig, PrefixConfig, SampleConfig
 from opd.data.loader import Prompt, PromptBatch
+from opd.engine import TorchEngine
 from opd.ledger import Ledger
 from opd.models.load import VideoLM
 from opd.objectives import Loss, Targets
-from opd.prefix import extend
+from opd.prefix import LayerCounter, extend
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 from opd.train import Trainer, split
@@ -183,8 +184,17 @@ def trainer_of(
         sample=SampleConfig(max_completion_length=length),
         **options,
     )
-    ledger = Ledger(torch.device("cpu"))
-    return kind.of(config, student, teacher, policy or policy_of(student), ledger)
+    student.train_only(config.model.trainable)
+    return kind(
+        config=config,
+        processor=None,
+        student=student,
+        teacher=teacher,
+        policy=policy or policy_of(student),
+        engine=TorchEngine(student.model, config.optim, config.steps),
+        ledger=Ledger(torch.device("cpu")),
+        counter=LayerCounter().attach(student),
+    )
 
 
 def four_prompts(lm: VideoLM) -> list[Prompt]:
@@ -354,7 +364,7 @@ def near(lm: VideoLM) -> Teacher:
 def test_sampling_estimates_the_gradient_of_reverse_kl():
     lm, batch, policy = leaky()
     teacher = near(lm)
-    made = draw(lm, batch, policy, 200)
+    made = draw(lm, batch, policy, 800)
     assert policy.allowed_columns[made.completion_ids].all()
     completions = made.completion_ids, made.completion_mask
 

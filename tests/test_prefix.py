@@ -57,7 +57,7 @@ def compare(
     prompts = unequal_prompts(lm)
     batch = batch_of(prompts)
     policy = many_ends(policy_of(lm, temperature))
-    draws = uniforms(0, 0, [p.example.id for p in prompts], num_rollouts, 6)
+    draws = uniforms(0, 2, [p.example.id for p in prompts], num_rollouts, 6)
     made: list[Rollouts] = []
 
     def step() -> Tensor:
