@@ -75,7 +75,7 @@ def evaluate(
     size, draws = config.eval.batch_size, config.eval.draws
     plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
     rows, ceilings = [], []
-    for batch in batches(prompts, plan, lm.device, () if lm.trains_vision else (lm,)):
+    for batch in batches(prompts, plan, lm.device, [lm]):
         prefix = prefill(lm, batch, encode(lm, batch))
         length = config.sample.max_completion_length
         greedy = decode_answers(sample(lm, prefix, policy, length, None), prompts.tokenizer)

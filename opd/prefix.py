@@ -120,11 +120,8 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
 
 def _recomputed(mode: str, num_layers: int) -> int:
     """How many layers, from the first, are recomputed in backward."""
-    return (
-        {"none": 0, "all": num_layers}[mode]
-        if mode in ("none", "all")
-        else min(int(mode), num_layers)
-    )
+    named = {"none": 0, "all": num_layers}
+    return named[mode] if mode in named else min(int(mode), num_layers)
 
 
 def prefill(

@@ -42,22 +42,25 @@ from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
-    """What a step needs; `micro_step` is the method."""
+    """What a step needs; `micro_step` is the method. Freezes what `model.trainable` leaves out."""
 
     config: Config
     processor: Any
     student: VideoLM
     teacher: Teacher | None
     policy: Policy
-    engine: TorchEngine
-    ledger: Ledger
-    counter: LayerCounter
+
+    def __post_init__(self) -> None:
+        self.student.train_only(self.config.model.trainable)
+        self.engine = TorchEngine(self.student.model, self.config.optim, self.config.steps)
+        self.ledger = Ledger(self.student.device)
+        self.counter = LayerCounter().attach(self.student)
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> "Trainer":
-        """Loads the models and makes the engine; freezes what `model.trainable` leaves out."""
+        """The trainer of the models that the configuration names."""
         reuse_freed_memory()
         dtype = config.model.dtype
         if dtype == "auto":
@@ -68,17 +71,8 @@ class Trainer:
         teacher = None
         if config.method == "opd":
             teacher = Teacher(load_model(config.model.teacher, **place))
-        student.train_only(config.model.trainable)
-        return cls(
-            config=config,
-            processor=processor,
-            student=student,
-            teacher=teacher,
-            policy=Policy.of(student, processor.tokenizer, config.sample.temperature),
-            engine=TorchEngine(student.model, config.optim, config.steps),
-            ledger=Ledger(device),
-            counter=LayerCounter().attach(student),
-        )
+        policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
+        return cls(config, processor, student, teacher, policy)
 
     def micro_step(self, batch: PromptBatch, step: int) -> tuple[Loss, Rollouts]:
         """Prompt once, sample, score, train: adds the gradient of one micro-batch."""
@@ -211,8 +205,8 @@ def train(config: Config) -> dict[str, Any]:
     plan = schedule(len(pool), config.steps, config.batch_size, config.seed)
     micro_plan = [micro for indices in plan for micro in split(indices, config.micro_batch_size)]
     per_step = len(micro_plan) // config.steps
-    models = (student,) if teacher is None else (student, teacher.lm)
-    loader = batches(pool, micro_plan, device, () if student.trains_vision else models)
+    models = [student] if teacher is None else [student, teacher.lm]
+    loader = batches(pool, micro_plan, device, models)
     prompt_tokens = 0
     first_step_s = 0.0
     with (

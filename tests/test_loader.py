@@ -85,7 +85,7 @@ def test_vision_tokens_are_made_once_and_kept_up_to_the_limit(
         mine._free = room
         results[room] = []
         without_frames = []
-        for batch in batches(mine, plan, frozen=[frozen], ahead=1):
+        for batch in batches(mine, plan, models=[frozen], ahead=1):
             embeds, levels = encode(frozen, batch)
             results[room] += [embeds, *levels]
             without_frames += [p.pixel_values is None for p in batch.prompts]

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from opd.config import Config, OptimConfig, PrefixConfig, SampleConfig
 from opd.data.loader import Prompt, PromptBatch
-from opd.engine import TorchEngine
-from opd.ledger import Ledger
 from opd.models.load import VideoLM
 from opd.objectives import Loss, Targets
-from opd.prefix import LayerCounter, extend
+from opd.prefix import extend
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 from opd.train import Trainer, split
@@ -184,17 +182,7 @@ def trainer_of(
         sample=SampleConfig(max_completion_length=length),
         **options,
     )
-    student.train_only(config.model.trainable)
-    return kind(
-        config=config,
-        processor=None,
-        student=student,
-        teacher=teacher,
-        policy=policy or policy_of(student),
-        engine=TorchEngine(student.model, config.optim, config.steps),
-        ledger=Ledger(torch.device("cpu")),
-        counter=LayerCounter().attach(student),
-    )
+    return kind(config, None, student, teacher, policy or policy_of(student))
 
 
 def four_prompts(lm: VideoLM) -> list[Prompt]:

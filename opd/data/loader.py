@@ -178,10 +178,12 @@ class Prompts:
         return self._make(index, keep_frames=True)
 
     def seen_by(self, index: int, models: Sequence[Any]) -> Prompt:
-        """The prompt for models (`VideoLM`) whose towers are frozen: without frames where all of
-        them have seen it before and there was room to keep what they made."""
+        """The prompt as these models (`VideoLM`) need it. Where all of their towers are frozen:
+        without frames if they have seen it before and there was room to keep what they made."""
+        if not models or any(model.trains_vision for model in models):
+            return self[index]
         kept = self._kept.get(index)
-        if kept is not None and all(kept.features.get(m) is not None for m in models):
+        if kept is not None and all(kept.features.get(model) is not None for model in models):
             return kept
         made = self._make(index, keep_frames=False)
         features = {} if kept is None else kept.features
@@ -242,18 +244,18 @@ def batches(
     prompts: Prompts,
     plan: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
-    frozen: Sequence[Any] = (),
+    models: Sequence[Any] = (),
     ahead: int = 2,
 ) -> Iterator[PromptBatch]:
     """The batches of a plan, in its order, made by one thread that stays at most `ahead` batches in
     front.
 
-    `frozen`: the models that will see them, if all of their vision towers are frozen.
+    `models`: those that will see them; for `Prompts.seen_by`.
     """
     pad = prompts.tokenizer.pad_token_id
 
     def make(indices: Sequence[int]) -> PromptBatch:
-        return collate([prompts.seen_by(i, frozen) if frozen else prompts[i] for i in indices], pad)
+        return collate([prompts.seen_by(i, models) for i in indices], pad)
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:

@@ -19,7 +19,6 @@ the teacher and `student` (jittered labels) for the student.
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -201,14 +200,15 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     split = SPLITS[name]
     drawn = [draw_clip(name, index) for index in range(count)]
-    asked = [
-        asked_about(clip, position, split)
-        for clip in drawn
-        for position in range(len(clip.shapes) if split.ask == "all" else 1)
-    ]
     if split.ask in ("names", "words"):
+        asked = []
         examples = [example for clip in drawn for example in _word_questions(root, clip, split)]
     else:
+        asked = [
+            asked_about(clip, position, split)
+            for clip in drawn
+            for position in range(len(clip.shapes) if split.ask == "all" else 1)
+        ]
         examples = [_example(root, clip) for clip in asked]
 
     def write(clip: Clip) -> None:
@@ -220,19 +220,14 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, drawn))
-    truth = root / "truth" / f"{name}-{count}.jsonl"
-    truth.parent.mkdir(exist_ok=True)
-    truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in asked))
+    if asked:
+        truth = root / "truth" / f"{name}-{count}.jsonl"
+        truth.parent.mkdir(exist_ok=True)
+        truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in asked))
     part = annotations.with_suffix(f".{os.getpid()}")
     write_timerft(part, examples, root)
-    shutil.move(
-        part, annotations
-    )  # last, so that the file's presence means that the split is whole
+    part.replace(annotations)  # last: the file's presence means that the split is whole
     return annotations
-
-
-def _video(root: Path, clip: Clip) -> Path:
-    return root / clip.id.rpartition("-")[0] / f"{clip.id.partition('.')[0]}.mp4"
 
 
 def _word_questions(root: Path, clip: Clip, split: Split) -> list[Example]:
@@ -252,15 +247,13 @@ def _word_questions(root: Path, clip: Clip, split: Split) -> list[Example]:
             colour, kind = pairs[rng.integers(len(pairs))]
             questions.append((WHETHER.format(f"{colour} {kind}"), answer))
     return [
-        Example(
+        replace(
+            _example(root, clip),
             id=f"{clip.id}.{number}",
-            video=_video(root, clip),
             query=question,
             question=question,
             answer=answer,
             spans=(),
-            duration_s=clip.duration_s,
-            difficulty=float(clip.difficulty),
         )
         for number, (question, answer) in enumerate(questions)
     ]
@@ -269,7 +262,7 @@ def _word_questions(root: Path, clip: Clip, split: Split) -> list[Example]:
 def _example(root: Path, clip: Clip) -> Example:
     return Example(
         id=clip.id,
-        video=_video(root, clip),
+        video=root / clip.id.rpartition("-")[0] / f"{clip.id.partition('.')[0]}.mp4",
         query=clip.query,
         spans=(clip.annotation,),
         duration_s=clip.duration_s,
