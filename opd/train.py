@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from opd import report
-from opd.config import Config, ConfigError, fail, load_config, to_yaml
+from opd.config import Config, ConfigError, command_line, fail, load_config, to_yaml
 from opd.data.examples import DataError
 from opd.data.loader import PromptBatch, Prompts, batches, load_examples, schedule
 from opd.engine import TorchEngine, reuse_freed_memory
@@ -267,7 +267,9 @@ def train(config: Config) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """The command; a user's mistake ends with one line and exit code 2."""
     try:
-        config = load_config(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
+        config = load_config(command_line(usage, arguments))
         summary = train(config)
     except (ConfigError, DataError, ModelError) as error:
         fail(error)
