@@ -187,8 +187,10 @@ def train(config: Config) -> dict[str, Any]:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_examples = load_examples(config.data.train, config.data, config.data.limit_train)
-    eval_examples = load_examples(config.data.eval, config.data, config.data.limit_eval)
+    left_out: dict[str, list[str]] = {"train": [], "eval": []}
+    data, needs = config.data, ("spans", "answer") if config.method == "sft" else ()
+    train_examples = load_examples(data.train, data, data.limit_train, needs, left_out["train"])
+    eval_examples = load_examples(data.eval, data, data.limit_eval, ["spans"], left_out["eval"])
     trainer = Trainer.of(config, device)
     ledger, student, teacher = trainer.ledger, trainer.student, trainer.teacher
     pool = Prompts(train_examples, config.data, trainer.processor, student)

@@ -61,7 +61,7 @@ def test_activitynet(root):
     assert (second.id, second.query, second.spans) == ("v_uqi:1", "Two.", ((3, 60),))
     assert first.video == root / "v_uqi.webm"
     assert first.duration_s == 55.15
-    assert first.source.endswith("annotations:v_uqi")
+    assert first.source.endswith("annotations:v_uqi:0")
 
 
 @pytest.mark.parametrize("name", ["qvhighlights", "tacos"])

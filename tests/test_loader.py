@@ -135,17 +135,18 @@ def test_a_broken_video_names_itself(prompts: Prompts, lm: VideoLM, tmp_path: Pa
         list(batches(Prompts(examples, prompts.config, processor(), lm), [[0]]))
 
 
-def test_sources_are_joined_and_an_id_used_twice_is_named(prompts: Prompts, tmp_path: Path) -> None:
+def test_sources_are_joined_and_an_id_used_twice_is_left_out(
+    prompts: Prompts, tmp_path: Path
+) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    config = replace(prompts.config, video_root=str(tmp_path))
     for number, path in enumerate(files):
-        (tmp_path / "v.mp4").touch()
-        video = tmp_path / "v.mp4"
-        write_timerft(path, [replace(prompts.examples[number], video=video)], tmp_path)
-    joined = load_examples(",".join(map(str, files)), config, None)
+        write_timerft(path, [prompts.examples[number]], Path(prompts.config.video_root))
+    joined = load_examples(",".join(map(str, files)), prompts.config, None)
     assert [e.id for e in joined] == [e.id for e in prompts.examples[:2]]
-    with pytest.raises(DataError, match=rf"a\.json:0: id '{joined[0].id}' was used at .*a\.json:0"):
-        load_examples(f"{files[0]},{files[0]}", config, None)
+    left_out: list[str] = []
+    twice = load_examples(f"{files[0]},{files[0]}", prompts.config, None, left_out=left_out)
+    assert twice == joined[:1]
+    assert left_out == [f"{files[0]}:0: id {joined[0].id!r} was used at {files[0]}:0 already"]
 
 
 def test_an_empty_annotation_file_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from opd.data import synthetic
 from opd.data.clips import COLOURS, FPS, SIZE, Clip, render
+from opd.data.examples import DataError
 from opd.data.formats import read_examples
 from opd.data.synthetic import NOVEL_SHAPES, SPLITS, asked_about, draw_clip, ensure_split
 from opd.metrics import tiou
@@ -145,7 +146,7 @@ def test_a_split_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_unknown_split_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown synthetic split 'test'"):
+    with pytest.raises(DataError, match="synthetic:test: no such split"):
         ensure_split(tmp_path, "test")
 
 

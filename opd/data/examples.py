@@ -45,6 +45,8 @@ class Example:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("the id is empty")
+        if not self.query:
+            raise ValueError("the query is empty")
         for start_s, end_s in self.spans:
             if not 0 <= start_s < end_s < math.inf:
                 raise ValueError(f"span {start_s:g} to {end_s:g} is not 0 <= start < end")

@@ -1,13 +1,12 @@
 """Readers of the public annotation formats, chosen by name, and the writer of our own data.
 
-A format says how its file splits into records and what examples a record holds;
-`read_examples` does the rest for all of them: locations in messages, video look-up, unique ids.
+A format says how its file splits into records and what example a record holds; `read_examples`
+does the rest for all of them: locations in messages, video look-up, unique ids.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,12 @@ _Fields = dict[str, Any]  # of Example, `video` still a name
 @dataclass(frozen=True)
 class _Format:
     split: Callable[[str], Iterable[tuple[int | str, Any]]]  # text -> (line, index or key; record)
-    parse: Callable[[int | str, Any], Iterable[_Fields]]  # ValueError says what is wrong
+    parse: Callable[[int | str, Any], _Fields]  # ValueError says what is wrong
 
 
-def read_examples(path: str | Path, format: str, video_root: str | Path) -> list[Example]:
+def read_examples(
+    path: str | Path, format: str, video_root: str | Path, left_out: list[str] | None = None
+) -> list[Example]:
     """Read an annotation file.
 
     Args:
@@ -35,10 +36,11 @@ def read_examples(path: str | Path, format: str, video_root: str | Path) -> list
         format: one of `FORMATS`.
         video_root: folder of the videos; a name is looked up as given, then with each of
             `VIDEO_EXTENSIONS` appended.
+        left_out: takes one line, naming file and place, for each record that is malformed, whose
+            video is missing or whose id occurred before; without it the first one is an error.
 
     Raises:
-        DataError: a file that cannot be read or holds nothing, a record that is malformed, a
-            video that is missing, an id that occurs twice; one line naming file and place.
+        DataError: a file that cannot be read or holds no record; one line naming it.
         ValueError: for a format that is not known.
     """
     if format not in FORMATS:
@@ -57,17 +59,21 @@ def read_examples(path: str | Path, format: str, video_root: str | Path) -> list
     for place, record in records:
         source = f"{path}:{place}"
         try:
-            for fields in FORMATS[format].parse(place, record):
-                video = find_video(video_root, fields.pop("video"))
-                example = Example(**fields, video=video, source=source)
-                if example.id in examples:
-                    raise ValueError(
-                        f"id {example.id!r} was used at {examples[example.id].source} already"
-                    )
-                examples[example.id] = example
-        except ValueError as error:
-            raise DataError(f"{source}: {error}") from error
-    if not examples:
+            if isinstance(record, ValueError):
+                raise record
+            fields = FORMATS[format].parse(place, record)
+            video = find_video(video_root, fields.pop("video"))
+            example = Example(**fields, video=video, source=source)
+            if example.id in examples:
+                before = examples[example.id].source
+                raise ValueError(f"id {example.id!r} was used at {before} already")
+            examples[example.id] = example
+        except (ValueError, OSError) as error:
+            line = f"{source}: {' '.join(str(error).split())}"
+            if left_out is None:
+                raise DataError(line) from error
+            left_out.append(line)
+    if not records:
         raise DataError(f"{path}: holds no examples")
     return list(examples.values())
 
@@ -124,7 +130,7 @@ def write_timerft(
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-# How files split into records.
+# How files split into records. A record that cannot be read is the error that says why.
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -138,7 +144,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{number}: not JSON: {error.msg} at column {error.colno}") from error
+            yield number, ValueError(f"not JSON: {error.msg} at column {error.colno}")
 
 
 def _json_file(text: str, kind: type) -> Any:
@@ -157,14 +163,33 @@ def _json_list(text: str) -> Iterator[tuple[int, Any]]:
     return enumerate(_json_file(text, list))
 
 
-def _json_dict(text: str) -> Iterator[tuple[str, Any]]:
-    return iter(_json_file(text, dict).items())
+def _json_sentences(text: str) -> Iterator[tuple[str, Any]]:
+    """One record per sentence of a file that holds one per video."""
+    for video, record in _json_file(text, dict).items():
+        try:
+            timestamps, sentences = (_get(record, key, list) for key in ("timestamps", "sentences"))
+            duration = _number(record, "duration")
+            if len(timestamps) != len(sentences):
+                raise ValueError(f"{len(timestamps)} timestamps for {len(sentences)} sentences")
+        except ValueError as error:
+            yield video, error
+            continue
+        for k, (timestamp, sentence) in enumerate(zip(timestamps, sentences, strict=True)):
+            yield (
+                f"{video}:{k}",
+                {
+                    "video": video,
+                    "duration": duration,
+                    "timestamp": timestamp,
+                    "sentence": sentence,
+                },
+            )
 
 
 # What a record holds. Each function names the record it reads.
 
 
-def _charades(place: int | str, line: str) -> Iterator[_Fields]:
+def _charades(place: int | str, line: str) -> _Fields:
     """`3MSZA 24.3 30.4##person turn a light on.`"""
     head, found, query = line.partition("##")
     words = head.split()
@@ -175,7 +200,7 @@ def _charades(place: int | str, line: str) -> Iterator[_Fields]:
     except ValueError:
         raise ValueError(f"{words[1]!r} and {words[2]!r} are not two times") from None
     # Charades-STA has no ids; the line number makes one that no other line has.
-    yield {
+    return {
         "id": f"{words[0]}:{place}",
         "video": words[0],
         "query": query.strip(),
@@ -184,27 +209,24 @@ def _charades(place: int | str, line: str) -> Iterator[_Fields]:
     }
 
 
-def _activitynet(place: int | str, record: Any) -> Iterator[_Fields]:
-    """`"v_uqi": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": ["..."]}`"""
-    timestamps, sentences = (_get(record, key, list) for key in ("timestamps", "sentences"))
-    if len(timestamps) != len(sentences):
-        raise ValueError(f"{len(timestamps)} timestamps for {len(sentences)} sentences")
-    for k, (timestamp, sentence) in enumerate(zip(timestamps, sentences, strict=True)):
-        yield {
-            "id": f"{place}:{k}",
-            "video": str(place),
-            "query": _get({f"sentences[{k}]": sentence}, f"sentences[{k}]", str).strip(),
-            "spans": (_span(timestamp),),
-            "duration_s": _number(record, "duration"),
-        }
+def _activitynet(place: int | str, record: Any) -> _Fields:
+    """`"v_uqi": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": ["..."]}`, of which a
+    record is one sentence."""
+    return {
+        "id": str(place),
+        "video": record["video"],
+        "query": _get(record, "sentence", str).strip(),
+        "spans": (_span(record["timestamp"]),),
+        "duration_s": record["duration"],
+    }
 
 
-def _qvhighlights(place: int | str, record: Any) -> Iterator[_Fields]:
+def _qvhighlights(place: int | str, record: Any) -> _Fields:
     """`{"qid": 2579, "query": "...", "duration": 150, "vid", "relevant_windows": [[82, 150]]}`"""
     windows = _get(record, "relevant_windows", list)
     if not windows:
         raise ValueError('"relevant_windows" is empty')
-    yield {
+    return {
         "id": _id(record),
         "video": _get(record, "vid", str),
         "query": _get(record, "query", str).strip(),
@@ -213,13 +235,13 @@ def _qvhighlights(place: int | str, record: Any) -> Iterator[_Fields]:
     }
 
 
-def _timerft(place: int | str, record: Any) -> Iterator[_Fields]:
+def _timerft(place: int | str, record: Any) -> _Fields:
     """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`, or
     with "answer" for "timestamp" a question answered in words."""
-    difficulty = _get(record, "difficulty", (int, float, type(None)), None)
     query = _get(record, "sentence", str).strip()
-    answered = isinstance(record, dict) and "answer" in record
-    yield {
+    answered = "answer" in record
+    graded = record.get("difficulty") is not None
+    return {
         "id": _id(record),
         "video": _get(record, "video", str),
         "query": query,
@@ -227,14 +249,14 @@ def _timerft(place: int | str, record: Any) -> Iterator[_Fields]:
         "answer": _get(record, "answer", str) if answered else None,
         "spans": () if answered else (_span(_get(record, "timestamp", list)),),
         "duration_s": _number(record, "duration"),
-        "difficulty": None if difficulty is None else float(difficulty),
+        "difficulty": _number(record, "difficulty") if graded else None,
     }
 
 
 FORMATS: dict[str, _Format] = {
     "timerft": _Format(_json_list, _timerft),
     "charades": _Format(_lines, _charades),
-    "activitynet": _Format(_json_dict, _activitynet),
+    "activitynet": _Format(_json_sentences, _activitynet),
     "qvhighlights": _Format(_json_lines, _qvhighlights),
     "tacos": _Format(_json_lines, _qvhighlights),
 }
@@ -257,10 +279,10 @@ def _get(record: Any, key: str, kind: type | tuple[type, ...], default: Any = _R
 
 
 def _number(record: Any, key: str) -> float:
-    value = float(_get(record, key, (int, float)))
-    if not math.isfinite(value):
-        raise ValueError(f'"{key}" is {value}')
-    return value
+    value = _get(record, key, (int, float))
+    if not abs(value) < 1e300:  # neither infinite, nor NaN, nor a whole number beyond all floats
+        raise ValueError(f'"{key}" is {value!r:.60}')
+    return float(value)
 
 
 def _id(record: Any) -> str:

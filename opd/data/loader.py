@@ -15,7 +15,7 @@ from opd.config import DataConfig
 from opd.data import synthetic
 from opd.data.examples import DataError, Example
 from opd.data.formats import read_examples
-from opd.data.video import TEMPORAL_PATCH, Backend, VideoFrames, sample_frames
+from opd.data.video import TEMPORAL_PATCH, Backend, VideoFrames, probe_duration, sample_frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,26 +99,68 @@ def collate(
     )
 
 
-def load_examples(sources: str, config: DataConfig, limit: int | None) -> list[Example]:
-    """The examples of one or several sources, separated by commas: `synthetic:SPLIT` (written on
-    first use) or an annotation file in `config.format`.
+def load_examples(
+    sources: str,
+    config: DataConfig,
+    limit: int | None,
+    needs: Sequence[str] = (),
+    left_out: list[str] | None = None,
+) -> list[Example]:
+    """The usable examples of one or several sources, separated by commas: `synthetic:SPLIT`
+    (written on first use) or an annotation file in `config.format`.
 
-    Raises DataError for a source that cannot be read and for an id that two of them use.
+    Args:
+        needs: of `spans` and `answer`; one of them at least must be there.
+        left_out: takes a line, naming file and place, for each example that cannot be used: a
+            malformed record, an id used before, a video that is no video or shorter than the span
+            says. Nothing is decoded yet.
+
+    Raises DataError for a source that cannot be read and where no example is left.
     """
+    left_out = [] if left_out is None else left_out
     root = Path(config.video_root)
     examples: dict[str, Example] = {}
+    durations: dict[Path, float | DataError] = {}
     for source in sources.split(","):
         if source.startswith("synthetic:"):
             path = synthetic.ensure_split(root, source.removeprefix("synthetic:"))
-            found = read_examples(path, "timerft", root)
+            found = read_examples(path, "timerft", root, left_out)
         else:
-            found = read_examples(Path(source), config.format, root)
+            found = read_examples(Path(source), config.format, root, left_out)
         for example in found:
-            if example.id in examples:
-                before = examples[example.id].source
-                raise DataError(f"{example.source}: id {example.id!r} was used at {before} already")
-            examples[example.id] = example
-    return list(examples.values())[:limit]
+            if limit is not None and len(examples) >= limit:
+                break
+            try:
+                if example.id in examples:
+                    before = examples[example.id].source
+                    raise DataError(f"id {example.id!r} was used at {before} already")
+                if needs and not any(getattr(example, name) for name in needs):
+                    raise DataError(f"no {' or '.join(needs)} in it")
+                _check_video(example, durations)
+            except DataError as error:
+                left_out.append(f"{example.source}: {error}")
+            else:
+                examples[example.id] = example
+    if not examples:
+        reason = f"; first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
+        raise DataError(f"{sources}: no usable example{reason}")
+    return list(examples.values())
+
+
+def _check_video(example: Example, durations: dict[Path, float | DataError]) -> None:
+    """Raise DataError where the video cannot be read or ends before a span starts."""
+    video = example.video
+    if video not in durations:
+        try:
+            durations[video] = probe_duration(video)
+        except DataError as error:
+            durations[video] = error
+    duration_s = durations[video]
+    if isinstance(duration_s, DataError):
+        raise duration_s
+    for start_s, _ in example.spans:
+        if start_s >= duration_s:
+            raise DataError(f"a span starts at {start_s:g} s in a video of {duration_s:g} s")
 
 
 class Prompts:
@@ -136,6 +178,7 @@ class Prompts:
         self.end_token = self.tokenizer.eos_token
         self._frames: dict[Path, VideoFrames] = {}
         self._kept: dict[int, Prompt] = {}
+        self.broken: dict[int, str] = {}  # why, of the examples whose video does not decode
         self._free = config.cache_mb * 2**20
 
     def __len__(self) -> int:
@@ -176,6 +219,15 @@ class Prompts:
 
     def __getitem__(self, index: int) -> Prompt:
         return self._make(index, keep_frames=True)
+
+    def usable(self, index: int, models: Sequence[Any]) -> Prompt | None:
+        """`seen_by`; None, with the reason in `broken`, where the video does not decode."""
+        if index not in self.broken:
+            try:
+                return self.seen_by(index, models)
+            except DataError as error:
+                self.broken[index] = f"{self.examples[index].source}: {error}"
+        return None
 
     def seen_by(self, index: int, models: Sequence[Any]) -> Prompt:
         """The prompt as these models (`VideoLM`) need it. Where all of their towers are frozen:
@@ -245,17 +297,35 @@ def batches(
     plan: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
     models: Sequence[Any] = (),
+    refill: bool = False,
     ahead: int = 2,
 ) -> Iterator[PromptBatch]:
     """The batches of a plan, in its order, made by one thread that stays at most `ahead` batches in
     front.
 
-    `models`: those that will see them; for `Prompts.seen_by`.
+    Args:
+        models: those that will see them; for `Prompts.seen_by`.
+        refill: put the next usable example where one does not decode, so that batches keep their
+            size; else it is left out, and a batch of which nothing remains with it.
+
+    Raises DataError where nothing decodes.
     """
     pad = prompts.tokenizer.pad_token_id
 
-    def make(indices: Sequence[int]) -> PromptBatch:
-        return collate([prompts.seen_by(i, models) for i in indices], pad)
+    def make(indices: Sequence[int]) -> PromptBatch | None:
+        found = []
+        for index in indices:
+            prompt = prompts.usable(index, models)
+            while prompt is None and refill and len(prompts.broken) < len(prompts):
+                index = (index + 1) % len(prompts)
+                prompt = prompts.usable(index, models)
+            found.append(prompt)
+        if len(prompts.broken) == len(prompts):
+            raise DataError(
+                f"no video of {len(prompts)} decodes; {next(iter(prompts.broken.values()))}"
+            )
+        found = [prompt for prompt in found if prompt is not None]
+        return collate(found, pad) if found else None
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
@@ -263,14 +333,15 @@ def batches(
         # The call also changes process-wide settings, which are put back here.
         pool.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(threads)
-        pending: list[Future[PromptBatch]] = [
+        pending: list[Future[PromptBatch | None]] = [
             pool.submit(make, indices) for indices in plan[:ahead]
         ]
         for position in range(len(plan)):
             batch = pending.pop(0).result()
             if position + ahead < len(plan):
                 pending.append(pool.submit(make, plan[position + ahead]))
-            yield to_device(batch, device)
+            if batch is not None:
+                yield to_device(batch, device)
 
 
 def to_device(batch: PromptBatch, device: torch.device | str) -> PromptBatch:

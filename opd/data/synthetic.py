@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from opd.data.clips import COLOURS, Clip, Shape, render, write_video
-from opd.data.examples import Example
+from opd.data.examples import DataError, Example
 from opd.data.formats import write_timerft
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -188,10 +188,10 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     (TimeRFT format).
 
     The truth of a split with imperfect annotations lies aside in `truth/NAME.jsonl`, which no
-    reader opens. Raises ValueError for an unknown split.
+    reader opens. Raises DataError for an unknown split.
     """
     if name not in SPLITS:
-        raise ValueError(f"data: unknown synthetic split {name!r} (known: {', '.join(SPLITS)})")
+        raise DataError(f"synthetic:{name}: no such split (known: {', '.join(SPLITS)})")
     count = clips or SPLITS[name].clips
     annotations = root / f"{name}-{count}.json"
     if annotations.exists():

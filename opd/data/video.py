@@ -139,6 +139,12 @@ def sample_frames(
     )
 
 
+def probe_duration(path: str | Path) -> float:
+    """Length in seconds of a video file, without decoding it; DataError where it is unusable."""
+    times_s, source_fps = _probe(Path(path))
+    return (round(times_s[-1] * source_fps) + 1) / source_fps
+
+
 def _probe(path: Path) -> tuple[np.ndarray, float]:
     """Times in seconds of a file's visible frames, ascending from 0, and its average frame rate.
 
