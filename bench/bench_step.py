@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.conventional import conventional_step
 from opd.config import Config, load_config
-from opd.data.loader import PromptBatch, Prompts, collate, load_examples
+from opd.data.loader import PromptBatch, Prompts, collate
+from opd.data.sources import load_examples
+from opd.engine import set_up
 from opd.train import Trainer
 
 ROUNDS = 15
@@ -25,7 +27,7 @@ ROUNDS = 15
 
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = set_up(config.threads, config.seed)
     trainer = Trainer.of(config, device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, trainer.processor, trainer.student)

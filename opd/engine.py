@@ -3,10 +3,13 @@ device."""
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from opd.config import OptimConfig
 
@@ -42,6 +45,19 @@ def reuse_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
+def set_up(threads: int | None, seed: int) -> torch.device:
+    """Make the process ready for a run, and return its device."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    transformers_logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import
+    reuse_freed_memory()
+    return torch.device("cpu")
+
+
 class TorchEngine:
     """AdamW with fp32 master weights and fp32 gradient accumulation, whatever the model's dtype.
 
@@ -70,7 +86,14 @@ class TorchEngine:
             betas=(config.beta1, config.beta2),
             foreach=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config, steps))
+        self._factor = lr_factor(config, steps)
+        self._go_to(0)
+
+    def _go_to(self, step: int) -> None:
+        self._step = step
+        self.lr = self.config.lr * self._factor(step)  # of the next step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
 
     @staticmethod
     def _accumulate_into(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -82,28 +105,43 @@ class TorchEngine:
 
         return hook
 
-    @property
-    def lr(self) -> float:
-        """The rate of the next step."""
-        return float(self.schedule.get_last_lr()[0])
-
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a micro-batch's loss."""
         loss.backward()
 
     def step(self, gradient_scale: float = 1.0) -> float:
         """Scale the accumulated gradient (by a denominator known only now), clip, update; returns
-        its norm before clipping."""
+        its norm before clipping. A gradient that is not finite updates nothing."""
         if gradient_scale != 1.0:
             for master in self.masters:
                 if master.grad is not None:
                     master.grad.mul_(gradient_scale)
-        norm = nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
+        norm = float(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self._go_to(self._step + 1)
         self.optimizer.zero_grad()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-        return float(norm)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "optimizer": self.optimizer.state_dict(),
+            "step": self._step,
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        for parameter, master, saved in zip(
+            self.parameters, self.masters, state["masters"], strict=True
+        ):
+            master.copy_(saved)
+            parameter.copy_(master)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._go_to(state["step"])

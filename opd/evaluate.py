@@ -2,16 +2,21 @@
 stored."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from opd.answers import parse_span
-from opd.config import Config
+from opd.config import Config, ConfigError, command_line, fail, load_config
+from opd.data.examples import DataError
 from opd.data.loader import Prompts, batches
+from opd.data.sources import load_examples
+from opd.engine import set_up
 from opd.metrics import (
     Summary,
     best_constant,
@@ -20,7 +25,7 @@ from opd.metrics import (
     nearest_representable,
     summarize,
 )
-from opd.models.load import VideoLM
+from opd.models.load import ModelError, VideoLM, load_model, load_processor, place, resolve
 from opd.prefix import encode, prefill
 from opd.rollout import Policy, Rollouts, sample, uniforms
 
@@ -41,6 +46,31 @@ class Evaluation:
     sampled_tious: list[float]
     ceiling: float
     constant: float
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> "Evaluation":
+        """From the rows that `evaluate` writes."""
+
+        def span(value: Any) -> Any:
+            return None if value is None else tuple(value)
+
+        truth = [tuple(tuple(s) for s in row["truth"]) for row in rows]
+        sampled = [[span(s) for s in row["sampled_predicted"]] for row in rows]
+        _, constant = best_constant([spans[0] for spans in truth])
+        return cls(
+            summary=summarize([span(row["predicted"]) for row in rows], sampled, truth),
+            greedy_tious=[row["tiou"] for row in rows],
+            sampled_tious=[
+                sum(row["sampled_tious"]) / max(1, len(row["sampled_tious"])) for row in rows
+            ],
+            ceiling=miou([row["ceiling"] for row in rows]),
+            constant=constant,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "Evaluation":
+        """From a file that `evaluate` wrote."""
+        return cls.of([json.loads(line) for line in path.read_text().splitlines()])
 
 
 def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
@@ -74,7 +104,7 @@ def evaluate(
     """
     size, draws = config.eval.batch_size, config.eval.draws
     plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
-    rows, ceilings = [], []
+    rows = []
     for batch in batches(prompts, plan, lm.device, [lm]):
         prefix = prefill(lm, batch, encode(lm, batch))
         length = config.sample.max_completion_length
@@ -85,7 +115,8 @@ def evaluate(
                 config.seed, EVALUATION_STEP, [e.id for e in batch.examples], draws, length
             )
             sampled = decode_answers(sample(lm, prefix, policy, length, numbers), prompts.tokenizer)
-        for example, (answer,), others in zip(batch.examples, greedy, sampled, strict=True):
+        for prompt, (answer,), others in zip(batch.prompts, greedy, sampled, strict=True):
+            example = prompt.example
             predicted = parse_span(answer, example.duration_s)
             spans = [parse_span(other, example.duration_s) for other in others]
             rows.append(
@@ -98,18 +129,62 @@ def evaluate(
                     "sampled_answers": others,
                     "sampled_predicted": spans,
                     "sampled_tious": [best_tiou(span, example.spans) for span in spans],
+                    "ceiling": max(
+                        nearest_representable(span, prompt.timestamps_s) for span in example.spans
+                    ),
                 }
             )
-        for prompt in batch.prompts:
-            spans, times = prompt.example.spans, prompt.timestamps_s
-            ceilings.append(max(nearest_representable(span, times) for span in spans))
         progress(len(batch.examples))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = summarize(
-        [r["predicted"] for r in rows],
-        [r["sampled_predicted"] for r in rows],
-        [r["truth"] for r in rows],
-    )
-    means = [sum(r["sampled_tious"]) / max(1, draws) for r in rows]
-    _, constant = best_constant([r["truth"][0] for r in rows])
-    return Evaluation(summary, [r["tiou"] for r in rows], means, miou(ceilings), constant)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)
+    return Evaluation.of(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m opd.evaluate RUN_OR_CHECKPOINT [key=value ...]`: a finished run's student on its
+    own held-out split, or any checkpoint; the answers go to `run_dir/evaluation.jsonl`."""
+    try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        usage = "opd.evaluate RUN_OR_CHECKPOINT [dotted.key=value ...]"
+        target, *keys = command_line(usage, arguments) or [""]
+        if not target or "=" in target:
+            raise ConfigError(f"usage: python -m {usage}")
+        run = Path(target)
+        finished = (run / "config.yaml").is_file()
+        defaults = {
+            "model.student": run / "student" if finished else target,
+            "run_dir": run if run.is_dir() else "runs/evaluate",
+        }
+        given = {key.partition("=")[0] for key in keys}
+        added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
+        config = load_config([str(run / "config.yaml")] * finished + added + keys)
+        print(json.dumps(_evaluate(config), indent=2))
+    except (ConfigError, DataError, ModelError) as error:
+        fail(error)
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
+    path = Path(config.run_dir, "evaluation.jsonl")
+    if path.exists() and not config.overwrite:
+        raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
+    resolve(config.model.student)
+    data, left_out = config.data, []
+    examples = load_examples(data.eval, data, data.limit_eval, ["spans"], left_out)
+    device = set_up(config.threads, config.seed)
+    processor = load_processor(config.model.student)
+    lm = load_model(config.model.student, seed=config.seed, **place(config.model.dtype, device))
+    lm.train_only(config.model.trainable)
+    policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
+    prompts = Prompts(examples, data, processor, lm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(prompts), desc="evaluate", unit="query", file=sys.stderr) as bar:
+        found = evaluate(lm, prompts, policy, config, path, bar.update)
+    for line in [*left_out, *prompts.broken.values()]:
+        print(f"left out: {line}", file=sys.stderr)
+    known = {"ceiling": found.ceiling, "best_constant": found.constant}
+    return {**found.summary, **known, "answers": str(path)}
+
+
+if __name__ == "__main__":
+    main()

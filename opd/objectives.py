@@ -52,10 +52,17 @@ class Targets:
             student_lm_head,
             self.teacher_hidden,
             self.teacher_lm_head,
+            token_ids=self.token_ids,
             allowed_columns=self.policy.allowed_columns,
             temperature=self.policy.temperature,
         )
-        return Loss(out.loss, out.token_kl, out.student_entropy, out.teacher_entropy)
+        return Loss(
+            out.loss,
+            out.token_kl,
+            out.student_entropy,
+            out.teacher_entropy,
+            out.student_logprobs,
+        )
 
     def sampled(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
         """The published policy gradient on the sampled tokens: no clip, no baseline.

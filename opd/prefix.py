@@ -118,7 +118,7 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
     return torch.cat(embeds), [torch.cat(level) for level in zip(*levels, strict=True)]
 
 
-def _recomputed(mode: str, num_layers: int) -> int:
+def recomputed_layers(mode: str, num_layers: int) -> int:
     """How many layers, from the first, are recomputed in backward."""
     named = {"none": 0, "all": num_layers}
     return named[mode] if mode in named else min(int(mode), num_layers)
@@ -160,7 +160,9 @@ def prefill(
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), counter.label("recompute")
 
-    again = _recomputed(recompute, len(language_model.layers)) if torch.is_grad_enabled() else 0
+    again = (
+        recomputed_layers(recompute, len(language_model.layers)) if torch.is_grad_enabled() else 0
+    )
     keys, values = [], []
     with counter.label("prompt"):
         for index, layer in enumerate(language_model.layers):

@@ -1,16 +1,24 @@
-"""What a run shows a person: the table at its end, and its curve."""
+"""What a run shows a person: its health signals, its summary, the table at its end, its curves."""
 
-import json
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from opd.evaluate import Evaluation
+from opd.answers import parse_span
+from opd.checkpoint import read_rows
+from opd.data.examples import Example
+from opd.evaluate import Evaluation, decode_answers
+from opd.ledger import mfu
 from opd.metrics import paired_interval
+from opd.objectives import Loss
+from opd.rollout import Rollouts
 
 COLUMNS = (
     "miou",
@@ -21,6 +29,110 @@ COLUMNS = (
     "parse_failures",
     "queries",
 )
+
+
+def signals(
+    losses: Sequence[Loss],
+    rollouts: Sequence[Rollouts],
+    examples: Sequence[Example],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """How healthy a step was, over its completion tokens, and the first completion as a sample.
+
+    `kl_number` and `kl_template` are the KL on tokens with a digit and on the others;
+    `logprob_gap` is the mean distance between the sampler's and the trainer's log-probability of a
+    token: rounding, as long as the two agree. None where the method has no such thing.
+    """
+
+    def joined(name: str) -> torch.Tensor | None:
+        values = [getattr(loss, name) for loss in losses]
+        return None if values[0] is None else torch.cat(values)
+
+    def mean(values: torch.Tensor | None) -> float | None:
+        known = values is not None and values.numel() and bool(values.isfinite().all())
+        return float(values.mean()) if known else None  # type: ignore[union-attr]
+
+    kl = joined("token_kl")
+    ids = torch.cat([r.completion_ids[r.completion_mask] for r in rollouts])
+    completions = sum(r.truncated.numel() for r in rollouts)
+    row = {
+        "kl": mean(kl),
+        "kl_number": None,
+        "kl_template": None,
+        "student_entropy": mean(joined("student_entropy")),
+        "teacher_entropy": mean(joined("teacher_entropy")),
+        "completion_length": len(ids) / completions,
+        "truncated": sum(int(r.truncated.sum()) for r in rollouts) / completions,
+        "parse_failures": None,
+        "logprob_gap": None,
+        "sample": None,
+    }
+    if kl is None:  # trained on references: nothing was sampled
+        return row
+    chosen, drawn = (
+        joined("student_logprobs"),
+        [r.rollout_logprobs[r.completion_mask] for r in rollouts],
+    )
+    if chosen is not None:
+        row["logprob_gap"] = mean((chosen - torch.cat(drawn)).abs())
+    if tokenizer is not None:
+        texts = tokenizer.convert_ids_to_tokens(ids.tolist())
+        number = torch.tensor([any(c.isdigit() for c in text) for text in texts], device=kl.device)
+        row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
+        answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
+        spans = [
+            [parse_span(answer, example.duration_s) for answer in found]
+            for found, example in zip(answers, examples, strict=True)
+        ]
+        row["parse_failures"] = sum(s is None for found in spans for s in found) / completions
+        row["sample"] = {
+            "id": examples[0].id,
+            "query": examples[0].query,
+            "answer": answers[0][0],
+            "predicted": spans[0][0],
+            "annotated": examples[0].spans,
+        }
+    return row
+
+
+def summary(
+    trainer: Any, evaluations: dict[str, Evaluation | None], left_out: dict[str, int]
+) -> dict[str, Any]:
+    """What a finished run comes to."""
+    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
+    before, after, teacher = (evaluations[name] for name in ("before", "after", "teacher"))
+    assert after is not None
+    hours = ledger.device_hours()
+    outside = ("total", "idle", "evaluate", "checkpoint")
+    busy_s = 3600 * sum(h for name, h in hours.items() if name not in outside)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {
+        "method": config.method,
+        "objective": config.objective if config.method == "opd" else None,
+        "seed": config.seed,
+        "steps": config.steps,
+        **{name: found.summary if found else None for name, found in evaluations.items()},
+        **comparison(before, after, teacher),
+        "ceiling": after.ceiling,
+        "best_constant": after.constant,
+        "device_hours": hours,
+        "flops": ledger.flops | {"total": sum(ledger.flops.values())},
+        "tokens_per_s": ledger.tokens / trainer.progress.train_s,
+        "mfu": mfu(ledger.flops, busy_s),
+        "student_prompt_forwards_per_step": trainer.counter.passes(
+            "prompt", progress.prompt_tokens
+        ),
+        "student_prompt_recomputes_per_step": trainer.counter.passes(
+            "recompute", progress.prompt_tokens
+        ),
+        "skipped_steps": progress.skipped,
+        "left_out": left_out,
+        "first_step_s": progress.first_step_s,
+        "wall_s": progress.wall_s,
+        "peak_memory_mib": peak / 2**20,
+    }
 
 
 def comparison(
@@ -42,16 +154,22 @@ def comparison(
     return result
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The evaluations side by side, then where the time went."""
+def scores(evaluations: dict[str, Any]) -> list[str]:
+    """Evaluation summaries side by side, one line each below a heading."""
     lines = [" " * 9 + "".join(f"{c:>15}" for c in COLUMNS)]
-    for name in ("before", "after", "teacher"):
-        if summary[name]:
-            cells = [summary[name][c] for c in COLUMNS]
+    for name, summary in evaluations.items():
+        if summary:
+            cells = [summary[c] for c in COLUMNS]
             shown = [
                 "-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells
             ]
             lines.append(f"{name:<9}" + "".join(f"{s:>15}" for s in shown))
+    return lines
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The evaluations side by side, then where the time went."""
+    lines = scores({name: summary[name] for name in ("before", "after", "teacher")})
     for name, share in summary.get("gap_closed", {}).items():
         low, high = summary["gain"][name]["interval"]
         mean = summary["gain"][name]["mean"]
@@ -73,32 +191,55 @@ def table(summary: dict[str, Any]) -> str:
         f"peak memory {summary['peak_memory_mib']:.0f} MiB, "
         f"student prompt forwards per step {summary['student_prompt_forwards_per_step']:.3f}"
     )
+    flops, mfu = summary["flops"], summary["mfu"]
+    lines.append(
+        f"{flops['total']:.3g} FLOPs (student {flops['student']:.3g}, "
+        f"teacher {flops['teacher']:.3g}, recomputation {flops['recompute']:.3g}), "
+        f"{summary['tokens_per_s']:.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+    )
+    for split, number in summary["left_out"].items():
+        if number:
+            lines.append(f"left out of {split}: {number} examples, named in left_out.txt")
+    if summary["skipped_steps"]:
+        lines.append(
+            f"steps skipped for a loss or gradient that is no number: {summary['skipped_steps']}"
+        )
     return "\n".join(lines)
 
 
-def plot_curve(run_dir: Path) -> Path:
-    """Draw loss and KL against steps, and the evaluations, into `curve.png`."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps = [row["step"] for row in rows]
-    for key in ("loss", "kl"):
-        if rows[0][key] is not None:
-            left.plot(steps, [row[key] for row in rows], label=key, linewidth=1)
-    left.set(xlabel="optimizer step", ylabel="nats", title=summary["method"], yscale="symlog")
-    left.legend()
+def plot_curves(run_dir: Path, summary: dict[str, Any]) -> Path:
+    """Draw loss, KL, entropy, length, evaluations and phase shares into `curve.png`."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, title, unit, keys in (
+        (axes[0, 0], "loss", "nats", ("loss",)),
+        (axes[0, 1], "KL to the teacher, a token", "nats", ("kl", "kl_number", "kl_template")),
+        (axes[0, 2], "entropy, a token", "nats", ("student_entropy", "teacher_entropy")),
+        (axes[1, 0], "completion length", "tokens", ("completion_length",)),
+    ):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, linewidth=1)
+                axis.legend()
+        axis.set(xlabel="optimizer step", ylabel=unit, title=title)
+    axis = axes[1, 1]
     names = [name for name in ("before", "after", "teacher") if summary[name]]
     for offset, key in enumerate(("miou", "sampled_miou")):
         heights = [summary[name][key] or 0.0 for name in names]
-        bars = right.bar([x + 0.4 * offset for x in range(len(names))], heights, 0.38, label=key)
-        right.bar_label(bars, fmt="%.3f")
-    right.set(
+        bars = axis.bar([x + 0.4 * offset for x in range(len(names))], heights, 0.38, label=key)
+        axis.bar_label(bars, fmt="%.3f")
+    axis.set(
         xticks=[x + 0.2 for x in range(len(names))],
         xticklabels=names,
         ylim=(0, 1),
         title="held-out queries",
     )
-    right.legend()
+    axis.legend()
+    hours = {n: 3600 * h for n, h in summary["device_hours"].items() if n != "total" and h}
+    bars = axes[1, 2].barh(list(hours), list(hours.values()))
+    axes[1, 2].bar_label(bars, fmt="%.1f")
+    axes[1, 2].set(title="device time", xlabel="seconds")
     path = run_dir / "curve.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -14,30 +14,27 @@ They are not part of the method.
 """
 
 import json
-import os
-import resource
-import shutil
+import math
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from opd import report
-from opd.config import Config, ConfigError, command_line, fail, load_config, to_yaml
+from opd.checkpoint import Progress, RunFolder, Signals, Stopped, load_state, save_state
+from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
-from opd.data.loader import PromptBatch, Prompts, batches, load_examples, schedule
-from opd.engine import TorchEngine, reuse_freed_memory
+from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
+from opd.data.sources import load_examples
+from opd.engine import TorchEngine, set_up
 from opd.evaluate import Evaluation, evaluate
-from opd.ledger import Ledger
-from opd.models.load import ModelError, VideoLM, load_model, load_processor
+from opd.ledger import Cost, Ledger, step_flops
+from opd.models.load import ModelError, VideoLM, load_model, load_processor, place, resolve
 from opd.objectives import Loss, Targets
-from opd.prefix import LayerCounter, encode, extend, prefill
+from opd.prefix import LayerCounter, encode, extend, prefill, recomputed_layers
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 
@@ -57,20 +54,19 @@ class Trainer:
         self.engine = TorchEngine(self.student.model, self.config.optim, self.config.steps)
         self.ledger = Ledger(self.student.device)
         self.counter = LayerCounter().attach(self.student)
+        self.progress = Progress()
+        models = [self.student] if self.teacher is None else [self.student, self.teacher.lm]
+        self.costs = {lm: Cost.of(lm) for lm in models}
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> "Trainer":
         """The trainer of the models that the configuration names."""
-        reuse_freed_memory()
-        dtype = config.model.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-        place: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+        where = place(config.model.dtype, device)
         processor = load_processor(config.model.student)
-        student = load_model(config.model.student, seed=config.seed, **place)
+        student = load_model(config.model.student, seed=config.seed, **where)
         teacher = None
         if config.method == "opd":
-            teacher = Teacher(load_model(config.model.teacher, **place))
+            teacher = Teacher(load_model(config.model.teacher, **where))
         policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
         return cls(config, processor, student, teacher, policy)
 
@@ -97,6 +93,9 @@ class Trainer:
             known = config.batch_size * config.num_rollouts if config.normalize == "sequence" else 1
         with phase("backward"):
             self.engine.backward(result.loss / known)
+        again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
+        flops = step_flops(self.costs, batch, mask, config.method == "opd", again)
+        self.ledger.count(batch.num_tokens + int(mask.sum()), flops)
         return result, rollouts
 
     def loss(
@@ -128,8 +127,9 @@ class Trainer:
         )
         return sample(self.student, prefix, self.policy, length, numbers, self.counter)
 
-    def step(self, micro_batches: list[PromptBatch], step: int) -> dict[str, float | None]:
-        """One optimizer step; returns its row of metrics."""
+    def step(self, micro_batches: list[PromptBatch], step: int) -> dict[str, Any]:
+        """One optimizer step; returns its row of metrics. A loss or gradient that is not finite
+        changes no weight, and the row names the examples."""
         losses, rollouts = zip(
             *(self.micro_step(batch, step) for batch in micro_batches), strict=True
         )
@@ -137,133 +137,153 @@ class Trainer:
         num_tokens = sum(int(r.completion_mask.sum()) for r in rollouts)
         sequences = self.config.batch_size * self.config.num_rollouts
         by_token = self.config.normalize == "token"
+        denominator = num_tokens if by_token else sequences
+        loss = sum(float(result.loss.detach()) for result in losses) / denominator
+        scale = 1 / num_tokens if by_token else 1.0
         with self.ledger.phase("optimizer"):
-            grad_norm = self.engine.step(1 / num_tokens if by_token else 1.0)
-
-        def mean(name: str) -> float | None:
-            values = [getattr(result, name) for result in losses]
-            return None if values[0] is None else float(torch.cat(values).mean())
-
-        total = sum(float(result.loss.detach()) for result in losses)
+            grad_norm = self.engine.step(scale if math.isfinite(loss) else math.nan)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        examples = [example for batch in micro_batches for example in batch.examples]
+        tokenizer = self.processor.tokenizer if self.processor is not None else None
+        self.progress.count(finite, sum(batch.num_tokens for batch in micro_batches))
         return {
             "step": step,
-            "loss": total / (num_tokens if by_token else sequences),
-            "kl": mean("token_kl"),
-            "grad_norm": grad_norm,
+            "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "lr": lr,
-            "student_entropy": mean("student_entropy"),
-            "teacher_entropy": mean("teacher_entropy"),
-            "completion_length": num_tokens / sequences,
-            "truncated": sum(int(r.truncated.sum()) for r in rollouts) / sequences,
+            **report.signals(losses, rollouts, examples, tokenizer),
+            "skipped": None if finite else [example.id for example in examples],
         }
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from; everything else follows from seed and step."""
+        return {
+            "engine": self.engine.state(),
+            "ledger": self.ledger.state(),
+            "counter": dict(self.counter.tokens),
+            "progress": asdict(self.progress),
+            "rng": torch.get_rng_state(),
+        }
 
-def split(batch: list[int], size: int | None) -> list[list[int]]:
-    """The micro-batches of a step's examples."""
-    size = size or len(batch)
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
-
-
-def prepare_run_dir(config: Config) -> Path:
-    """Make the run folder; a non-empty one is a mistake unless `overwrite=true`."""
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if not config.overwrite:
-            raise ConfigError(f"run_dir={run_dir}: not empty; choose another or say overwrite=true")
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    return run_dir
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.engine.load_state(state["engine"])
+        self.ledger.load_state(state["ledger"])
+        self.counter.tokens = dict(state["counter"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"])
 
 
 def train(config: Config) -> dict[str, Any]:
-    """A whole run: evaluate, train, evaluate, write the run folder; returns the summary."""
+    """A whole run: evaluate, train, evaluate, write the run folder; returns the summary.
+
+    Raises Stopped on SIGINT, on SIGTERM and where losses stay no numbers, with the state saved.
+    """
     started = time.perf_counter()
-    run_dir = prepare_run_dir(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    transformers_logging.disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = RunFolder(config)
+    resolve(config.model.student)
+    if config.method == "opd":
+        resolve(config.model.teacher)
+    device = set_up(config.threads, config.seed)
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data, needs = config.data, ("spans", "answer") if config.method == "sft" else ()
     train_examples = load_examples(data.train, data, data.limit_train, needs, left_out["train"])
     eval_examples = load_examples(data.eval, data, data.limit_eval, ["spans"], left_out["eval"])
     trainer = Trainer.of(config, device)
-    ledger, student, teacher = trainer.ledger, trainer.student, trainer.teacher
-    pool = Prompts(train_examples, config.data, trainer.processor, student)
-    held_out = Prompts(eval_examples, config.data, trainer.processor, student)
+    pool = Prompts(train_examples, data, trainer.processor, trainer.student)
+    held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)
+    if folder.resumed:
+        trainer.load_state(load_state(folder.state))
+    folder.open(trainer.progress.step)
+    progress, started = trainer.progress, started - trainer.progress.wall_s
+    signalled = Signals()
+    try:
+        with signalled.watch():
+            evaluations = run(trainer, folder, pool, held_out, signalled, started)
+    except Stopped as stopped:
+        progress.wall_s = time.perf_counter() - started
+        folder.write(trainer.ledger.closed(wait=True))
+        save_state(folder.state, trainer.state())
+        told = f"after step {progress.step} of {config.steps}; resume=auto goes on from there"
+        raise Stopped(f"{stopped} {told}", stopped.exit_code) from None
+    finally:
+        left_out["train"] += pool.broken.values()
+        left_out["eval"] += held_out.broken.values()
+        folder.write_left_out(left_out)
+        folder.close()
+    progress.wall_s = time.perf_counter() - started
+    summary = report.summary(trainer, evaluations, {k: len(v) for k, v in left_out.items()})
+    (folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.plot_curves(folder.path, summary)
+    folder.state.unlink(missing_ok=True)
+    return summary
+
+
+def run(
+    trainer: Trainer,
+    folder: RunFolder,
+    pool: Prompts,
+    held_out: Prompts,
+    signalled: Signals,
+    started: float,
+) -> dict[str, Evaluation | None]:
+    """Evaluate, train from the step that the trainer has reached, evaluate, save the student."""
+    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
+    student, teacher = trainer.student, trainer.teacher
 
     def score(lm: VideoLM, name: str) -> Evaluation:
+        path = folder.path / f"eval_{name}.jsonl"
+        if path.is_file():  # made before the run was stopped
+            return Evaluation.read(path)
         bar = tqdm(total=len(held_out), desc=f"evaluate {name}", unit="query", file=sys.stderr)
+
+        def answered(queries: int) -> None:
+            bar.update(queries)
+            signalled.obey()
+
         with ledger.phase("evaluate"), bar, trainer.counter.label("evaluation"):
-            return evaluate(
-                lm, held_out, trainer.policy, config, run_dir / f"eval_{name}.jsonl", bar.update
-            )
+            return evaluate(lm, held_out, trainer.policy, config, path, answered)
 
     before = score(student, "before") if config.eval.before else None
-    plan = schedule(len(pool), config.steps, config.batch_size, config.seed)
+    ledger.close_step()
+    plan = schedule(len(pool), config.steps, config.batch_size, config.seed)[progress.step :]
     micro_plan = [micro for indices in plan for micro in split(indices, config.micro_batch_size)]
-    per_step = len(micro_plan) // config.steps
-    models = [student] if teacher is None else [student, teacher.lm]
-    loader = batches(pool, micro_plan, device, models)
-    prompt_tokens = 0
-    first_step_s = 0.0
-    with (
-        (run_dir / "metrics.jsonl").open("w", buffering=1) as metrics_file,
-        SummaryWriter(str(run_dir / "tensorboard")) as board,
-        tqdm(total=config.steps, desc=config.method, unit="step", file=sys.stderr) as bar,
-    ):
-        for step in range(config.steps):
+    per_step = config.batch_size // (config.micro_batch_size or config.batch_size)
+    loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
+    with tqdm(
+        total=config.steps, initial=progress.step, desc=config.method, unit="step", file=sys.stderr
+    ) as bar:
+        for step in range(progress.step, config.steps):
+            begun = time.perf_counter()
             with ledger.phase("decode-wait"):
                 micro_batches = [next(loader) for _ in range(per_step)]
-            prompt_tokens += sum(b.num_tokens for b in micro_batches)
-            begun = time.perf_counter()
             row = trainer.step(micro_batches, step)
             row["step_s"] = time.perf_counter() - begun
-            metrics_file.write(json.dumps(row) + "\n")
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    board.add_scalar(key, value, step)
-            shown = {k: f"{row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None}
-            bar.set_postfix(shown, refresh=False)
+            progress.train_s += row["step_s"]
+            ledger.close_step(row)
+            folder.write(ledger.closed())
+            numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
+            bar.set_postfix_str(", ".join([*numbers, ledger.shares()]))
             bar.update()
-            first_step_s = first_step_s or time.perf_counter() - started
+            progress.first_step_s = progress.first_step_s or time.perf_counter() - started
+            if progress.skipped_in_a_row == config.max_skipped:
+                raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
+            signalled.obey()
+            if config.save_every and progress.step % config.save_every == 0:
+                progress.wall_s = time.perf_counter() - started
+                folder.write(ledger.closed(wait=True))
+                with ledger.phase("checkpoint"):
+                    save_state(folder.state, trainer.state())
+    folder.write(ledger.closed(wait=True))
     after = score(student, "after")
-    scored_teacher = (
-        score(teacher.lm, "teacher") if teacher is not None and config.eval.teacher else None
-    )
-
+    shown_teacher = teacher if config.eval.teacher else None
+    scored_teacher = None if shown_teacher is None else score(shown_teacher.lm, "teacher")
     with ledger.phase("checkpoint"):
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))
-        student.model.save_pretrained(run_dir / "student")
-        trainer.processor.save_pretrained(run_dir / "student")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    summary = {
-        "method": config.method,
-        "objective": config.objective if config.method == "opd" else None,
-        "seed": config.seed,
-        "steps": config.steps,
-        "before": before.summary if before else None,
-        "after": after.summary,
-        "teacher": scored_teacher.summary if scored_teacher else None,
-        **report.comparison(before, after, scored_teacher),
-        "ceiling": after.ceiling,
-        "best_constant": after.constant,
-        "device_hours": ledger.device_hours(),
-        "student_prompt_forwards_per_step": trainer.counter.passes("prompt", prompt_tokens),
-        "student_prompt_recomputes_per_step": trainer.counter.passes("recompute", prompt_tokens),
-        "first_step_s": first_step_s,
-        "wall_s": time.perf_counter() - started,
-        "peak_memory_mib": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak)
-        / 2**20,
-    }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report.plot_curve(run_dir)
-    return summary
+        student.model.save_pretrained(folder.path / "student")
+        trainer.processor.save_pretrained(folder.path / "student")
+    return {"before": before, "after": after, "teacher": scored_teacher}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,6 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
         summary = train(config)
     except (ConfigError, DataError, ModelError) as error:
         fail(error)
+    except Stopped as stopped:
+        fail(stopped, stopped.exit_code)
     else:
         print(report.table(summary))
         print(f"run folder: {config.run_dir}")

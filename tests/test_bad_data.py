@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from opd.config import DataConfig
 from opd.data import loader
 from opd.data.examples import DataError, Example
-from opd.data.loader import Prompts, batches, load_examples
+from opd.data.loader import Prompts, batches
+from opd.data.sources import load_examples
 from opd.data.synthetic import ensure_split
 from opd.models.load import prepare
 from opd.models.tiny import build, processor

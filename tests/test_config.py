@@ -75,7 +75,6 @@ MISTAKES = {
     "method=sft num_rollouts=2": "num_rollouts=2: method sft trains on the one reference answer",
     "method=sft objective=sampled": "objective=sampled: method sft has an objective of its own",
     "engine.zero_stage=2": "engine.zero_stage=2: engine.kind=torch has stage 0 only",
-    "steps=3 steps=4": "steps: set twice on the command line",
     "steps=${stepz}": "steps: Interpolation key 'stepz' not found",
     "missing.yaml": "missing.yaml: no such configuration file",
     "steps": "steps: no such configuration file (to set the key, write steps=VALUE)",

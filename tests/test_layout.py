@@ -13,7 +13,7 @@ from opd.config import Config, load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # a module imports only from floors below its own, or from its own
-    {"config", "answers", "metrics"},
+    {"config", "options", "answers", "metrics"},
     {"data", "models"},
     {"prefix", "rollout", "teacher", "objectives", "curriculum", "engine", "checkpoint", "ledger"},
     {"train", "evaluate", "report", "check"},

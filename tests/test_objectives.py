@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from opd.config import Config, OptimConfig, PrefixConfig, SampleConfig
-from opd.data.loader import Prompt, PromptBatch
+from opd.data.loader import Prompt, PromptBatch, split
 from opd.models.load import VideoLM
 from opd.objectives import Loss, Targets
 from opd.prefix import extend
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
-from opd.train import Trainer, split
+from opd.train import Trainer
 from tests.helpers import (
     END,
     FAMILIES,

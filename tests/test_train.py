@@ -43,7 +43,7 @@ def run(videos: Path, run_dir: Path, *arguments: str) -> dict[str, Any]:
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "step_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("step_s", "seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,15 @@ from fused_kl.torch_kernels import Banned, divergence_rows_
 class LinearKLOutput:
     """What `linear_reverse_kl` returns; fp32, or fp64 for fp64 inputs; values in nats.
 
-    `loss` is a differentiable scalar. `token_kl`, `student_entropy` and `teacher_entropy` are [N],
-    detached, not weighted, and 0 in rows of weight 0.
+    `loss` is a differentiable scalar. The others are [N], detached, not weighted, and 0 in rows of
+    weight 0; `student_logprobs`, of the given tokens, is None where none were given.
     """
 
     loss: Tensor
     token_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    student_logprobs: Tensor | None = None
 
 
 def linear_reverse_kl(
@@ -41,6 +42,7 @@ def linear_reverse_kl(
     teacher_lm_head: Tensor,
     *,
     token_weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     beta: float = 1.0,
@@ -60,6 +62,8 @@ def linear_reverse_kl(
         teacher_lm_head: `[V', Ht]`, without grad; if V' differs from V, both heads are cut to the
             smaller.
         token_weights: `[N]`, default ones. A row of weight 0 is left out and may hold NaN.
+        token_ids: `[N]` int, below both vocabulary sizes: their log-probabilities under the student
+            come with the result, at no further product.
         allowed_columns: `[V]` bool; other columns get probability 0 on both sides before
             normalisation.
         temperature: divides both logits; the loss is not multiplied by its square.
@@ -90,6 +94,10 @@ def linear_reverse_kl(
     )
     num_rows = student_hidden.shape[0]
     num_columns = min(student_lm_head.shape[0], teacher_lm_head.shape[0])
+    if token_ids is not None:
+        checks.check_token_ids(token_ids, num_rows)
+        checks.check_same_device("student_hidden", student_hidden, token_ids=token_ids)
+        checks.check_token_range(token_ids, num_columns)
     dtype = compute_dtype(
         student_hidden, student_lm_head, teacher_hidden, teacher_lm_head, student_bias, teacher_bias
     )
@@ -122,7 +130,7 @@ def linear_reverse_kl(
 
     def run() -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
         gradients = Gradients(student, needs, num_rows, student_lm_head.shape[0])
-        stats = tuple(weights.new_empty(num_rows) for _ in range(3))
+        stats = tuple(weights.new_empty(num_rows) for _ in range(3 + (token_ids is not None)))
         chunk_rows = max((rows.stop - rows.start for rows in chunks), default=0)
         buffers = weights.new_empty(2, chunk_rows, num_columns)
         for rows in chunks:
@@ -132,7 +140,12 @@ def linear_reverse_kl(
             student.project(student_rows, student_logits)
             teacher.project(teacher.rows(rows), teacher_logits)
             values = divergence_rows_(
-                student_logits, teacher_logits, beta=beta, banned=banned, with_grad=any(needs)
+                student_logits,
+                teacher_logits,
+                None if token_ids is None else token_ids[rows],
+                beta=beta,
+                banned=banned,
+                with_grad=any(needs),
             )
             for stat, value in zip(stats, values, strict=True):
                 stat[rows] = value
@@ -145,12 +158,13 @@ def linear_reverse_kl(
         loss, *stats = LossWithGradients.apply(run, student_hidden, student_lm_head, student_bias)
     else:
         loss, stats, _ = run()
-    token_kl, student_entropy, teacher_entropy = stats
+    token_kl, student_entropy, teacher_entropy, *logprobs = stats
     return LinearKLOutput(
         loss=loss,
         token_kl=token_kl,
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
+        student_logprobs=logprobs[0] if logprobs else None,
     )
 
 

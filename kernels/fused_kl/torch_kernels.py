@@ -19,12 +19,6 @@ FLOOR = -1e30
 MAX_LOG_RATIO = 80.0
 
 
-class DivergenceRows(NamedTuple):
-    token_kl: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-
-
 class TokenRows(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
@@ -47,19 +41,22 @@ class Banned(NamedTuple):
 def divergence_rows_(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    token_ids: Tensor | None = None,
     *,
     beta: float,
     banned: Banned | None,
     with_grad: bool,
-) -> DivergenceRows:
-    """Divergence and entropies of each row; both logits `[n, V]` are overwritten.
+) -> list[Tensor]:
+    """Divergence, student's and teacher's entropy of each row, and the student's log-probability
+    of a token where it is given; both logits `[n, V]` are overwritten.
 
     With `with_grad`, `student_logits` ends as dD/dlogits. Near the teacher the log ratio r is
     small, so everything is formed from r: `sum p r - p + q` is off by at most the rounding of a
     probability, 6e-8, whereas `mu - lse(s) + lse(t)` is off by that of lse.
     """
     num_rows, num_columns = student_logits.shape
-    stats = DivergenceRows(*(student_logits.new_empty(num_rows) for _ in range(3)))
+    stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
+    token_kl, student_entropy, teacher_entropy, *logprobs = stats
     block = row_block_rows(num_columns, student_logits.element_size(), student_logits.device.type)
     block = min(block, num_rows)
     scratch = student_logits.new_empty(2, block, num_columns)
@@ -71,18 +68,22 @@ def divergence_rows_(
             s.masked_fill_(banned.columns, banned.value)
             t.masked_fill_(banned.columns, banned.value)
         torch.log_softmax(s, -1, out=x)  # x = log p
+        if token_ids is not None:
+            logprobs[0][rows] = x.gather(-1, token_ids[rows, None].long()).squeeze(-1)
         torch.log_softmax(t, -1, out=y)  # y = log q
         torch.exp(y, out=s)  # s = q
-        stats.teacher_entropy[rows] = torch.mul(s, y, out=t).sum(-1).neg_()
+        teacher_entropy[rows] = torch.mul(s, y, out=t).sum(-1).neg_()
         torch.exp(x, out=t)  # t = p
         torch.sub(x, y, out=y)  # y = r = log p - log q
-        stats.student_entropy[rows] = x.mul_(t).sum(-1).neg_()
+        student_entropy[rows] = x.mul_(t).sum(-1).neg_()
         if beta == 1.0:
-            stats.token_kl[rows] = _reverse_block_(s, t, y, x, with_grad)
+            token_kl[rows] = _reverse_block_(s, t, y, x, with_grad)
         elif beta == 0.0:
-            stats.token_kl[rows] = _forward_block_(s, t, y, x, with_grad)
+            token_kl[rows] = _forward_block_(s, t, y, x, with_grad)
         else:
-            stats.token_kl[rows] = _jsd_block_(s, t, y, x, beta, with_grad)
+            token_kl[rows] = _jsd_block_(s, t, y, x, beta, with_grad)
+    for values in logprobs:
+        values.masked_fill_(values < FLOOR / 2, -torch.inf)  # a banned token's
     return stats
 
 

@@ -119,6 +119,13 @@ def resolve(spec: str) -> str:
     return spec
 
 
+def place(dtype: str, device: torch.device) -> dict[str, Any]:
+    """Where and as what `load_model` puts a model: `auto` is bfloat16 on a GPU, float32 else."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return {"dtype": getattr(torch, dtype), "device": device}
+
+
 def load_processor(spec: str) -> Any:
     """The processor (chat template, tokenizer, video processor) of a checkpoint."""
     if spec.startswith("tiny:"):
