@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.conventional import conventional_step
+from opd import report, train
+from opd.checkpoint import RunFolder
 from opd.config import Config, load_config
 from opd.data.loader import PromptBatch, Prompts, collate
 from opd.data.sources import load_examples
 from opd.engine import set_up
+from opd.ledger import Ledger
 from opd.train import Trainer
 
 ROUNDS = 15
@@ -105,6 +109,38 @@ def test_single_pass_against_conventional(benchmark, config: Config) -> None:
     )
     benchmark.extra_info.update(result, flops_ratio=measured, analytic_ratio=share)
     print(f"\nsingle pass / conventional: {result}, FLOPs {measured:.3f}, analytic {share:.3f}")
+
+
+def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
+    """The same steps with ledger, signals and run folder, and without."""
+    watched, batch = make_trainer(config)
+    bare, _ = make_trainer(config)
+    folder = RunFolder(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
+    folder.open(0)
+
+    def with_all(step: int) -> None:
+        row = watched.step([batch], step)
+        row["step_s"] = 0.0
+        watched.ledger.close_step(row)
+        watched.ledger.shares()
+        folder.write(watched.ledger.closed())
+
+    class Silent(Ledger):
+        def phase(self, name: str) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    bare.ledger = Silent(bare.student.device)
+
+    def without(step: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "signals", lambda *_: {})
+            patch.setattr(train, "step_flops", lambda *_: {})
+            bare.step([batch], step)
+
+    result = benchmark.pedantic(paired, (with_all, without), rounds=1)
+    benchmark.extra_info.update(result)
+    folder.close()
+    print(f"\nwatched / bare: {result}")
 
 
 def test_four_rollouts_against_one(benchmark, config: Config) -> None:

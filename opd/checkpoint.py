@@ -105,6 +105,7 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
+    versions["torch"] = torch.__version__  # with its build
     git = [
         "git",
         "-C",

@@ -77,7 +77,8 @@ def signals(
         row["logprob_gap"] = mean((chosen - torch.cat(drawn)).abs())
     if tokenizer is not None:
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())
-        number = torch.tensor([any(c.isdigit() for c in text) for text in texts], device=kl.device)
+        digits = [any(c.isdigit() for c in text or "") for text in texts]
+        number = torch.tensor(digits, device=kl.device)
         row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
         answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
         spans = [
