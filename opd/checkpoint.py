@@ -21,6 +21,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opd.config import Config, ConfigError, load_config, to_yaml
 
+WRITTEN = (  # by a run, into its folder
+    "config.yaml",
+    "environment.jsonl",
+    "left_out.txt",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "tensorboard",
+    "eval_*.jsonl",
+    "evaluation.jsonl",
+    "student",
+    "state.pt",
+    "curve.png",
+    "summary.json",
+)
 LIBRARIES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "decord", "av", "numpy")
 
 
@@ -141,24 +155,21 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.run_dir)
         self.state = self.path / "state.pt"
-        self.left_out: dict[str, list[str]] = {}
         try:
             self.resumed = config.resume == "auto" and self.state.is_file()
             used = self.path.exists() and any(self.path.iterdir())
         except OSError as error:
             raise ConfigError(f"run_dir={self.path}: {error.strerror}") from error
-        told = f"run_dir={self.path}: not empty"
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ConfigError(f"run_dir={self.path}: {above} is no folder that can be written")
+        ours = (self.path / "config.yaml").is_file()
+        unfinished = ours and not (self.path / "summary.json").exists()
         if self.resumed:
             self._same_run()
-        elif used and not config.overwrite:
-            unfinished = not (self.path / "summary.json").exists()
-            if not (config.resume == "auto" and unfinished and self._ours()):
-                raise ConfigError(f"{told}; choose another or say overwrite=true")
-        elif used and not self._ours():
-            raise ConfigError(f"{told}, and no run's folder (config.yaml is missing)")
-
-    def _ours(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        elif used and not config.overwrite and not (config.resume == "auto" and unfinished):
+            told = f"run_dir={self.path}: not empty"
+            raise ConfigError(f"{told}; choose another or say overwrite=true")
 
     def _same_run(self) -> None:
         before = to_yaml(load_config([str(self.path / "config.yaml")])).splitlines()
@@ -169,13 +180,11 @@ class RunFolder:
                 )
 
     def open(self, first_step: int) -> None:
-        """Make the folder, or go on in it from a step: later rows are dropped."""
-        if not self.resumed and self.path.exists():
-            shutil.rmtree(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run_dir={self.path}: {error.strerror}") from error
+        """Make the folder, or go on in it from a step: later rows are dropped. What no run wrote
+        stays."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for written in (w for name in WRITTEN for w in self.path.glob(name) if not self.resumed):
+            shutil.rmtree(written) if written.is_dir() else written.unlink()
         (self.path / "config.yaml").write_text(to_yaml(self.config))
         if first_step < self.config.steps:
             (self.path / "eval_after.jsonl").unlink(missing_ok=True)

@@ -44,7 +44,11 @@ class DataConfig:
 
     train: str = option("synthetic:train", "what is trained on")
     eval: str = option("synthetic:eval", "what is evaluated on")
-    format: str = option("timerft", "of annotation files")
+    format: str = option(
+        "timerft",
+        "of annotation files",
+        choices=("timerft", "charades", "activitynet", "qvhighlights", "tacos"),
+    )
     video_root: str = option("runs/synthetic", "folder that videos are named relative to")
     limit_train: int | None = option(None, "the first so many examples", least=1)
     limit_eval: int | None = option(None, "the first so many examples", least=1)

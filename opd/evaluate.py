@@ -15,7 +15,7 @@ from opd.answers import parse_span
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
 from opd.data.loader import Prompts, batches
-from opd.data.sources import load_examples
+from opd.data.sources import load_split
 from opd.engine import set_up
 from opd.metrics import (
     Summary,
@@ -169,14 +169,14 @@ def _evaluate(config: Config) -> dict[str, Any]:
     if path.exists() and not config.overwrite:
         raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
     resolve(config.model.student)
-    data, left_out = config.data, []
-    examples = load_examples(data.eval, data, data.limit_eval, ["spans"], left_out)
+    left_out: list[str] = []
+    examples = load_split(config.data, "eval", ["spans"], left_out)
     device = set_up(config.threads, config.seed)
     processor = load_processor(config.model.student)
     lm = load_model(config.model.student, seed=config.seed, **place(config.model.dtype, device))
     lm.train_only(config.model.trainable)
     policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
-    prompts = Prompts(examples, data, processor, lm)
+    prompts = Prompts(examples, config.data, processor, lm)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(prompts), desc="evaluate", unit="query", file=sys.stderr) as bar:
         found = evaluate(lm, prompts, policy, config, path, bar.update)

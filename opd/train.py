@@ -28,7 +28,7 @@ from opd.checkpoint import Progress, RunFolder, Signals, Stopped, load_state, sa
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
 from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
-from opd.data.sources import load_examples
+from opd.data.sources import load_split
 from opd.engine import TorchEngine, set_up
 from opd.evaluate import Evaluation, evaluate
 from opd.ledger import Cost, Ledger, step_flops
@@ -181,14 +181,14 @@ def train(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = RunFolder(config)
-    resolve(config.model.student)
+    resolve(config.model.student, "model.student")
     if config.method == "opd":
-        resolve(config.model.teacher)
+        resolve(config.model.teacher, "model.teacher")
     device = set_up(config.threads, config.seed)
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data, needs = config.data, ("spans", "answer") if config.method == "sft" else ()
-    train_examples = load_examples(data.train, data, data.limit_train, needs, left_out["train"])
-    eval_examples = load_examples(data.eval, data, data.limit_eval, ["spans"], left_out["eval"])
+    train_examples = load_split(data, "train", needs, left_out["train"])
+    eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])
     trainer = Trainer.of(config, device)
     pool = Prompts(train_examples, data, trainer.processor, trainer.student)
     held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)

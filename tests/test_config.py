@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from opd.config import Config, ConfigError, load_config, to_yaml
+from opd.data.formats import FORMATS
 from opd.train import main
 
 
@@ -76,6 +77,18 @@ MISTAKES = {
     "method=sft objective=sampled": "objective=sampled: method sft has an objective of its own",
     "engine.zero_stage=2": "engine.zero_stage=2: engine.kind=torch has stage 0 only",
     "steps=${stepz}": "steps: Interpolation key 'stepz' not found",
+    "data.format=coco": "data.format=coco: not one of "
+    "timerft, charades, activitynet, qvhighlights, tacos",
+    "overwrite=true resume=auto": "overwrite=true: excludes resume=auto",
+    "model.student=./nowhere": "model.student=./nowhere: "
+    "no checkpoint folder there (config.json is missing)",
+    "model.teacher=runs/none/student": "model.teacher=runs/none/student: "
+    "no checkpoint folder there (config.json is missing)",
+    "model.student=embedded:nobody": "model.student=embedded:nobody: no such shipped model",
+    "data.train=none.json": "data.train: none.json: No such file or directory",
+    "data.eval=none.json data.train=synthetic:none": "data.train: synthetic:none: no such split "
+    "(known: train, eval, names, words, short, teacher, student)",
+    "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is no folder that can be written",
     "missing.yaml": "missing.yaml: no such configuration file",
     "steps": "steps: no such configuration file (to set the key, write steps=VALUE)",
     "a.yaml b.yaml": "b.yaml: only one configuration file is read",
@@ -85,14 +98,23 @@ MISTAKES = {
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(
-    command: str, capsys: pytest.CaptureFixture[str]
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opd.train.load_model", loaded)
     one = "{" in command
     with pytest.raises(SystemExit) as caught:
         main([command] if one else command.split(" "))
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", f"error: {MISTAKES[command]}\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -114,6 +136,11 @@ def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path
     with pytest.raises(ConfigError) as caught:
         load_config([str(path)])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_formats_are_those_that_can_be_read() -> None:
+    for name in FORMATS:
+        assert load_config([f"data.format={name}"]).data.format == name
 
 
 def test_help_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd import evaluate, ledger, report
-from opd.checkpoint import Stopped
+from opd.checkpoint import WRITTEN, Stopped
 from opd.config import load_config
 from opd.data import loader
 from opd.ledger import Cost, Ledger
@@ -19,7 +20,7 @@ from opd.objectives import Loss
 from opd.prefix import LayerCounter, encode, extend
 from opd.rollout import Rollouts, sample, uniforms
 from opd.teacher import Teacher
-from opd.train import Trainer, train
+from opd.train import Trainer, main, train
 from tests.helpers import FAMILIES, batch_of, make_prompt, ours, policy_of, prefill_of
 
 SHORT = ("batch_size=2", "data.limit_train=8", "data.limit_eval=2", "eval.draws=1", "threads=1")
@@ -321,6 +322,27 @@ def test_left_out_examples_are_reported(videos: Path, tmp_path: Path) -> None:
     started = json.loads((tmp_path / "run" / "environment.jsonl").read_text())
     assert started["versions"]["torch"] == torch.__version__
     assert {"command", "commit", "gpus", "cores", "threads"} <= set(started)
+
+
+def test_a_run_folder_is_replaced_only_when_told_and_nothing_else_in_it(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "precious").write_text("kept")
+    for options in ((), ("resume=auto",)):
+        with pytest.raises(SystemExit) as caught:
+            main([f"run_dir={run_dir}", *options])
+        assert caught.value.code == 2
+        told = f"error: run_dir={run_dir}: not empty; choose another or say overwrite=true\n"
+        assert capsys.readouterr().err == told
+    (run_dir / "eval_before.jsonl").write_text("of another run")
+    run(videos, run_dir, "steps=1", "eval.before=false", "overwrite=true")
+    assert (run_dir / "precious").read_text() == "kept"
+    written = {path.name for path in run_dir.iterdir()} - {"precious"}
+    assert {"config.yaml", "summary.json", "student", "metrics.jsonl"} <= written
+    assert not (run_dir / "eval_before.jsonl").exists()
+    assert all(any(fnmatch(name, pattern) for pattern in WRITTEN) for name in written)
 
 
 def test_an_evaluation_can_be_repeated(

@@ -58,6 +58,17 @@ def load_examples(
     return list(examples.values())
 
 
+def load_split(
+    data: DataConfig, split: str, needs: Sequence[str] = (), left_out: list[str] | None = None
+) -> list[Example]:
+    """The examples of `data.train` or `data.eval`, up to its limit; errors name the key."""
+    try:
+        sources, limit = getattr(data, split), getattr(data, f"limit_{split}")
+        return load_examples(sources, data, limit, needs, left_out)
+    except DataError as error:
+        raise DataError(f"data.{split}: {error}") from error
+
+
 def _check_video(example: Example, durations: dict[Path, float | DataError]) -> None:
     """Raise DataError where the video cannot be read or ends before a span starts."""
     video = example.video

@@ -106,16 +106,21 @@ class VideoLM:
         self.head.requires_grad_(True)
 
 
-def resolve(spec: str) -> str:
-    """The folder or hub id that a spec names; ModelError for an unknown shipped model or a missing
-    folder."""
+def resolve(spec: str, key: str = "") -> str:
+    """The folder or hub id that a spec names; ModelError, which names the key, for an unknown
+    shipped model or a missing folder."""
+    told = f"{key}={spec}" if key else spec
     kind, _, name = spec.partition(":")
     if kind == "embedded":
         if not (EMBEDDED / name / "config.json").is_file():
-            raise ModelError(f"{spec}: no such shipped model")
+            raise ModelError(f"{told}: no such shipped model")
         return str(EMBEDDED / name)
-    if spec.startswith((".", "/")) and not Path(spec, "config.json").is_file():
-        raise ModelError(f"{spec}: no checkpoint folder there (config.json is missing)")
+    # A hub id is NAME or OWNER/NAME, and no folder here is called OWNER.
+    path = Path(spec)
+    local = spec.startswith((".", "/")) or len(path.parts) > 2 or path.is_dir()
+    local = local or (len(path.parts) == 2 and path.parent.is_dir())
+    if local and not (path / "config.json").is_file():
+        raise ModelError(f"{told}: no checkpoint folder there (config.json is missing)")
     return spec
 
 
