@@ -1,6 +1,7 @@
-"""Fixtures of the step's tests."""
+"""Fixtures that several files of tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,3 +40,9 @@ def exact_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(norm, "forward", _rms_norm)
         monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", _rotate_vision)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `data.video_root` that runs share; the clips are written once."""
+    return tmp_path_factory.mktemp("videos")

@@ -1,5 +1,6 @@
 """What the tests of the step share: synthetic prompts, fp64 models, the stock forward as truth."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.config import load_config
 from opd.data.examples import Example
 from opd.data.loader import Prompt, PromptBatch, collate
 from opd.models import tiny
@@ -16,6 +18,7 @@ from opd.objectives import Loss, Targets
 from opd.prefix import Prefix, extend, prefill
 from opd.rollout import Policy
 from opd.teacher import Teacher
+from opd.train import train
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 PAD = tiny.tokenizer().pad_token_id
@@ -269,3 +272,19 @@ def gap(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str,
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference over largest entry."""
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+def run(videos: Path, run_dir: Path, *arguments: str) -> dict[str, Any]:
+    """A whole run on the embedded task, on one thread; its summary."""
+    threads = torch.get_num_threads()
+    places = [f"data.video_root={videos}", f"run_dir={run_dir}", "threads=1"]
+    try:
+        return train(load_config([*places, *arguments]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def metric_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a run's file, without what is a time."""
+    rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("step_s", "seconds")} for row in rows]

@@ -13,34 +13,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opd import evaluate, ledger, report
 from opd.checkpoint import WRITTEN, Stopped
-from opd.config import load_config
 from opd.data import loader
 from opd.ledger import Cost, Ledger
 from opd.objectives import Loss
 from opd.prefix import LayerCounter, encode, extend
 from opd.rollout import Rollouts, sample, uniforms
 from opd.teacher import Teacher
-from opd.train import Trainer, main, train
-from tests.helpers import FAMILIES, batch_of, make_prompt, ours, policy_of, prefill_of
+from opd.train import Trainer, main
+from tests.helpers import FAMILIES, batch_of, make_prompt, ours, policy_of, prefill_of, run
 
-SHORT = ("batch_size=2", "data.limit_train=8", "data.limit_eval=2", "eval.draws=1", "threads=1")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("videos")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+SHORT = (
+    "batch_size=2",
+    "data.limit_train=8",
+    "data.limit_eval=2",
+    "eval.draws=1",
+    "eval.before=false",
+    "eval.teacher=false",
+)
 
 
-def run(videos: Path, run_dir: Path, *more: str) -> dict[str, Any]:
-    places = (f"data.video_root={videos}", f"run_dir={run_dir}")
-    return train(load_config([*SHORT, *places, "eval.teacher=false", *more]))
+def brief(videos: Path, run_dir: Path, *more: str) -> dict[str, Any]:
+    return run(videos, run_dir, *SHORT, *more)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -113,7 +106,7 @@ def test_weights_that_are_no_numbers_stop_the_run(
 
     monkeypatch.setattr(Trainer, "of", broken)
     with pytest.raises(Stopped) as caught:
-        run(videos, tmp_path / "run", "steps=9", "max_skipped=3", "eval.before=false")
+        brief(videos, tmp_path / "run", "steps=9", "max_skipped=3")
     assert caught.value.exit_code == 1
     assert str(caught.value) == (
         "3 losses in a row that are no numbers after step 3 of 9; resume=auto goes on from there"
@@ -162,7 +155,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
         monkeypatch.setattr(Teacher, "extend", teacher)
     else:
         monkeypatch.setattr(loader.Prompts, "_make", frame)
-    summary = run(videos, tmp_path / "run", "steps=4", "eval.before=false")
+    summary = brief(videos, tmp_path / "run", "steps=4")
     skipped = [bool(row["skipped"]) for row, _ in seen]
     assert [same for _, same in seen] == skipped
     if where == "teacher":
@@ -243,8 +236,8 @@ def test_a_step_is_charged_what_it_did() -> None:
 
 
 def test_phases_add_up_to_the_step(videos: Path, tmp_path: Path) -> None:
-    options = ("steps=4", "batch_size=8", "data.limit_train=16", "eval.before=false")
-    summary = run(videos, tmp_path / "run", *options)
+    options = ("steps=4", "batch_size=8", "data.limit_train=16")
+    summary = brief(videos, tmp_path / "run", *options)
     found = rows(tmp_path / "run")
     phases = {"decode-wait", "vision", "prefill", "sample", "teacher", "extend", "loss", "backward"}
     assert all(set(row["seconds"]) == phases | {"optimizer"} for row in found)
@@ -308,12 +301,12 @@ def test_on_a_gpu_timing_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_left_out_examples_are_reported(videos: Path, tmp_path: Path) -> None:
-    run(videos, tmp_path / "first", "steps=1", "eval.before=false")
+    brief(videos, tmp_path / "first", "steps=1")
     records = json.loads((videos / "train-1024.json").read_text())
     records[1]["timestamp"] = [5.0, 1.0]
     path = tmp_path / "train.json"
     path.write_text(json.dumps(records[:6]))
-    summary = run(videos, tmp_path / "run", f"data.train={path}", "steps=1", "eval.before=false")
+    summary = brief(videos, tmp_path / "run", f"data.train={path}", "steps=1")
     assert summary["left_out"] == {"train": 1, "eval": 0}
     line = f"train: {path}:1: span 5 to 1 is not 0 <= start < end\n"
     assert (tmp_path / "run" / "left_out.txt").read_text() == line
@@ -337,7 +330,7 @@ def test_a_run_folder_is_replaced_only_when_told_and_nothing_else_in_it(
         told = f"error: run_dir={run_dir}: not empty; choose another or say overwrite=true\n"
         assert capsys.readouterr().err == told
     (run_dir / "eval_before.jsonl").write_text("of another run")
-    run(videos, run_dir, "steps=1", "eval.before=false", "overwrite=true")
+    brief(videos, run_dir, "steps=1", "overwrite=true")
     assert (run_dir / "precious").read_text() == "kept"
     written = {path.name for path in run_dir.iterdir()} - {"precious"}
     assert {"config.yaml", "summary.json", "student", "metrics.jsonl"} <= written
@@ -349,7 +342,7 @@ def test_an_evaluation_can_be_repeated(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    summary = run(videos, run_dir, "steps=2", "eval.before=false")
+    summary = brief(videos, run_dir, "steps=2")
     evaluate.main([str(run_dir)])
     found = json.loads(capsys.readouterr().out)
     assert {k: found[k] for k in summary["after"]} == summary["after"]

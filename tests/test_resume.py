@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from opd import report
 from opd.checkpoint import Stopped
-from opd.config import ConfigError, load_config
-from opd.train import Trainer, train
+from opd.config import ConfigError
+from opd.train import Trainer
+from tests.helpers import metric_rows, run
 
 SHORT = (
     "steps=6",
@@ -24,34 +24,7 @@ SHORT = (
     "data.limit_eval=3",
     "eval.draws=1",
     "eval.teacher=false",
-    "threads=1",
 )
-TIMES = ("step_s", "seconds")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("videos")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def arguments(videos: Path, run_dir: Path, *more: str) -> list[str]:
-    return [*SHORT, f"data.video_root={videos}", f"run_dir={run_dir}", *more]
-
-
-def run(videos: Path, run_dir: Path, *more: str) -> dict[str, Any]:
-    return train(load_config(arguments(videos, run_dir, *more)))
-
-
-def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[str]:
-    found = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if k not in TIMES}) for row in found]
 
 
 def outcome(run_dir: Path) -> list[Any]:
@@ -60,13 +33,19 @@ def outcome(run_dir: Path) -> list[Any]:
     weights = (run_dir / "student" / "model.safetensors").read_bytes()
     summary = json.loads((run_dir / "summary.json").read_text())
     counted = {k: summary[k] for k in ("flops", "student_prompt_forwards_per_step", "gain")}
-    return [rows(run_dir), rows(run_dir, "samples.jsonl"), evaluations, weights, counted]
+    return [
+        metric_rows(run_dir),
+        metric_rows(run_dir, "samples.jsonl"),
+        evaluations,
+        weights,
+        counted,
+    ]
 
 
 @pytest.fixture(scope="module")
 def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run(videos, run_dir)
+    run(videos, run_dir, *SHORT)
     return outcome(run_dir)
 
 
@@ -93,7 +72,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     stopped = 0
     for _ in range(2):
         try:
-            run(videos, tmp_path / "run", "resume=auto")
+            run(videos, tmp_path / "run", *SHORT, "resume=auto")
             break
         except Stopped as error:
             stopped += 1
@@ -107,22 +86,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 
 def test_sigterm_as_a_user_meets_it(whole: list[Any], videos: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "opd.train", *arguments(videos, run_dir)]
+    places = [f"data.video_root={videos}", f"run_dir={run_dir}", "threads=1"]
+    command = [sys.executable, "-m", "opd.train", *SHORT, *places]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not (run_dir / "metrics.jsonl").exists() or len(rows(run_dir)) < 2:
+    while not (run_dir / "metrics.jsonl").exists() or len(metric_rows(run_dir)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
-    done = len(rows(run_dir))
+    done = len(metric_rows(run_dir))
     last = errors.rstrip().splitlines()[-1]
     assert last == (
         f"error: SIGTERM: stopped after step {done} of 6; resume=auto goes on from there"
     )
     assert "Traceback" not in errors
-    run(videos, run_dir, "resume=auto")
+    run(videos, run_dir, *SHORT, "resume=auto")
     assert outcome(run_dir) == whole
 
 
@@ -142,12 +122,12 @@ def test_rows_after_the_saved_state_are_dropped(
 
     monkeypatch.setattr(Trainer, "step", crashing)
     with pytest.raises(Crash):
-        run(videos, tmp_path / "run", "save_every=3")
+        run(videos, tmp_path / "run", *SHORT, "save_every=3")
     monkeypatch.undo()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
-    run(videos, tmp_path / "run", "resume=auto", "save_every=3")
+    run(videos, tmp_path / "run", *SHORT, "resume=auto", "save_every=3")
     assert outcome(tmp_path / "run") == whole
 
 
@@ -163,14 +143,14 @@ def test_resuming_asks_for_the_same_run(
 
     monkeypatch.setattr(report, "signals", interrupted)
     with pytest.raises(Stopped):
-        run(videos, run_dir)
+        run(videos, run_dir, *SHORT)
     monkeypatch.undo()
     with pytest.raises(ConfigError) as caught:
-        run(videos, run_dir, "resume=auto", "seed=1")
+        run(videos, run_dir, *SHORT, "resume=auto", "seed=1")
     assert str(caught.value) == f"resume=auto: 'seed: 1' here, 'seed: 0' in {run_dir}/config.yaml"
     with pytest.raises(ConfigError, match="not empty; choose another or say overwrite=true"):
-        run(videos, run_dir)
+        run(videos, run_dir, *SHORT)
     assert (run_dir / "state.pt").exists()
-    run(videos, run_dir, "resume=auto", "data.limit_eval=3")
+    run(videos, run_dir, *SHORT, "resume=auto", "data.limit_eval=3")
     with pytest.raises(ConfigError, match="not empty"):
-        run(videos, run_dir, "resume=auto")
+        run(videos, run_dir, *SHORT, "resume=auto")

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from opd.config import load_config
 from opd.metrics import best_tiou
 from opd.models.load import EMBEDDED
-from opd.train import train
+from tests.helpers import metric_rows, run
 
 SHORT = [
     "steps=3",
@@ -22,34 +21,13 @@ SHORT = [
     "data.limit_train=24",
     "data.limit_eval=8",
     "eval.draws=2",
-    "threads=1",
 ]
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("videos")
-
-
-def run(videos: Path, run_dir: Path, *arguments: str) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    try:
-        return train(
-            load_config([*SHORT, f"data.video_root={videos}", f"run_dir={run_dir}", *arguments])
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("step_s", "seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def default(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     run_dir = tmp_path_factory.mktemp("run") / "default"
-    return run_dir, run(videos, run_dir)
+    return run_dir, run(videos, run_dir, *SHORT)
 
 
 def test_the_run_folder_holds_what_scripts_read(default: tuple[Path, dict[str, Any]]) -> None:
@@ -73,7 +51,7 @@ def test_the_run_folder_holds_what_scripts_read(default: tuple[Path, dict[str, A
         assert len(rows) == 8 and {"id", "answer", "predicted", "truth"} <= set(rows[0])
         scores = [best_tiou(row["predicted"], row["truth"]) for row in rows]
         assert sum(scores) / 8 == pytest.approx(summary[name]["miou"])
-    for row in metrics(run_dir):
+    for row in metric_rows(run_dir):
         assert {"step", "loss", "kl", "grad_norm", "lr"} <= set(row)
         assert all(math.isfinite(row[k]) for k in ("loss", "kl", "grad_norm", "lr"))
     hours = summary["device_hours"]
@@ -90,10 +68,10 @@ def test_recomputation_and_micro_batches_change_cost_only(
     default: tuple[Path, dict[str, Any]], videos: Path, tmp_path: Path
 ) -> None:
     run_dir, _ = default
-    summary = run(videos, tmp_path / "r", "prefix.recompute=all", "micro_batch_size=2")
+    summary = run(videos, tmp_path / "r", *SHORT, "prefix.recompute=all", "micro_batch_size=2")
     assert summary["student_prompt_forwards_per_step"] == 1.0
     assert summary["student_prompt_recomputes_per_step"] == 1.0
-    for a, b in zip(metrics(run_dir), metrics(tmp_path / "r"), strict=True):
+    for a, b in zip(metric_rows(run_dir), metric_rows(tmp_path / "r"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
@@ -102,12 +80,12 @@ def test_the_same_seed_gives_the_same_bytes(
     default: tuple[Path, dict[str, Any]], videos: Path, tmp_path: Path
 ) -> None:
     run_dir, _ = default
-    run(videos, tmp_path / "again")
-    assert metrics(run_dir) == metrics(tmp_path / "again")
+    run(videos, tmp_path / "again", *SHORT)
+    assert metric_rows(run_dir) == metric_rows(tmp_path / "again")
     for name in ("eval_before.jsonl", "eval_after.jsonl", "student/model.safetensors"):
         assert (run_dir / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    run(videos, tmp_path / "other", "seed=1")
-    assert metrics(run_dir) != metrics(tmp_path / "other")
+    run(videos, tmp_path / "other", *SHORT, "seed=1")
+    assert metric_rows(run_dir) != metric_rows(tmp_path / "other")
 
 
 def test_only_the_language_model_was_trained(default: tuple[Path, dict[str, Any]]) -> None:
@@ -146,9 +124,9 @@ def test_the_student_loads_with_plain_from_pretrained(
     ids=["sampled", "sft", "token"],
 )
 def test_the_other_objectives_run(arguments: tuple[str, ...], videos: Path, tmp_path: Path) -> None:
-    summary = run(videos, tmp_path / "run", "eval.before=false", "steps=2", *arguments)
+    summary = run(videos, tmp_path / "run", *SHORT, "eval.before=false", "steps=2", *arguments)
     assert summary["before"] is None
-    assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path / "run"))
+    assert all(math.isfinite(row["loss"]) for row in metric_rows(tmp_path / "run"))
     assert summary["student_prompt_forwards_per_step"] == 1.0
 
 
@@ -160,6 +138,6 @@ def test_sft_lowers_the_loss(videos: Path, tmp_path: Path) -> None:
         "optim.lr=3e-3",
         "eval.before=false",
     )
-    run(videos, tmp_path / "run", *arguments)
-    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    run(videos, tmp_path / "run", *SHORT, *arguments)
+    losses = [row["loss"] for row in metric_rows(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
