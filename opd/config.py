@@ -189,6 +189,10 @@ class Config:
             f"objective={self.objective}: method sft has an objective of its own",
         )
         require(
+            self.method == "opd" or self.model.teacher == ModelConfig().teacher,
+            f"model.teacher={shown(self.model.teacher)}: method sft has no teacher",
+        )
+        require(
             not (self.overwrite and self.resume == "auto"),
             "overwrite=true: excludes resume=auto",
         )

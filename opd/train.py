@@ -28,7 +28,7 @@ from opd.checkpoint import Progress, RunFolder, Signals, Stopped, load_state, sa
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
 from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
-from opd.data.sources import load_split
+from opd.data.sources import check_sources, load_split
 from opd.engine import TorchEngine, set_up
 from opd.evaluate import Evaluation, evaluate
 from opd.ledger import Cost, Ledger, step_flops
@@ -184,6 +184,7 @@ def train(config: Config) -> dict[str, Any]:
     resolve(config.model.student, "model.student")
     if config.method == "opd":
         resolve(config.model.teacher, "model.teacher")
+    check_sources(config.data)
     device = set_up(config.threads, config.seed)
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data, needs = config.data, ("spans", "answer") if config.method == "sft" else ()

@@ -75,6 +75,7 @@ MISTAKES = {
     "batch_size=6 micro_batch_size=4": "micro_batch_size=4: must divide batch_size=6",
     "method=sft num_rollouts=2": "num_rollouts=2: method sft trains on the one reference answer",
     "method=sft objective=sampled": "objective=sampled: method sft has an objective of its own",
+    "method=sft model.teacher=mine": "model.teacher=mine: method sft has no teacher",
     "engine.zero_stage=2": "engine.zero_stage=2: engine.kind=torch has stage 0 only",
     "steps=${stepz}": "steps: Interpolation key 'stepz' not found",
     "data.format=coco": "data.format=coco: not one of "
@@ -85,8 +86,9 @@ MISTAKES = {
     "model.teacher=runs/none/student": "model.teacher=runs/none/student: "
     "no checkpoint folder there (config.json is missing)",
     "model.student=embedded:nobody": "model.student=embedded:nobody: no such shipped model",
-    "data.train=none.json": "data.train: none.json: No such file or directory",
-    "data.eval=none.json data.train=synthetic:none": "data.train: synthetic:none: no such split "
+    "data.train=none.json": "data.train: none.json: no such annotation file",
+    "data.eval=none.json": "data.eval: none.json: no such annotation file",
+    "data.train=synthetic:none": "data.train: synthetic:none: no such split "
     "(known: train, eval, names, words, short, teacher, student)",
     "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is no folder that can be written",
     "missing.yaml": "missing.yaml: no such configuration file",

@@ -58,6 +58,19 @@ def load_examples(
     return list(examples.values())
 
 
+def check_sources(data: DataConfig) -> None:
+    """Raise DataError, naming the key, for a source that is not there, before any is written."""
+    for split in ("train", "eval"):
+        for source in getattr(data, split).split(","):
+            try:
+                if source.startswith("synthetic:"):
+                    synthetic.split_of(source.removeprefix("synthetic:"))
+                elif not Path(source).is_file():
+                    raise DataError(f"{source}: no such annotation file")
+            except DataError as error:
+                raise DataError(f"data.{split}: {error}") from None
+
+
 def load_split(
     data: DataConfig, split: str, needs: Sequence[str] = (), left_out: list[str] | None = None
 ) -> list[Example]:

@@ -183,6 +183,13 @@ def asked_about(clip: Clip, position: int, split: Split) -> Clip:
     )
 
 
+def split_of(name: str) -> Split:
+    """A split by its name; DataError where there is none."""
+    if name not in SPLITS:
+        raise DataError(f"synthetic:{name}: no such split (known: {', '.join(SPLITS)})")
+    return SPLITS[name]
+
+
 def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     """Write a split below `root` unless it is there already, and return its annotation file
     (TimeRFT format).
@@ -190,15 +197,13 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     The truth of a split with imperfect annotations lies aside in `truth/NAME.jsonl`, which no
     reader opens. Raises DataError for an unknown split.
     """
-    if name not in SPLITS:
-        raise DataError(f"synthetic:{name}: no such split (known: {', '.join(SPLITS)})")
-    count = clips or SPLITS[name].clips
+    split = split_of(name)
+    count = clips or split.clips
     annotations = root / f"{name}-{count}.json"
     if annotations.exists():
         return annotations
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    split = SPLITS[name]
     drawn = [draw_clip(name, index) for index in range(count)]
     if split.ask in ("names", "words"):
         asked = []

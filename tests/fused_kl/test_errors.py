@@ -48,6 +48,9 @@ MISTAKES = [
         "teacher_hidden has 4 rows, expected 3 as student_hidden",
     ),
     (dict(student_bias=torch.randn(V + 1)), "student_bias has shape [12], expected [11]"),
+    (dict(token_ids=torch.zeros(N + 1).long()), "token_ids has shape [4], expected [3]"),
+    (dict(token_ids=torch.zeros(N)), "token_ids has dtype torch.float32, expected int64 or int32"),
+    (dict(token_ids=torch.full((N,), V)), "token_ids holds 11, expected ids in [0, 11)"),
     (
         dict(teacher_hidden=torch.ones(N, H + 1, dtype=torch.int64)),
         "teacher_hidden has dtype torch.int64, expected float16, bfloat16, float32 or float64",

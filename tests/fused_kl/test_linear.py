@@ -209,6 +209,34 @@ def test_details_are_detached_and_the_loss_is_not(case):
         assert detail.dtype == torch.float32
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_logprobs_of_given_tokens_come_along(case, trained):
+    tensors = case.build(teacher_vocab=1201, bias=True)
+    sides = [tensors.student_hidden, tensors.student_lm_head]
+    if not trained:
+        sides = [side.detach() for side in sides]
+    sides += [tensors.teacher_hidden, tensors.teacher_lm_head]
+    columns = min(len(tensors.student_lm_head), len(tensors.teacher_lm_head))
+    ids = torch.randint(columns, (13,), generator=torch.Generator().manual_seed(3))
+    rules: dict[str, Any] = dict(
+        allowed_columns=tensors.allowed_columns,
+        temperature=0.7,
+        token_weights=tensors.token_weights,
+        student_bias=tensors.student_bias.detach(),
+    )
+    plain = linear_reverse_kl(*sides, **rules, chunk_size=5)
+    out = linear_reverse_kl(*sides, **rules, chunk_size=5, token_ids=ids)
+    assert plain.student_logprobs is None and out.student_logprobs is not None
+    assert_close(out.loss.detach(), plain.loss.detach(), rtol=0, atol=0)
+    logits = (sides[0] @ sides[1].T + tensors.student_bias).detach()[:, :columns] / 0.7
+    logits[:, ~tensors.allowed_columns[:columns]] = -torch.inf
+    expected = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    expected[tensors.token_weights == 0] = 0
+    assert (expected == -torch.inf).any() and (expected < 0).sum() > 5
+    assert_close(out.student_logprobs, expected, rtol=1e-10, atol=1e-12)
+    assert not out.student_logprobs.requires_grad
+
+
 def test_second_backward_raises(case):
     tensors = case.build()
     out = linear_reverse_kl(
