@@ -120,17 +120,10 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     versions["torch"] = torch.__version__  # with its build
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout
+        commit = subprocess.run(git, cwd=Path(__file__).parent, **options).stdout
     except (OSError, subprocess.SubprocessError):
         commit = ""
     gpu = torch.cuda.is_available()

@@ -155,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         defaults = {
             "model.student": run / "student" if finished else target,
             "run_dir": run if run.is_dir() else "runs/evaluate",
+            "resume": "never",
         }
         given = {key.partition("=")[0] for key in keys}
         added = [f"{key}={value}" for key, value in defaults.items() if key not in given]

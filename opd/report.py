@@ -69,12 +69,10 @@ def signals(
     }
     if kl is None:  # trained on references: nothing was sampled
         return row
-    chosen, drawn = (
-        joined("student_logprobs"),
-        [r.rollout_logprobs[r.completion_mask] for r in rollouts],
-    )
+    chosen = joined("student_logprobs")
     if chosen is not None:
-        row["logprob_gap"] = mean((chosen - torch.cat(drawn)).abs())
+        drawn = torch.cat([r.rollout_logprobs[r.completion_mask] for r in rollouts])
+        row["logprob_gap"] = mean((chosen - drawn).abs())
     if tokenizer is not None:
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())
         digits = [any(c.isdigit() for c in text or "") for text in texts]

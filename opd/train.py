@@ -267,7 +267,7 @@ def run(
             bar.set_postfix_str(", ".join([*numbers, ledger.shares()]))
             bar.update()
             progress.first_step_s = progress.first_step_s or time.perf_counter() - started
-            if progress.skipped_in_a_row == config.max_skipped:
+            if progress.skipped_in_a_row >= config.max_skipped:
                 raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
             signalled.obey()
             if config.save_every and progress.step % config.save_every == 0:
@@ -277,8 +277,8 @@ def run(
                     save_state(folder.state, trainer.state())
     folder.write(ledger.closed(wait=True))
     after = score(student, "after")
-    shown_teacher = teacher if config.eval.teacher else None
-    scored_teacher = None if shown_teacher is None else score(shown_teacher.lm, "teacher")
+    judge = teacher.lm if teacher is not None and config.eval.teacher else None
+    scored_teacher = score(judge, "teacher") if judge is not None else None
     with ledger.phase("checkpoint"):
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))
