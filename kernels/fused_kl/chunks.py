@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_kl import torch_kernels
 from fused_kl.tiles import head_tile_rows
 from fused_kl.torch_kernels import FLOOR
 
@@ -22,6 +25,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def row_programs(like: Tensor) -> ModuleType:
+    """What turns logits of this device and dtype into statistics and gradients: Triton for fp32 on
+    a GPU, where it is installed; else plain torch."""
+    if like.is_cuda and like.dtype == torch.float32:
+        try:
+            from fused_kl import triton_kernels
+        except ImportError as error:
+            warnings.warn(f"fused_kl: plain torch does the work of Triton ({error})", stacklevel=3)
+        else:
+            return triton_kernels
+    return torch_kernels
 
 
 class Side:

@@ -15,9 +15,10 @@ from fused_kl.chunks import (
     Side,
     compute_dtype,
     keep_active,
+    row_programs,
 )
 from fused_kl.tiles import token_chunks
-from fused_kl.torch_kernels import Banned, divergence_rows_
+from fused_kl.torch_kernels import Banned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,8 @@ def linear_reverse_kl(
     chunks = token_chunks(num_rows, num_columns, 2, dtype.itemsize, chunk_size)
     needs = Needs.of(student_hidden, student_lm_head, student_bias)
 
+    programs = row_programs(weights)
+
     def run() -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
         gradients = Gradients(student, needs, num_rows, student_lm_head.shape[0])
         stats = tuple(weights.new_empty(num_rows) for _ in range(3 + (token_ids is not None)))
@@ -139,7 +142,7 @@ def linear_reverse_kl(
             student_logits, teacher_logits = buffers[0, :size], buffers[1, :size]
             student.project(student_rows, student_logits)
             teacher.project(teacher.rows(rows), teacher_logits)
-            values = divergence_rows_(
+            values = programs.divergence_rows_(
                 student_logits,
                 teacher_logits,
                 None if token_ids is None else token_ids[rows],

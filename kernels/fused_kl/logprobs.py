@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_kl import checks
-from fused_kl.chunks import Gradients, Needs, Side, compute_dtype
+from fused_kl.chunks import Gradients, Needs, Side, compute_dtype, row_programs
 from fused_kl.tiles import token_chunks
-from fused_kl.torch_kernels import Banned, token_rows_
+from fused_kl.torch_kernels import Banned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,12 @@ class TokenPass:
         chunks = token_chunks(self.num_rows, self.vocab, 1, self.dtype.itemsize, self.chunk_size)
         chunk_rows = max((rows.stop - rows.start for rows in chunks), default=0)
         buffer = losses.new_empty(chunk_rows, self.vocab)
+        programs = row_programs(losses)
         for rows in chunks:
             hidden_rows = self.side.rows(rows)
             logits = buffer[: rows.stop - rows.start]
             self.side.project(hidden_rows, logits)
-            logprobs[rows], entropy[rows] = token_rows_(
+            logprobs[rows], entropy[rows] = programs.token_rows_(
                 logits, self.token_ids[rows], banned=self.banned, with_grad=any(needs)
             )
             if objective is None:

@@ -33,3 +33,9 @@ def row_block_rows(num_columns: int, itemsize: int, device_type: str) -> int:
     """Logit rows that one round of row passes covers."""
     budget = CPU_ROW_BLOCK_BYTES if device_type == "cpu" else DEVICE_ROW_BLOCK_BYTES
     return max(1, budget // (num_columns * itemsize))
+
+
+def row_program_shape(num_columns: int) -> tuple[int, int]:
+    """Columns that a Triton row program reads at once, a power of two, and its warps."""
+    block = min(4096, max(16, 1 << (num_columns - 1).bit_length()))
+    return block, 8 if block >= 2048 else 4
