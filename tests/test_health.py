@@ -297,6 +297,14 @@ def test_on_a_gpu_timing_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert (totals["prefill"], totals["backward"]) == (4.0, 4.0)
 
 
+def test_mfu_needs_a_device_whose_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"student": 6e14, "teacher": 3.89e14, "recompute": 5e14}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, share in (("NVIDIA H200", 0.5), ("NVIDIA GeForce GT 710", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert ledger.mfu(spent, 2.0) == (None if share is None else pytest.approx(share))
+
+
 # The run folder and the commands.
 
 
