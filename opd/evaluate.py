@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from opd.answers import parse_span
+from opd.checkpoint import read_rows, write_rows
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
 from opd.data.loader import Prompts, batches
@@ -70,7 +71,7 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """From a file that `evaluate` wrote."""
-        return cls.of([json.loads(line) for line in path.read_text().splitlines()])
+        return cls.of(read_rows(path))
 
 
 def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
@@ -135,9 +136,7 @@ def evaluate(
                 }
             )
         progress(len(batch.examples))
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)
+    write_rows(path, rows)
     return Evaluation.of(rows)
 
 

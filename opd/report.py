@@ -118,7 +118,7 @@ def summary(
         "best_constant": after.constant,
         "device_hours": hours,
         "flops": ledger.flops | {"total": sum(ledger.flops.values())},
-        "tokens_per_s": ledger.tokens / trainer.progress.train_s,
+        "tokens_per_s": ledger.tokens / progress.train_s,
         "mfu": mfu(ledger.flops, busy_s),
         "student_prompt_forwards_per_step": trainer.counter.passes(
             "prompt", progress.prompt_tokens
@@ -153,22 +153,16 @@ def comparison(
     return result
 
 
-def scores(evaluations: dict[str, Any]) -> list[str]:
-    """Evaluation summaries side by side, one line each below a heading."""
+def table(summary: dict[str, Any]) -> str:
+    """The evaluations side by side, then where the time went."""
     lines = [" " * 9 + "".join(f"{c:>15}" for c in COLUMNS)]
-    for name, summary in evaluations.items():
-        if summary:
-            cells = [summary[c] for c in COLUMNS]
+    for name in ("before", "after", "teacher"):
+        if summary[name]:
+            cells = [summary[name][c] for c in COLUMNS]
             shown = [
                 "-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells
             ]
             lines.append(f"{name:<9}" + "".join(f"{s:>15}" for s in shown))
-    return lines
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The evaluations side by side, then where the time went."""
-    lines = scores({name: summary[name] for name in ("before", "after", "teacher")})
     for name, share in summary.get("gap_closed", {}).items():
         low, high = summary["gain"][name]["interval"]
         mean = summary["gain"][name]["mean"]

@@ -20,7 +20,7 @@ REVERSE, FORWARD, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _load(row, columns, num_columns, allowed, floor, HAS_BANNED: tl.constexpr):
-    """Logits of a block; columns past the end and banned ones stand far below all others."""
+    """Logits of a block, or of one column; banned ones and those past the end stand far below."""
     inside = columns < num_columns
     values = tl.load(row + columns, mask=inside, other=NEGATIVE)
     if HAS_BANNED:
@@ -92,9 +92,7 @@ def _divergence_row(
     tl.store(teacher_entropy_out + index, t_log - t_first / t_sum)
     if HAS_IDS:
         chosen = tl.load(token_ids + index)
-        logit = tl.load(s_row + chosen)
-        if HAS_BANNED:
-            logit = tl.where(tl.load(allowed + chosen) != 0, logit, tl.load(floor))
+        logit = _load(s_row, chosen, num_columns, allowed, floor, HAS_BANNED)
         logprob = logit - s_max - s_log
         tl.store(logprob_out + index, tl.where(logprob < NEGATIVE / 2, -float("inf"), logprob))
 
@@ -166,9 +164,7 @@ def _token_row(
         others = scale * others + tl.sum(tl.where(columns == chosen, 0.0, e))
         largest = new
     log_total = tl.log(total)
-    logit = tl.load(row + chosen)
-    if HAS_BANNED:
-        logit = tl.where(tl.load(allowed + chosen) != 0, logit, tl.load(floor))
+    logit = _load(row, chosen, num_columns, allowed, floor, HAS_BANNED)
     logprob = logit - largest - log_total
     tl.store(logprob_out + index, tl.where(logprob < NEGATIVE / 2, -float("inf"), logprob))
     tl.store(entropy_out + index, log_total - first / total)
