@@ -10,10 +10,11 @@ alike. Each objective runs inside the forward of the student's head, which owns 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from fused_kl import linear_cross_entropy, linear_logprobs, linear_reverse_kl
+from fused_kl import linear_cross_entropy, linear_reverse_kl
 from opd.rollout import Policy
 
 
@@ -46,6 +47,22 @@ class Targets:
     def reverse_kl(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
         """Full-vocabulary KL(student || teacher), `student_hidden` `[N, H]`, gradients made in
         forward."""
+        return self._divergence(student_hidden, student_lm_head, "full")
+
+    def sampled(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
+        """The published policy gradient on the sampled tokens: no clip, no baseline.
+
+        One update follows each batch of rollouts, so the old log-probability is the current one,
+        detached, and rho is 1.
+        """
+        return self._divergence(student_hidden, student_lm_head, "sampled")
+
+    def _divergence(
+        self,
+        student_hidden: torch.Tensor,
+        student_lm_head: torch.Tensor,
+        estimator: Literal["full", "sampled"],
+    ) -> Loss:
         assert self.teacher_hidden is not None and self.teacher_lm_head is not None
         out = linear_reverse_kl(
             student_hidden,
@@ -55,6 +72,7 @@ class Targets:
             token_ids=self.token_ids,
             allowed_columns=self.policy.allowed_columns,
             temperature=self.policy.temperature,
+            estimator=estimator,
         )
         return Loss(
             out.loss,
@@ -62,33 +80,6 @@ class Targets:
             out.student_entropy,
             out.teacher_entropy,
             out.student_logprobs,
-        )
-
-    def sampled(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-        """The published policy gradient on the sampled tokens: no clip, no baseline.
-
-        One update follows each batch of rollouts, so the old log-probability is the current one,
-        detached.
-        """
-        assert self.teacher_hidden is not None and self.teacher_lm_head is not None
-        rules = {
-            "allowed_columns": self.policy.allowed_columns,
-            "temperature": self.policy.temperature,
-        }
-        student = linear_logprobs(student_hidden, student_lm_head, self.token_ids, **rules)
-        with torch.no_grad():
-            teacher = linear_logprobs(
-                self.teacher_hidden, self.teacher_lm_head, self.token_ids, **rules
-            )
-            exact = self.reverse_kl(student_hidden, student_lm_head)
-        advantages = teacher.logprobs - student.logprobs.detach()
-        ratio = (student.logprobs - student.logprobs.detach()).exp()
-        return Loss(
-            -(ratio * advantages).sum(),
-            exact.token_kl,
-            exact.student_entropy,
-            exact.teacher_entropy,
-            student.logprobs.detach(),
         )
 
     def sft(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:

@@ -1,6 +1,6 @@
 """Losses of a language-model head from hidden states, without ever holding `[tokens, vocab]`."""
 
-from fused_kl.linear import LinearKLOutput, linear_reverse_kl
+from fused_kl.linear import LinearKLOutput, linear_reverse_kl, topk_reverse_kl
 from fused_kl.logprobs import LinearLogprobsOutput, linear_logprobs
 from fused_kl.policy import LinearPolicyOutput, linear_cross_entropy, linear_policy_loss
 
@@ -12,4 +12,5 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_reverse_kl",
+    "topk_reverse_kl",
 ]

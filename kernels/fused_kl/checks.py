@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fused_kl.divergence import Inputs, Rules
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,7 +85,9 @@ def check_columns(allowed_columns: Tensor | None, vocab: int, used: int) -> None
     if allowed_columns.dtype != torch.bool:
         raise ValueError(f"allowed_columns has dtype {allowed_columns.dtype}, expected bool")
     # Only on the CPU: elsewhere this would stop the host, and the loss becomes NaN instead.
-    if allowed_columns.device.type == "cpu" and not allowed_columns[:used].any():
+    if allowed_columns.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not allowed_columns[:used].any():
         raise ValueError("allowed_columns allows no column, expected at least one True")
 
 
@@ -93,20 +99,19 @@ def check_token_ids(token_ids: Tensor, num_rows: int) -> None:
         raise ValueError(f"token_ids has dtype {token_ids.dtype}, expected int64 or int32")
 
 
-def check_token_range(token_ids: Tensor, vocab: int) -> None:
-    """Every id names a column; on other devices torch's own device assertion says so."""
-    if token_ids.device.type != "cpu" or token_ids.numel() == 0:
+def check_token_range(token_ids: Tensor, vocab: int, active: Tensor | None = None) -> None:
+    """Every id of an active row names a column; on other devices, where asking would stop the host,
+    and under torch.compile, torch's own assertion says so."""
+    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if active is not None:
+        token_ids = token_ids[active]
+    if token_ids.numel() == 0:
         return
     low, high = (int(x) for x in token_ids.aminmax())
     if low < 0 or high >= vocab:
         bad = low if low < 0 else high
         raise ValueError(f"token_ids holds {bad}, expected ids in [0, {vocab})")
-
-
-def check_temperature(temperature: float) -> None:
-    """A finite number above zero."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}, expected a finite number > 0")
 
 
 def check_beta(beta: float) -> None:
@@ -121,9 +126,83 @@ def check_clip(clip: float | None) -> None:
         raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
 
 
-def check_chunk_size(chunk_size: int | str) -> None:
-    """'auto' or a positive integer."""
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the names."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """None, or a finite number above zero."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}, expected a finite number > 0")
+
+
+def check_k(k: int, num_columns: int) -> None:
+    """An integer that the vocabulary can serve."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= num_columns:
+        raise ValueError(f"k is {k!r}, expected an integer in [1, {num_columns}]")
+
+
+def chunk_rows(chunk_size: int | str) -> int:
+    """'auto' is 0, a positive integer itself."""
     if isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1:
-        return
+        return chunk_size
     if chunk_size != "auto":
         raise ValueError(f"chunk_size is {chunk_size!r}, expected 'auto' or an integer >= 1")
+    return 0
+
+
+def check_finite(active: Tensor | None, **tensors: Tensor | None) -> None:
+    """No NaN, and inf only as the -inf of a bias; `[N, ...]` tensors in active rows only."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        bad = ~tensor.isfinite()
+        if name.endswith("bias"):
+            bad &= ~tensor.isneginf()
+        if active is not None and name.endswith("hidden"):
+            bad &= active[:, None]
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            value = tensor[tuple(place)].item()
+            raise ValueError(f"{name} holds {value} at {place}, expected finite values")
+
+
+def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
+    """All arguments of a divergence between two heads; their values too with `check`."""
+    for name, side in (("student", inputs[:3]), ("teacher", inputs[3:6])):
+        check_side(f"{name}_hidden", side[0], f"{name}_lm_head", side[1], f"{name}_bias", side[2])
+    num_rows = inputs.student_hidden.shape[0]
+    if inputs.teacher_hidden.shape[0] != num_rows:
+        raise ValueError(
+            f"teacher_hidden has {inputs.teacher_hidden.shape[0]} rows, "
+            f"expected {num_rows} as student_hidden"
+        )
+    check_frozen(
+        "a frozen teacher",
+        teacher_hidden=inputs.teacher_hidden,
+        teacher_lm_head=inputs.teacher_lm_head,
+        teacher_bias=inputs.teacher_bias,
+    )
+    check_frozen("constants", token_weights=inputs.token_weights)
+    check_rows(num_rows, token_weights=inputs.token_weights)
+    if inputs.token_ids is not None:
+        check_token_ids(inputs.token_ids, num_rows)
+    check_same_device("student_hidden", inputs.student_hidden, **inputs._asdict())
+    vocab = inputs.student_lm_head.shape[0]
+    num_columns = min(vocab, inputs.teacher_lm_head.shape[0])
+    check_columns(inputs.allowed_columns, vocab, num_columns)
+    check_positive("temperature", rules.temperature)
+    check_positive("softcap", rules.softcap)
+    check_positive("logit_scale", rules.logit_scale)
+    weights = inputs.token_weights
+    if inputs.token_ids is not None:
+        masked = None if weights is None else weights != 0
+        check_token_range(inputs.token_ids, num_columns, masked)
+    if check:
+        check_finite(None, token_weights=weights)
+        check_finite(
+            None if weights is None else weights != 0,
+            **dict(zip(inputs._fields[:6], inputs[:6], strict=True)),
+        )

@@ -1,4 +1,4 @@
-"""What the fused losses share: projecting a chunk, gathering its gradients, handing them over."""
+"""What the fused losses share: projecting a block, gathering its gradients, handing them over."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_kl import torch_kernels
-from fused_kl.tiles import head_tile_rows
-from fused_kl.torch_kernels import FLOOR
+from fused_kl.rows import FLOOR
+from fused_kl.tiles import head_tile_rows, slices
 
 SECOND_BACKWARD = (
     "second backward through a fused loss: its gradients were computed in forward and handed over "
@@ -40,8 +40,33 @@ def row_programs(like: Tensor) -> ModuleType:
     return torch_kernels
 
 
+def multiplies_half(*tensors: Tensor) -> bool:
+    """Whether products of these keep their bf16 inputs and give fp32: `mm(out_dtype=)` of CUDA.
+
+    fp16 is widened: gradients with 1/denominator in them fall below its range.
+    """
+    return all(tensor.is_cuda and tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, accumulate: bool) -> None:
+    """out = alpha a @ b, or out += alpha a @ b, summed in fp32 at least."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=accumulate, alpha=alpha)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=accumulate, alpha=alpha, out=out)
+
+
+class HeadRules(NamedTuple):
+    """How hidden states become logits: z = logit_scale (h W^T + b), with a softcap
+    z = softcap tanh(z / softcap), then z / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
 class Side:
-    """One model, `hidden` [N, H] and head [V, H]: (hidden @ head.T + bias) / temperature."""
+    """One model, `hidden` [N, H] and head [V, H], and its logits block by block."""
 
     def __init__(
         self,
@@ -50,55 +75,67 @@ class Side:
         bias: Tensor | None,
         *,
         num_columns: int,
-        temperature: float,
+        rules: HeadRules,
         active: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         self.hidden = hidden.detach()
         self.lm_head = lm_head.detach()[:num_columns]
         self.num_columns = num_columns
-        self.inverse_temperature = 1.0 / temperature
+        self.rules = rules
         self.active = active
         self.dtype = dtype
+        # Whether products take the inputs as they are, instead of widened ones.
+        self.half = dtype == torch.float32 and multiplies_half(hidden, lm_head)
+        # d logit / d(h W^T + b), up to the tanh.
+        self.slope = rules.logit_scale / (1.0 if rules.softcap else rules.temperature)
         self.bias = None
         if bias is not None:
             # A bias of -inf is a ban on one side; FLOOR keeps it from turning into NaN.
-            scaled = bias.detach()[:num_columns].to(dtype) * self.inverse_temperature
+            scaled = bias.detach()[:num_columns].to(dtype) * self.slope
             self.bias = scaled.clamp_min(FLOOR)
-        self._tile = (
-            num_columns
-            if lm_head.dtype == dtype
-            else head_tile_rows(lm_head.shape[1], dtype.itemsize)
-        )
 
     def rows(self, rows: slice) -> Tensor:
-        """`hidden[rows]` in the compute dtype, zero where a row is not active (it may hold NaN)."""
-        hidden = self.hidden[rows].to(self.dtype)
+        """`hidden[rows]` as products take it, zero where a row is not active (it may hold NaN)."""
+        hidden = self.hidden[rows]
+        if not self.half:
+            hidden = hidden.to(self.dtype)
         if self.active is None:
             return hidden
         return torch.where(self.active[rows, None], hidden, 0)
 
-    def tiles(self) -> list[slice]:
-        """Vocabulary slices in which the head is widened to the compute dtype."""
-        return [
-            slice(start, min(start + self._tile, self.num_columns))
-            for start in range(0, self.num_columns, self._tile)
-        ]
+    def weights(self, columns: slice) -> list[tuple[slice, Tensor]]:
+        """Slices of `columns`, counted from their start, and the head there as products take it:
+        one view, or tiles that are widened one at a time."""
+        head = self.lm_head[columns]
+        if self.half or head.dtype == self.dtype:
+            return [(slice(0, len(head)), head)]
+        step = head_tile_rows(head.shape[1], self.dtype.itemsize)
+        return [(tile, head[tile]) for tile in slices(len(head), step)]
 
-    def project(self, hidden_rows: Tensor, out: Tensor) -> None:
-        """Write the logits of `hidden_rows` [n, H] into `out` [n, V]."""
-        for tile in self.tiles():
-            weight = self.lm_head[tile].to(self.dtype).t()
-            if self.bias is None:
-                out[:, tile].addmm_(hidden_rows, weight, beta=0, alpha=self.inverse_temperature)
-            else:
-                torch.addmm(
-                    self.bias[tile],
-                    hidden_rows,
-                    weight,
-                    alpha=self.inverse_temperature,
-                    out=out[:, tile],
-                )
+    def project(self, rows: Tensor, out: Tensor, columns: slice) -> Tensor | None:
+        """Write the logits of `rows` [n, H] at `columns` into `out` [n, columns].
+
+        Returns the tanh's derivative [n, columns] under a softcap.
+        """
+        for tile, head in self.weights(columns):
+            part = out[:, tile]
+            if self.bias is not None:
+                part.copy_(self.bias[columns][tile].expand_as(part))
+            product_(
+                part,
+                rows,
+                head.to(rows.dtype).t(),
+                alpha=self.slope,
+                accumulate=self.bias is not None,
+            )
+        cap = self.rules.softcap
+        if cap is None:
+            return None
+        out.div_(cap).tanh_()
+        derivative = torch.mul(out, out).neg_().add_(1)
+        out.mul_(cap / self.rules.temperature)
+        return derivative.div_(self.rules.temperature)
 
 
 class Needs(NamedTuple):
@@ -120,40 +157,48 @@ class Needs(NamedTuple):
 
 
 class Gradients:
-    """Gradients summed over chunks in the compute dtype; those not needed are not allocated."""
+    """Gradients summed over blocks; those not needed are not allocated.
 
-    def __init__(self, side: Side, needs: Needs, num_rows: int, vocab: int) -> None:
+    Sums are kept in the compute dtype. Where a GPU multiplies bf16 and one block holds all rows,
+    the head's gradient is rounded as it is written, and no fp32 copy of it exists.
+    """
+
+    def __init__(
+        self, side: Side, needs: Needs, num_rows: int, vocab: int, block_rows: int
+    ) -> None:
         self._side = side
         hidden_size = side.hidden.shape[1]
         make = side.hidden.new_empty
+        # The sum over a whole vocabulary stays fp32: a split product would be added up in bf16.
         self.hidden = make(num_rows, hidden_size, dtype=side.dtype) if needs.hidden else None
-        self.lm_head = make(vocab, hidden_size, dtype=side.dtype) if needs.lm_head else None
+        head_dtype = torch.bfloat16 if side.half and block_rows >= num_rows else side.dtype
+        self.lm_head = make(vocab, hidden_size, dtype=head_dtype) if needs.lm_head else None
         self.bias = side.hidden.new_zeros(vocab, dtype=side.dtype) if needs.bias else None
-        self._empty = True
         if self.lm_head is not None:
-            # The first chunk overwrites the columns in use: a pass of zeros over them is saved.
+            # The first block overwrites the columns in use: a pass of zeros over them is saved.
             self.lm_head[side.num_columns if num_rows else 0 :].zero_()
 
-    def add(self, rows: slice, hidden_rows: Tensor, logits_grad: Tensor, scale: Tensor) -> None:
-        """Take one chunk's `logits_grad` [n, V] and row `scale` [n].
-
-        The scale and 1/temperature go onto the `[n, H]` factors: a pass over `[n, V]` is saved.
-        """
-        side = self._side
-        scale = (scale * side.inverse_temperature)[:, None]
+    def add(self, rows: slice, columns: slice, hidden_rows: Tensor, logits_grad: Tensor) -> None:
+        """Take one block's gradient [n, columns] by the product h W^T + b; blocks come in order."""
         if self.hidden is not None:
-            out = self.hidden[rows]
-            for index, tile in enumerate(side.tiles()):
-                weight = side.lm_head[tile].to(side.dtype)
-                out.addmm_(logits_grad[:, tile], weight, beta=0 if index == 0 else 1)
-            out.mul_(scale)
+            for tile, head in self._side.weights(columns):
+                product_(
+                    self.hidden[rows],
+                    logits_grad[:, tile],
+                    head.to(logits_grad.dtype),
+                    alpha=1,
+                    accumulate=columns.start + tile.start > 0,
+                )
         if self.lm_head is not None:
-            self.lm_head[: side.num_columns].addmm_(
-                logits_grad.t(), hidden_rows * scale, beta=0 if self._empty else 1
+            product_(
+                self.lm_head[columns],
+                logits_grad.t(),
+                hidden_rows.to(logits_grad.dtype),
+                alpha=1,
+                accumulate=rows.start > 0,
             )
         if self.bias is not None:
-            self.bias[: side.num_columns].addmv_(logits_grad.t(), scale.squeeze(-1))
-        self._empty = False
+            self.bias[columns] += logits_grad.sum(0, dtype=self.bias.dtype)
 
     def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Hidden, head and bias gradient."""
@@ -161,6 +206,16 @@ class Gradients:
 
 
 Run = Callable[[], tuple[Tensor, tuple[Tensor, ...], Gradients]]
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    """`values` times the 0-dim `factor`, in place, and without a pass over them where it is 1."""
+    programs = row_programs(factor)
+    if programs is not torch_kernels:
+        programs.scale_(values, factor)
+    # Asking a CPU scalar for its value is free, a pass over the head's gradient is not.
+    elif factor.device.type != "cpu" or factor.item() != 1.0:
+        values.mul_(factor)
 
 
 class LossWithGradients(torch.autograd.Function):
@@ -180,16 +235,13 @@ class LossWithGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(SECOND_BACKWARD)
-        # Asking a CPU scalar for its value is free, a pass over the head's gradient is not.
-        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
-        cast = (
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return None, *cast
+        handed = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            if gradient is not None:
+                scale_(gradient, grad_loss)
+                gradient = gradient.to(dtype)
+            handed.append(gradient)
+        return None, *handed
 
 
 def keep_active(values: Tensor, active: Tensor | None) -> Tensor:

@@ -1,39 +1,34 @@
-"""Full-vocabulary divergence between student and teacher, straight from hidden states."""
+"""Divergences between student and teacher over the vocabulary, straight from hidden states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fused_kl import checks
-from fused_kl.chunks import (
-    Gradients,
-    LossWithGradients,
-    Needs,
-    Side,
-    compute_dtype,
-    keep_active,
-    row_programs,
-)
-from fused_kl.tiles import token_chunks
-from fused_kl.torch_kernels import Banned
+from fused_kl import checks, divergence, ops
+from fused_kl.chunks import LossWithGradients, Needs
+from fused_kl.divergence import Inputs, Rules
+from fused_kl.tiles import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearKLOutput:
-    """What `linear_reverse_kl` returns; fp32, or fp64 for fp64 inputs; values in nats.
+    """What the divergences of two heads return; fp32, or fp64 for fp64 inputs; values in nats.
 
-    `loss` is a differentiable scalar. The others are [N], detached, not weighted, and 0 in rows of
-    weight 0; `student_logprobs`, of the given tokens, is None where none were given.
+    `loss` is differentiable: a scalar, or `[N]` with reduction="none". The others are [N],
+    detached, not weighted, and 0 in rows of weight 0; `student_logprobs`, of the given tokens, is
+    None where none were given. `plan` says how many rows and columns of logits were alive at once.
     """
 
     loss: Tensor
     token_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
-    student_logprobs: Tensor | None = None
+    student_logprobs: Tensor | None
+    plan: Plan
 
 
 def linear_reverse_kl(
@@ -49,12 +44,19 @@ def linear_reverse_kl(
     beta: float = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    estimator: Literal["full", "sampled"] = "full",
+    reduction: Literal["sum", "none"] = "sum",
     chunk_size: int | Literal["auto"] = "auto",
+    mode: Literal["auto", "fast", "lowmem"] = "auto",
+    check: bool = False,
 ) -> LinearKLOutput:
     """loss = sum_n w_n KL(p_S || p_T)_n, p = softmax((hidden @ lm_head.T + bias) / temperature).
 
-    Gradients are computed in forward, chunk by chunk over tokens: `[N, V]` never exists, and only
-    one backward is possible.
+    `[N, V]` never exists. Mode "fast" makes the gradients with the loss, chunk by chunk over
+    tokens: 4 GEMM units, and only one backward is possible. "lowmem" walks over tiles of the
+    vocabulary and recomputes them in backward: 6 GEMM units (JSD: 8), a fifth of the memory.
 
     Args:
         student_hidden: `[N, Hs]` fp16, bf16, fp32 or fp64, after the final norm.
@@ -72,155 +74,149 @@ def linear_reverse_kl(
             beta KL(p_T || m) + (1 - beta) KL(p_S || m) with m = (1 - beta) p_S + beta p_T.
         student_bias: `[V]`, may require grad.
         teacher_bias: `[V']`, without grad.
-        chunk_size: tokens per chunk; "auto" keeps the two logit buffers within 512 MiB.
+        softcap: c > 0 replaces both logits z by c tanh(z / c), before the temperature.
+        logit_scale: multiplies both logits, before softcap and temperature.
+        estimator: "sampled" is the loss sum_n w_n (log p_S(y) - log p_T(y)) on `token_ids` y, drawn
+            from p_S, with the policy gradient on them: in expectation that of the reverse KL.
+            Banned tokens count 0. The statistics stay those of the whole vocabulary.
+        reduction: "none" gives w_n KL_n, `[N]`, differentiable, in mode "lowmem".
+        chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
+        mode: "auto" is "fast" for a sum and "lowmem" without reduction.
+        check: look for NaN and inf in the inputs first; on a GPU that stops the host.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range, or a teacher that requires grad.
         RuntimeError: on a second backward.
 
-    Source: the generalised JSD of GKD (arXiv 2306.13649), with beta as in TRL and Liger-Kernel.
+    Source: the generalised JSD of GKD (arXiv 2306.13649), with beta as in TRL and Liger-Kernel; the
+    sampled estimator of Video-OPD (arXiv 2602.02994).
     """
-    _check(
+    checks.check_choice("estimator", estimator, ("full", "sampled"))
+    checks.check_choice("reduction", reduction, ("sum", "none"))
+    checks.check_choice("mode", mode, ("auto", "fast", "lowmem"))
+    checks.check_beta(beta)
+    sampled = estimator == "sampled"
+    if mode == "fast" and reduction == "none":
+        raise ValueError("mode is 'fast' and reduction is 'none', expected mode 'lowmem' or 'auto'")
+    if sampled and (mode == "lowmem" or reduction == "none" or beta != 1.0 or token_ids is None):
+        raise ValueError(
+            "estimator is 'sampled', expected token_ids, beta 1, reduction 'sum' and not mode "
+            "'lowmem'"
+        )
+    rules = Rules(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        beta=float(beta),
+        sampled=sampled,
+        topk=0,
+        student_support=False,
+        tail=False,
+        mode="lowmem" if mode == "lowmem" or reduction == "none" else "fast",
+        chunk_size=checks.chunk_rows(chunk_size),
+    )
+    inputs = Inputs(
         student_hidden,
         student_lm_head,
+        student_bias,
         teacher_hidden,
         teacher_lm_head,
-        token_weights,
-        allowed_columns,
-        temperature,
-        beta,
-        student_bias,
         teacher_bias,
-        chunk_size,
+        token_weights,
+        token_ids,
+        allowed_columns,
     )
-    num_rows = student_hidden.shape[0]
-    num_columns = min(student_lm_head.shape[0], teacher_lm_head.shape[0])
-    if token_ids is not None:
-        checks.check_token_ids(token_ids, num_rows)
-        checks.check_same_device("student_hidden", student_hidden, token_ids=token_ids)
-        checks.check_token_range(token_ids, num_columns)
-    dtype = compute_dtype(
-        student_hidden, student_lm_head, teacher_hidden, teacher_lm_head, student_bias, teacher_bias
+    checks.check_divergence(inputs, rules, check)
+    return _divergence(inputs, rules, reduction)
+
+
+def topk_reverse_kl(
+    student_hidden: Tensor,
+    student_lm_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_lm_head: Tensor,
+    *,
+    k: int,
+    support: Literal["teacher", "student"] = "teacher",
+    tail: bool = False,
+    token_weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | Literal["auto"] = "auto",
+    check: bool = False,
+) -> LinearKLOutput:
+    """loss = sum_n w_n KL(p_S || p_T)_n on the k columns S_n that one side finds likeliest.
+
+    Without `tail` both sides are renormalised on S_n; with it, all other columns are one more
+    outcome. `token_kl` is the KL on the support, the entropies those of the whole vocabulary. With
+    k = 1 and no tail it is 0, and with k = V it is `linear_reverse_kl`. 4 GEMM units.
+
+    Args:
+        k: in [1, number of columns]; ties are broken as `torch.topk` breaks them.
+        support: whose likeliest columns; they are constants to the gradient.
+        tail: keep the mass outside the support, as one outcome.
+
+    All other arguments, and the errors, are those of `linear_reverse_kl`.
+    """
+    checks.check_choice("support", support, ("teacher", "student"))
+    rules = Rules(
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        beta=1.0,
+        sampled=False,
+        topk=k,
+        student_support=support == "student",
+        tail=tail,
+        mode="fast",
+        chunk_size=checks.chunk_rows(chunk_size),
     )
-    active = None if token_weights is None else token_weights != 0
-    student, teacher = (
-        Side(
-            hidden,
-            lm_head,
-            bias,
-            num_columns=num_columns,
-            temperature=temperature,
-            active=active,
-            dtype=dtype,
+    inputs = Inputs(
+        student_hidden,
+        student_lm_head,
+        student_bias,
+        teacher_hidden,
+        teacher_lm_head,
+        teacher_bias,
+        token_weights,
+        token_ids,
+        allowed_columns,
+    )
+    checks.check_divergence(inputs, rules, check)
+    checks.check_k(k, min(len(student_lm_head), len(teacher_lm_head)))
+    return _divergence(inputs, rules, "sum")
+
+
+def _divergence(inputs: Inputs, rules: Rules, reduction: str) -> LinearKLOutput:
+    needs = Needs.of(*inputs[:3])
+    compiling = torch.compiler.is_compiling()
+    if rules.mode == "lowmem":
+        rowwise = ops.lowmem(*inputs, *rules)
+        loss, *stats = rowwise[:4]
+        stats = [loss, *stats[: 2 + (inputs.token_ids is not None)]]
+        if inputs.token_weights is not None:
+            loss = loss * inputs.token_weights
+        if reduction == "sum":
+            loss = loss.sum()
+    elif compiling:
+        loss, *stats = ops.fast(*inputs, *rules, *needs)[: 4 + (inputs.token_ids is not None)]
+    elif any(needs):
+        loss, *stats = LossWithGradients.apply(
+            lambda: divergence.fast(inputs, rules, needs), *inputs[:3]
         )
-        for hidden, lm_head, bias in (
-            (student_hidden, student_lm_head, student_bias),
-            (teacher_hidden, teacher_lm_head, teacher_bias),
-        )
-    )
-    weights = (
-        student_hidden.new_ones(num_rows, dtype=dtype)
-        if token_weights is None
-        else token_weights.to(dtype)
-    )
-    banned = (
-        None if allowed_columns is None else Banned.outside(allowed_columns[:num_columns], dtype)
-    )
-    chunks = token_chunks(num_rows, num_columns, 2, dtype.itemsize, chunk_size)
-    needs = Needs.of(student_hidden, student_lm_head, student_bias)
-
-    programs = row_programs(weights)
-
-    def run() -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
-        gradients = Gradients(student, needs, num_rows, student_lm_head.shape[0])
-        stats = tuple(weights.new_empty(num_rows) for _ in range(3 + (token_ids is not None)))
-        chunk_rows = max((rows.stop - rows.start for rows in chunks), default=0)
-        buffers = weights.new_empty(2, chunk_rows, num_columns)
-        for rows in chunks:
-            size = rows.stop - rows.start
-            student_rows = student.rows(rows)
-            student_logits, teacher_logits = buffers[0, :size], buffers[1, :size]
-            student.project(student_rows, student_logits)
-            teacher.project(teacher.rows(rows), teacher_logits)
-            values = programs.divergence_rows_(
-                student_logits,
-                teacher_logits,
-                None if token_ids is None else token_ids[rows],
-                beta=beta,
-                banned=banned,
-                with_grad=any(needs),
-            )
-            for stat, value in zip(stats, values, strict=True):
-                stat[rows] = value
-            if any(needs):
-                gradients.add(rows, student_rows, student_logits, weights[rows])
-        stats = tuple(keep_active(stat, active) for stat in stats)
-        return (weights * stats[0]).sum(), stats, gradients
-
-    if any(needs):
-        loss, *stats = LossWithGradients.apply(run, student_hidden, student_lm_head, student_bias)
     else:
-        loss, stats, _ = run()
-    token_kl, student_entropy, teacher_entropy, *logprobs = stats
+        loss, stats, _ = divergence.fast(inputs, rules, needs)
+    token_kl, student_entropy, teacher_entropy, *logprobs = (stat.detach() for stat in stats)
     return LinearKLOutput(
         loss=loss,
         token_kl=token_kl,
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_logprobs=logprobs[0] if logprobs else None,
+        plan=divergence.plan_of(inputs, rules),
     )
-
-
-def _check(
-    student_hidden: Tensor,
-    student_lm_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_lm_head: Tensor,
-    token_weights: Tensor | None,
-    allowed_columns: Tensor | None,
-    temperature: float,
-    beta: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    chunk_size: int | str,
-) -> None:
-    for name, hidden, lm_head, bias in (
-        ("student", student_hidden, student_lm_head, student_bias),
-        ("teacher", teacher_hidden, teacher_lm_head, teacher_bias),
-    ):
-        checks.check_side(
-            f"{name}_hidden", hidden, f"{name}_lm_head", lm_head, f"{name}_bias", bias
-        )
-    num_rows = student_hidden.shape[0]
-    if teacher_hidden.shape[0] != num_rows:
-        raise ValueError(
-            f"teacher_hidden has {teacher_hidden.shape[0]} rows, "
-            f"expected {num_rows} as student_hidden"
-        )
-    checks.check_frozen(
-        "a frozen teacher",
-        teacher_hidden=teacher_hidden,
-        teacher_lm_head=teacher_lm_head,
-        teacher_bias=teacher_bias,
-    )
-    checks.check_frozen("constants", token_weights=token_weights)
-    checks.check_rows(num_rows, token_weights=token_weights)
-    checks.check_same_device(
-        "student_hidden",
-        student_hidden,
-        student_lm_head=student_lm_head,
-        teacher_hidden=teacher_hidden,
-        teacher_lm_head=teacher_lm_head,
-        token_weights=token_weights,
-        allowed_columns=allowed_columns,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-    )
-    checks.check_columns(
-        allowed_columns,
-        student_lm_head.shape[0],
-        min(student_lm_head.shape[0], teacher_lm_head.shape[0]),
-    )
-    checks.check_temperature(temperature)
-    checks.check_beta(beta)
-    checks.check_chunk_size(chunk_size)

@@ -11,20 +11,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_kl import checks
-from fused_kl.chunks import Gradients, Needs, Side, compute_dtype, row_programs
-from fused_kl.tiles import token_chunks
-from fused_kl.torch_kernels import Banned
+from fused_kl.chunks import (
+    Gradients,
+    HeadRules,
+    Needs,
+    Side,
+    compute_dtype,
+    multiplies_half,
+    row_programs,
+)
+from fused_kl.rows import Banned
+from fused_kl.tiles import Plan, make_plan, slices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLogprobsOutput:
     """What `linear_logprobs` returns, [N] each; fp32, or fp64 for fp64 inputs; values in nats.
 
-    `logprobs` is differentiable, `entropy` detached.
+    `logprobs` is differentiable, `entropy` detached. `plan` says how many rows of logits were alive
+    at once.
     """
 
     logprobs: Tensor
     entropy: Tensor
+    plan: Plan
 
 
 # (rows, their logprobs [n]) -> (loss of each row [n], its derivative by the logprob [n])
@@ -36,8 +46,25 @@ class TokenOptions:
     """The policy, and how to walk over it."""
 
     allowed_columns: Tensor | None
-    temperature: float
+    rules: HeadRules
     chunk_size: int | str
+
+
+def token_plan(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, options: TokenOptions) -> Plan:
+    """The blocks in which these tokens are walked over."""
+    bytes_per_logit = compute_dtype(hidden, lm_head, bias).itemsize
+    if options.rules.softcap is not None:
+        bytes_per_logit *= 2
+    if multiplies_half(hidden, lm_head):
+        bytes_per_logit += torch.bfloat16.itemsize
+    return make_plan(
+        "fast",
+        hidden.shape[0],
+        lm_head.shape[0],
+        bytes_per_logit=bytes_per_logit,
+        device_type=hidden.device.type,
+        chunk_size=checks.chunk_rows(options.chunk_size),
+    )
 
 
 class TokenPass:
@@ -59,41 +86,55 @@ class TokenPass:
             lm_head,
             bias,
             num_columns=self.vocab,
-            temperature=options.temperature,
+            rules=options.rules,
             active=active,
             dtype=self.dtype,
         )
         self.token_ids = token_ids
         allowed = options.allowed_columns
         self.banned = None if allowed is None else Banned.outside(allowed, self.dtype)
-        self.chunk_size = options.chunk_size
+        self.plan = token_plan(hidden, lm_head, bias, options)
 
     def run(
         self, needs: Needs, objective: Objective | None
     ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
         """Row losses, logprobs and entropy [N], and the gradients of the summed row losses."""
-        gradients = Gradients(self.side, needs, self.num_rows, self.vocab)
+        gradients = Gradients(self.side, needs, self.num_rows, self.vocab, self.plan.rows)
         losses, logprobs, entropy = (
             self.side.hidden.new_zeros(self.num_rows, dtype=self.dtype) for _ in range(3)
         )
-        chunks = token_chunks(self.num_rows, self.vocab, 1, self.dtype.itemsize, self.chunk_size)
-        chunk_rows = max((rows.stop - rows.start for rows in chunks), default=0)
-        buffer = losses.new_empty(chunk_rows, self.vocab)
+        chunks, columns = slices(self.num_rows, self.plan.rows), slice(0, self.vocab)
+        width = -(-self.vocab // 8) * 8 if losses.is_cuda else self.vocab
+        shape = min(self.plan.rows, self.num_rows), width
+        buffer = losses.new_empty(shape)[:, : self.vocab]
+        wanted = any(needs) and objective is not None
+        separate = losses.new_empty(shape, dtype=torch.bfloat16) if self.side.half else None
         programs = row_programs(losses)
         for rows in chunks:
             hidden_rows = self.side.rows(rows)
             logits = buffer[: rows.stop - rows.start]
-            self.side.project(hidden_rows, logits)
-            logprobs[rows], entropy[rows] = programs.token_rows_(
-                logits, self.token_ids[rows], banned=self.banned, with_grad=any(needs)
-            )
-            if objective is None:
-                continue
-            losses[rows], slope = objective(rows, logprobs[rows])
-            if any(needs):
+            grad = logits if separate is None else separate[: len(logits), : self.vocab]
+            derivative = self.side.project(hidden_rows, logits, columns)
+
+            def scale(part: slice, values: Tensor, start: int = rows.start) -> Tensor:
+                assert objective is not None
+                slope = objective(slice(start + part.start, start + part.stop), values)[1]
                 # The logprob of a banned token is constant, so it moves nothing.
-                slope = slope.masked_fill(logprobs[rows].isneginf(), 0)
-                gradients.add(rows, hidden_rows, logits, slope)
+                return slope.masked_fill(values.isneginf(), 0) * self.side.slope
+
+            logprobs[rows], entropy[rows] = programs.token_rows_(
+                logits,
+                self.token_ids[rows],
+                banned=self.banned,
+                scale=scale if wanted else None,
+                grad=grad if wanted else None,
+            )
+            if objective is not None:
+                losses[rows] = objective(rows, logprobs[rows])[0]
+            if wanted:
+                if derivative is not None:
+                    grad.mul_(derivative)
+                gradients.add(rows, columns, hidden_rows, grad)
         return losses, logprobs, entropy, gradients
 
 
@@ -116,8 +157,10 @@ def check_token_arguments(
     )
     checks.check_token_ids(token_ids, hidden.shape[0])
     checks.check_columns(options.allowed_columns, lm_head.shape[0], lm_head.shape[0])
-    checks.check_temperature(options.temperature)
-    checks.check_chunk_size(options.chunk_size)
+    checks.check_positive("temperature", options.rules.temperature)
+    checks.check_positive("softcap", options.rules.softcap)
+    checks.check_positive("logit_scale", options.rules.logit_scale)
+    checks.chunk_rows(options.chunk_size)
 
 
 def linear_logprobs(
@@ -128,6 +171,8 @@ def linear_logprobs(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
 ) -> LinearLogprobsOutput:
     """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
@@ -143,16 +188,21 @@ def linear_logprobs(
             outside has logprob -inf and moves nothing.
         temperature: divides the logits.
         bias: `[V]`, may require grad.
-        chunk_size: tokens per chunk; "auto" keeps the logit buffer within 512 MiB.
+        softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
+        logit_scale: multiplies the logits, before softcap and temperature.
+        chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range.
     """
-    options = TokenOptions(allowed_columns, temperature, chunk_size)
+    rules = HeadRules(temperature, softcap, logit_scale)
+    options = TokenOptions(allowed_columns, rules, chunk_size)
     check_token_arguments(hidden, lm_head, bias, token_ids, options)
     checks.check_token_range(token_ids, lm_head.shape[0])
     logprobs, entropy = _Logprobs.apply(hidden, lm_head, bias, token_ids.long(), options)
-    return LinearLogprobsOutput(logprobs=logprobs, entropy=entropy)
+    return LinearLogprobsOutput(
+        logprobs=logprobs, entropy=entropy, plan=token_plan(hidden, lm_head, bias, options)
+    )
 
 
 class _Logprobs(torch.autograd.Function):

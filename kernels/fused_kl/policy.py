@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_kl import checks
-from fused_kl.chunks import Gradients, LossWithGradients, Needs, keep_active
+from fused_kl.chunks import Gradients, HeadRules, LossWithGradients, Needs, keep_active
 from fused_kl.logprobs import Objective, TokenOptions, TokenPass, check_token_arguments
+from fused_kl.tiles import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,13 @@ class LinearPolicyOutput:
     """What the losses of sampled tokens return; fp32, or fp64 for fp64 inputs; values in nats.
 
     `loss` is a differentiable scalar. `logprobs` and `entropy` are [N], detached, not weighted, and
-    0 in rows of weight 0.
+    0 in rows of weight 0. `plan` says how many rows of logits were alive at once.
     """
 
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
+    plan: Plan
 
 
 def linear_policy_loss(
@@ -38,6 +40,8 @@ def linear_policy_loss(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
 ) -> LinearPolicyOutput:
     """loss = -sum_n w_n min(rho_n A_n, clip(rho_n, 1-c, 1+c) A_n), rho = exp(logprob - old).
@@ -58,7 +62,9 @@ def linear_policy_loss(
             outside has logprob -inf and moves nothing.
         temperature: divides the logits.
         bias: `[V]`, may require grad.
-        chunk_size: tokens per chunk; "auto" keeps the logit buffer within 512 MiB.
+        softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
+        logit_scale: multiplies the logits, before softcap and temperature.
+        chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range, or constants that require grad.
@@ -93,7 +99,7 @@ def linear_policy_loss(
         objective,
         token_weights,
         bias,
-        TokenOptions(allowed_columns, temperature, chunk_size),
+        TokenOptions(allowed_columns, HeadRules(temperature, softcap, logit_scale), chunk_size),
     )
 
 
@@ -106,6 +112,8 @@ def linear_cross_entropy(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
 ) -> LinearPolicyOutput:
     """loss = -sum_n w_n log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
@@ -121,7 +129,7 @@ def linear_cross_entropy(
         lambda rows, logprobs: (-logprobs, -torch.ones_like(logprobs)),
         token_weights,
         bias,
-        TokenOptions(allowed_columns, temperature, chunk_size),
+        TokenOptions(allowed_columns, HeadRules(temperature, softcap, logit_scale), chunk_size),
     )
 
 
@@ -161,4 +169,4 @@ def _token_loss(
         loss, logprobs, entropy = LossWithGradients.apply(run, hidden, lm_head, bias)
     else:
         loss, (logprobs, entropy), _ = run()
-    return LinearPolicyOutput(loss=loss, logprobs=logprobs, entropy=entropy)
+    return LinearPolicyOutput(loss=loss, logprobs=logprobs, entropy=entropy, plan=token_pass.plan)

@@ -19,15 +19,21 @@ def log_probs(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """log softmax((hidden @ lm_head.T + bias) / temperature) over the allowed columns.
+    """log softmax(z / temperature) over the allowed columns, `[N, H]` and `[V, H]` give
+    `[N, number of allowed columns]`.
 
-    `[N, H]` and `[V, H]` give `[N, number of allowed columns]`.
+    z = logit_scale (hidden @ lm_head.T + bias), and with a softcap c it is c tanh(z / c) instead.
     """
     logits = hidden.to(dtype) @ lm_head.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if allowed_columns is not None:
         logits = logits[:, allowed_columns]
     return torch.log_softmax(logits / temperature, dim=-1)
@@ -81,9 +87,16 @@ def linear_reverse_kl(
     beta: float = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    k: int | None = None,
+    support: str = "teacher",
+    tail: bool = False,
+    reduction: str = "sum",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense `fused_kl.linear_reverse_kl`: loss, token_kl, student_entropy, teacher_entropy."""
+    """Dense `fused_kl.linear_reverse_kl`, and with `k` `fused_kl.topk_reverse_kl`: loss, token_kl,
+    student_entropy, teacher_entropy."""
     vocab = min(len(student_lm_head), len(teacher_lm_head))
     kept = _kept(token_weights, len(student_hidden))
     columns = None if allowed_columns is None else allowed_columns[:vocab]
@@ -94,6 +107,8 @@ def linear_reverse_kl(
             allowed_columns=columns,
             temperature=temperature,
             bias=None if bias is None else bias[:vocab],
+            softcap=softcap,
+            logit_scale=logit_scale,
             dtype=dtype,
         )
         for hidden, lm_head, bias in (
@@ -101,14 +116,35 @@ def linear_reverse_kl(
             (teacher_hidden, teacher_lm_head, teacher_bias),
         )
     )
-    token_kl = divergence(student, teacher, beta)
+    if k is None:
+        token_kl = divergence(student, teacher, beta)
+    else:
+        token_kl = divergence(*on_support(student, teacher, k, support, tail), beta)
     weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)
+    weighted = weights * token_kl
     return (
-        (weights * token_kl).sum(),
+        weighted.sum() if reduction == "sum" else _scatter_rows(kept, weighted),
         _scatter_rows(kept, token_kl),
         _scatter_rows(kept, entropy(student)),
         _scatter_rows(kept, entropy(teacher)),
     )
+
+
+def on_support(
+    student: Tensor, teacher: Tensor, k: int, support: str, tail: bool
+) -> tuple[Tensor, Tensor]:
+    """Both log_probs `[N, V]` on the k likeliest columns of one side: renormalised `[N, k]`, or
+    with the mass of all others as one more outcome, `[N, k + 1]`."""
+    places = (student if support == "student" else teacher).topk(k).indices
+    sides = []
+    for log_p in (student, teacher):
+        inside = log_p.gather(-1, places)
+        if tail:
+            rest = log_p.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
+            sides.append(torch.cat([inside, rest], -1))
+        else:
+            sides.append(inside.log_softmax(-1))
+    return sides[0], sides[1]
 
 
 def linear_logprobs(
@@ -119,6 +155,8 @@ def linear_logprobs(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Dense `fused_kl.linear_logprobs`: logprobs (-inf for a token outside the policy), entropy."""
@@ -128,6 +166,8 @@ def linear_logprobs(
         allowed_columns=allowed_columns,
         temperature=temperature,
         bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
         dtype=dtype,
     )
     full = dense
@@ -149,6 +189,8 @@ def linear_policy_loss(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense `fused_kl.linear_policy_loss`: loss, logprobs, entropy; no banned tokens."""
@@ -160,6 +202,8 @@ def linear_policy_loss(
         allowed_columns=allowed_columns,
         temperature=temperature,
         bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
         dtype=dtype,
     )
     old = logprobs.detach() if old_logprobs is None else old_logprobs[kept].to(dtype)
@@ -182,6 +226,8 @@ def linear_cross_entropy(
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense `fused_kl.linear_cross_entropy`: loss, logprobs, entropy."""
@@ -193,6 +239,8 @@ def linear_cross_entropy(
         allowed_columns=allowed_columns,
         temperature=temperature,
         bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
         dtype=dtype,
     )
     weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)

@@ -1,27 +1,66 @@
-"""Sizes of the pieces: token chunks, vocabulary tiles, row blocks."""
+"""Sizes of the pieces: what is alive at once, vocabulary tiles, row blocks, Triton blocks."""
 
 from __future__ import annotations
 
-# Logits alive at once; larger chunks mean fewer passes over the head and over its gradient.
-LOGITS_BYTES = 512 * 2**20
-# A half-precision head is widened tile by tile, so that no widened copy of it ever exists.
+from typing import NamedTuple
+
+# Logits and their gradient alive at once. Larger chunks mean fewer passes over the head and over
+# its gradient; on a GPU, 2.4 GB are some 1,500 rows of 150,000 columns.
+FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000}
+LOWMEM_BYTES = {"cpu": 64_000_000, "gpu": 450_000_000}
+# Tiles narrower than this waste the products; rows are cut instead.
+MIN_TILE_COLUMNS = 1024
+# Where a head has to be widened, it is widened tile by tile: no widened copy of it ever exists.
 HEAD_TILE_BYTES = 32 * 2**20
 # Row programs make some fifteen passes over a block: on a CPU the block should stay in cache.
 CPU_ROW_BLOCK_BYTES = 2 * 2**20
 DEVICE_ROW_BLOCK_BYTES = 64 * 2**20
+# Columns that a Triton row program reads at once, with its warps. 4,096 would need over 100
+# registers, and JSD would spill.
+ROW_BLOCKS = {1024: 4, 2048: 8}
+# Programs that keep a large GPU busy; few rows are split over the vocabulary to reach them.
+GPU_PROGRAMS = 528
 
 
-def token_chunks(
-    num_rows: int, num_columns: int, num_buffers: int, itemsize: int, chunk_size: int | str
-) -> list[slice]:
-    """Cut `num_rows` into slices of `chunk_size` rows, or of near-equal size within the budget."""
-    if isinstance(chunk_size, int):
-        step = chunk_size
-    else:
-        limit = max(1, LOGITS_BYTES // (num_buffers * num_columns * itemsize))
-        num_chunks = -(-num_rows // limit)
-        step = -(-num_rows // num_chunks) if num_chunks else 1
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+class Plan(NamedTuple):
+    """How a loss walks over its logits: blocks of `rows` tokens by `columns` of the vocabulary."""
+
+    mode: str
+    rows: int
+    columns: int
+
+
+def make_plan(
+    mode: str,
+    num_rows: int,
+    num_columns: int,
+    *,
+    bytes_per_logit: int,
+    device_type: str,
+    chunk_size: int,
+) -> Plan:
+    """`chunk_size` rows at once, or with 0 as many as the budget holds. "fast" takes all columns of
+    some rows, "lowmem" some columns of all rows."""
+    device = "cpu" if device_type == "cpu" else "gpu"
+    rows = max(1, num_rows)
+    if mode == "fast":
+        if chunk_size:
+            return Plan(mode, min(chunk_size, rows), num_columns)
+        limit = max(1, FAST_BYTES[device] // (num_columns * bytes_per_logit))
+        if rows > limit > 128:
+            return Plan(mode, limit // 128 * 128, num_columns)  # whole tiles of the products
+        return Plan(mode, -(-rows // -(-rows // limit)), num_columns)
+    budget = LOWMEM_BYTES[device] // bytes_per_logit
+    rows = min(rows, chunk_size or max(1, budget // MIN_TILE_COLUMNS))
+    columns = max(1, budget // rows)
+    if columns < num_columns and columns > 128:
+        columns = columns // 128 * 128
+    return Plan(mode, rows, min(num_columns, columns))
+
+
+def slices(total: int, step: int) -> list[slice]:
+    """Cut `total` into slices of `step`."""
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def head_tile_rows(hidden_size: int, itemsize: int) -> int:
@@ -35,7 +74,21 @@ def row_block_rows(num_columns: int, itemsize: int, device_type: str) -> int:
     return max(1, budget // (num_columns * itemsize))
 
 
-def row_program_shape(num_columns: int) -> tuple[int, int]:
-    """Columns that a Triton row program reads at once, a power of two, and its warps."""
-    block = min(4096, max(16, 1 << (num_columns - 1).bit_length()))
-    return block, 8 if block >= 2048 else 4
+class RowProgram(NamedTuple):
+    """The shape of a Triton row program: `block` columns are read at once, a power of two, by
+    `num_warps`; a row is split over `splits` programs of `split_columns` each."""
+
+    block: int
+    num_warps: int
+    splits: int
+    split_columns: int
+
+
+def row_program(num_rows: int, num_columns: int) -> RowProgram:
+    """Few rows are split until the programs are enough for a large GPU."""
+    block = min(max(ROW_BLOCKS), max(min(ROW_BLOCKS), 1 << (num_columns - 1).bit_length()))
+    num_blocks = -(-num_columns // block)
+    wanted = min(num_blocks, max(1, GPU_PROGRAMS // max(1, num_rows)))
+    split_columns = -(-num_blocks // wanted) * block
+    splits = -(-num_columns // split_columns)
+    return RowProgram(block, ROW_BLOCKS[block], splits, split_columns)

@@ -1,41 +1,36 @@
-"""Row programs in plain torch: logits in, statistics out, the gradient written over the logits.
+"""Row programs in plain torch: logits in, statistics out, the gradient written where it is wanted.
 
 They work on blocks of rows small enough for the cache, with two scratch blocks. All arithmetic is
-in the dtype of the logits (fp32 or fp64).
+in the dtype of the logits (fp32 or fp64). `triton_kernels` has the same functions for a GPU.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fused_kl.tiles import row_block_rows
+from fused_kl.rows import MAX_LOG_RATIO, Banned, Norms, TokenRows, TokenScale, as_logprobs
+from fused_kl.tiles import row_block_rows, slices
 
-# Stands for -inf: far below any logit, yet 0 * FLOOR and FLOOR - FLOOR are 0 where -inf gives NaN.
-FLOOR = -1e30
-# exp(80) is finite in fp32, and a probability ratio beyond it changes no sum.
-MAX_LOG_RATIO = 80.0
+TINY = 1e-30
 
 
-class TokenRows(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
-
-
-class Banned(NamedTuple):
-    """Columns outside the policy, `columns` [V] bool, and the 0-dim value that their logits get."""
-
-    columns: Tensor
-    value: Tensor
-
-    @staticmethod
-    def outside(allowed_columns: Tensor, dtype: torch.dtype) -> Banned:
-        """Ban every column that is not allowed; if none is, the value is NaN: never silent."""
-        floor = torch.full((), FLOOR, dtype=dtype, device=allowed_columns.device)
-        value = torch.where(allowed_columns.any(), floor, torch.full_like(floor, torch.nan))
-        return Banned(~allowed_columns, value)
+def _blocks(
+    num_scratch: int, banned: Banned | None, logits: Tensor, *others: Tensor
+) -> Iterator[tuple]:
+    """Rows, the logits and `others` of each block, with banned columns filled, and scratch
+    blocks."""
+    num_rows, num_columns = logits.shape
+    block = row_block_rows(num_columns, logits.element_size(), logits.device.type)
+    scratch = logits.new_empty(num_scratch, min(block, num_rows), num_columns)
+    for rows in slices(num_rows, block):
+        parts = [tensor[rows] for tensor in (logits, *others)]
+        if banned is not None:
+            for part in parts:
+                part.masked_fill_(banned.columns, banned.value)
+        yield rows, *parts, *scratch[:, : len(parts[0])]
 
 
 def divergence_rows_(
@@ -45,105 +40,236 @@ def divergence_rows_(
     *,
     beta: float,
     banned: Banned | None,
-    with_grad: bool,
+    scale: Tensor | None = None,
+    grad: Tensor | None = None,
 ) -> list[Tensor]:
     """Divergence, student's and teacher's entropy of each row, and the student's log-probability
     of a token where it is given; both logits `[n, V]` are overwritten.
 
-    With `with_grad`, `student_logits` ends as dD/dlogits. Near the teacher the log ratio r is
-    small, so everything is formed from r: `sum p r - p + q` is off by at most the rounding of a
-    probability, 6e-8, whereas `mu - lse(s) + lse(t)` is off by that of lse.
+    `grad` `[n, V]`, which may be `student_logits`, receives scale dD/dlogits. Near the teacher the
+    log ratio r is small, so everything is formed from r: `sum p r - p + q` is off by at most the
+    rounding of a probability, 6e-8, whereas `mu - lse(s) + lse(t)` is off by that of lse.
     """
-    num_rows, num_columns = student_logits.shape
+    num_rows = len(student_logits)
     stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
     token_kl, student_entropy, teacher_entropy, *logprobs = stats
-    block = row_block_rows(num_columns, student_logits.element_size(), student_logits.device.type)
-    block = min(block, num_rows)
-    scratch = student_logits.new_empty(2, block, num_columns)
-    for start in range(0, num_rows, block):
-        rows = slice(start, min(start + block, num_rows))
-        s, t = student_logits[rows], teacher_logits[rows]
-        x, y = scratch[0, : len(s)], scratch[1, : len(s)]
-        if banned is not None:
-            s.masked_fill_(banned.columns, banned.value)
-            t.masked_fill_(banned.columns, banned.value)
+    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
         torch.log_softmax(s, -1, out=x)  # x = log p
         if token_ids is not None:
-            logprobs[0][rows] = x.gather(-1, token_ids[rows, None].long()).squeeze(-1)
+            logprobs[0][rows] = as_logprobs(x.gather(-1, token_ids[rows, None]).squeeze(-1))
         torch.log_softmax(t, -1, out=y)  # y = log q
         torch.exp(y, out=s)  # s = q
         teacher_entropy[rows] = torch.mul(s, y, out=t).sum(-1).neg_()
         torch.exp(x, out=t)  # t = p
         torch.sub(x, y, out=y)  # y = r = log p - log q
         student_entropy[rows] = x.mul_(t).sum(-1).neg_()
+        row_scale = None if scale is None or grad is None else scale[rows, None]
         if beta == 1.0:
-            token_kl[rows] = _reverse_block_(s, t, y, x, with_grad)
+            token_kl[rows] = _reverse_block_(s, t, y, x, row_scale)
         elif beta == 0.0:
-            token_kl[rows] = _forward_block_(s, t, y, x, with_grad)
+            token_kl[rows] = _forward_block_(s, t, y, x, row_scale)
         else:
-            token_kl[rows] = _jsd_block_(s, t, y, x, beta, with_grad)
-    for values in logprobs:
-        values.masked_fill_(values < FLOOR / 2, -torch.inf)  # a banned token's
+            token_kl[rows] = _jsd_block_(s, t, y, x, beta, row_scale)
+        if grad is not None and grad is not student_logits:
+            grad[rows] = s
     return stats
 
 
-def _reverse_block_(q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, with_grad: bool) -> Tensor:
+# Each takes q, p and r = log p - log q, returns the divergence and leaves the gradient in q.
+
+
+def _reverse_block_(
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, scale: Tensor | None
+) -> Tensor:
     mean = torch.mul(p, r, out=scratch).sum(-1, keepdim=True)
     value = mean.squeeze(-1) + q.sub_(p).sum(-1)
-    if with_grad:
-        torch.mul(r.sub_(mean), p, out=q)
+    if scale is not None:
+        torch.mul(r.sub_(mean).mul_(scale), p, out=q)
     return value.clamp_min_(0)
 
 
-def _forward_block_(q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, with_grad: bool) -> Tensor:
+def _forward_block_(
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, scale: Tensor | None
+) -> Tensor:
     cross = torch.mul(q, r, out=scratch).sum(-1)
     torch.sub(p, q, out=scratch)
     value = scratch.sum(-1).sub_(cross)
-    if with_grad:
-        q.copy_(scratch)
+    if scale is not None:
+        torch.mul(scratch, scale, out=q)
     return value.clamp_min_(0)
 
 
 def _jsd_block_(
-    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, beta: float, with_grad: bool
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, beta: float, scale: Tensor | None
 ) -> Tensor:
+    teacher_part, student_part = _jsd_parts_(q, p, r, scratch, beta)
+    if scale is not None:
+        torch.mul(r.sub_(student_part[:, None]).mul_(scale * (1 - beta)), p, out=q)
+    return teacher_part.mul_(beta).add_(student_part, alpha=1 - beta).clamp_min_(0)
+
+
+def _jsd_parts_(
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """KL(q || m) and KL(p || m); r becomes log(p/m)."""
     # log(q/m) = -log1p((1-beta) expm1(r)) and log(p/m) = -log1p(beta expm1(-r)): m is never formed.
     r.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     torch.expm1(r, out=scratch).mul_(1 - beta).log1p_()
     teacher_part = scratch.mul_(q).sum(-1).neg_()
-    log_ratio = r.neg_().expm1_().mul_(beta).log1p_().neg_()
-    student_part = torch.mul(p, log_ratio, out=scratch).sum(-1, keepdim=True)
-    if with_grad:
-        torch.mul(log_ratio.sub_(student_part).mul_(1 - beta), p, out=q)
-    value = teacher_part.mul_(beta).add_(student_part.squeeze(-1), alpha=1 - beta)
-    return value.clamp_min_(0)
+    r.neg_().expm1_().mul_(beta).log1p_().neg_()
+    return teacher_part, torch.mul(p, r, out=scratch).sum(-1)
 
 
 def token_rows_(
-    logits: Tensor, token_ids: Tensor, *, banned: Banned | None, with_grad: bool
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    banned: Banned | None,
+    scale: TokenScale | None = None,
+    grad: Tensor | None = None,
 ) -> TokenRows:
     """Log-probability of one token per row, and entropy; the logits `[n, V]` are overwritten.
 
-    With `with_grad`, `logits` ends as dlogprob/dlogits = onehot - p. A banned token has logprob
-    -inf, and its row must then be given the weight 0.
+    `grad` `[n, V]`, which may be `logits`, receives scale dlogprob/dlogits = scale (onehot - p).
+    A banned token has logprob -inf, and its scale must then be 0.
     """
-    num_rows, num_columns = logits.shape
+    num_rows = len(logits)
     stats = TokenRows(logits.new_empty(num_rows), logits.new_empty(num_rows))
-    block = min(row_block_rows(num_columns, logits.element_size(), logits.device.type), num_rows)
-    scratch = logits.new_empty(block, num_columns)
-    for start in range(0, num_rows, block):
-        rows = slice(start, min(start + block, num_rows))
-        z, x = logits[rows], scratch[: min(block, num_rows - start)]
+    for rows, z, x in _blocks(1, banned, logits):
         ids = token_ids[rows, None]
-        if banned is not None:
-            z.masked_fill_(banned.columns, banned.value)
         torch.log_softmax(z, -1, out=x)
-        stats.logprobs[rows] = x.gather(-1, ids).squeeze(-1)
+        stats.logprobs[rows] = as_logprobs(x.gather(-1, ids).squeeze(-1))
         torch.exp(x, out=z)
         stats.entropy[rows] = x.mul_(z).sum(-1).neg_()
-        if with_grad:
+        if grad is not None and scale is not None:
             # 1 - p of a near-certain token would cancel; the sum over the others does not.
             z.neg_().scatter_(-1, ids, 0)
             z.scatter_(-1, ids, z.sum(-1, keepdim=True).neg_())
-    stats.logprobs.masked_fill_(stats.logprobs < FLOOR / 2, -torch.inf)
+            z.mul_(scale(rows, stats.logprobs[rows])[:, None])
+            if grad is not logits:
+                grad[rows] = z
     return stats
+
+
+def topk_rows_(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor | None = None,
+    *,
+    k: int,
+    student_support: bool,
+    tail: bool,
+    banned: Banned | None,
+    scale: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> list[Tensor]:
+    """`divergence_rows_` for the reverse KL on the k likeliest columns of one side: between both
+    renormalised on them, or with all the others as one more outcome (`tail`)."""
+    num_rows = len(student_logits)
+    stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
+    token_kl, student_entropy, teacher_entropy, *logprobs = stats
+    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
+        torch.log_softmax(s, -1, out=x)  # x = log p
+        torch.log_softmax(t, -1, out=y)  # y = log q
+        if token_ids is not None:
+            logprobs[0][rows] = as_logprobs(x.gather(-1, token_ids[rows, None]).squeeze(-1))
+        places = (x if student_support else y).topk(k).indices
+        log_p, log_q = x.gather(-1, places), y.gather(-1, places)
+        if not tail:
+            log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+        teacher_entropy[rows] = torch.mul(torch.exp(y, out=t), y, out=s).sum(-1).neg_()
+        teacher_rest = t.scatter_(-1, places, 0).sum(-1, keepdim=True)
+        student_entropy[rows] = torch.mul(torch.exp(x, out=t), x, out=s).sum(-1).neg_()
+        p, q, r = log_p.exp(), log_q.exp(), log_p - log_q
+        value = (p * r - p + q).sum(-1, keepdim=True)
+        rest = t.scatter_(-1, places, 0).sum(-1, keepdim=True)
+        # A rest of 0 stays 0: TINY only keeps its logarithm finite.
+        rest_r = rest.clamp_min(TINY).log() - teacher_rest.clamp_min(TINY).log()
+        if tail:
+            value += rest * rest_r - rest + teacher_rest
+        token_kl[rows] = value.squeeze(-1).clamp_min_(0)
+        if grad is not None and scale is not None:
+            row_scale = scale[rows, None]
+            mean = (p * r).sum(-1, keepdim=True)
+            if tail:
+                mean += rest * rest_r
+                torch.mul(t, (rest_r - mean) * row_scale, out=s)
+            else:
+                s.zero_()
+            s.scatter_(-1, places, (r - mean) * p * row_scale)
+            if grad is not student_logits:
+                grad[rows] = s
+    return stats
+
+
+# A tile holds some columns only: statistics of all tiles first, then what needs the norms.
+
+
+def divergence_statistics(
+    student_logits: Tensor, teacher_logits: Tensor, *, banned: Banned | None
+) -> Tensor:
+    """The state `[8, n]` of some columns (see `merge`)."""
+    num_rows = len(student_logits)
+    state = student_logits.new_empty(8, num_rows)
+    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
+        s_max, t_max = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+        e = torch.sub(s, s_max, out=x).exp()
+        f = torch.sub(t, t_max, out=y).exp()
+        sums = [e.sum(-1), (e * x).sum(-1), f.sum(-1), (f * y).sum(-1)]
+        gap = x.sub_(y)
+        sums += [e.mul_(gap).sum(-1), f.mul_(gap).sum(-1).neg_()]
+        state[:, rows] = torch.stack((s_max[:, 0], *sums[:2], t_max[:, 0], *sums[2:]))
+    return state
+
+
+def _probabilities(s: Tensor, t: Tensor, norms: Norms, rows: slice) -> tuple:
+    """p, q and r = log p - log q; both logits are overwritten."""
+    s.sub_(norms.student_max[rows, None]).sub_(norms.student_log_sum[rows, None])
+    t.sub_(norms.teacher_max[rows, None]).sub_(norms.teacher_log_sum[rows, None])
+    return s.exp(), t.exp(), s.sub_(t)
+
+
+def jsd_parts(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    norms: Norms,
+    *,
+    beta: float,
+    banned: Banned | None,
+) -> Tensor:
+    """The share `[2, n]` that some columns have in KL(q || m) and KL(p || m); the logits are
+    overwritten."""
+    parts = student_logits.new_empty(2, len(student_logits))
+    for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
+        p, q, r = _probabilities(s, t, norms, rows)
+        parts[:, rows] = torch.stack(_jsd_parts_(q, p, r, scratch, beta))
+    return parts
+
+
+def divergence_gradient_(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    norms: Norms,
+    *,
+    beta: float,
+    student_part: Tensor,
+    banned: Banned | None,
+    scale: Tensor,
+    grad: Tensor,
+) -> None:
+    """Write scale dD/dlogits of some columns into `grad` `[n, V]`, which may be `student_logits`.
+
+    `student_part` `[n]` is KL(p || m) of the whole vocabulary, used by JSD only.
+    """
+    for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
+        p, q, r = _probabilities(s, t, norms, rows)
+        if beta == 1.0:
+            out = r.sub_(norms.mean[rows, None]).mul_(p)
+        elif beta == 0.0:
+            out = p.sub_(q)
+        else:
+            _jsd_parts_(q, p, r, scratch, beta)
+            out = r.sub_(student_part[rows, None]).mul_(p).mul_(1 - beta)
+        torch.mul(out, scale[rows, None], out=s)
+        if grad is not student_logits:
+            grad[rows] = s

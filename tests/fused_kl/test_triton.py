@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fused_kl import linear, logprobs, reference, torch_kernels
-from fused_kl.torch_kernels import Banned
+from fused_kl import (
+    linear_logprobs,
+    linear_policy_loss,
+    linear_reverse_kl,
+    reference,
+    rows,
+    torch_kernels,
+)
+from fused_kl.rows import Banned
 
 triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, the interpreter: tests/conftest.py
@@ -41,22 +48,46 @@ def place(banned: Banned | None) -> Banned | None:
     return None if banned is None else Banned(*(part.to(DEVICE) for part in banned))
 
 
+SHAPES = pytest.mark.parametrize(
+    ("num_columns", "std", "splits"), [(7, 1.0, 1), (4096, 10.0, 1), (9001, 3.0, 1), (9001, 3.0, 3)]
+)
+
+
+@pytest.fixture
+def split_rows(monkeypatch, splits):
+    """How many programs share a row of 3 or 4."""
+    monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", 4 * splits)
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
 @pytest.mark.parametrize("gap", [None, 1e-3])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-@pytest.mark.parametrize(("num_columns", "std"), [(7, 1.0), (4096, 10.0), (9001, 3.0)])
-def test_divergence_rows(beta, gap, share, num_columns, std):
+@SHAPES
+def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows):
     student, teacher = logits(3, num_columns, std, gap)
     banned = banned_of(num_columns, share)
     ids = torch.randint(num_columns, (3,), generator=torch.Generator().manual_seed(2))
+    scale = torch.tensor([0.25, 1.0, -2.0])
     wide = None if banned is None else Banned(banned.columns, banned.value.double())
     expected_grad = student.double()
     expected = torch_kernels.divergence_rows_(
-        expected_grad, teacher.double(), ids, beta=beta, banned=wide, with_grad=True
+        expected_grad,
+        teacher.double(),
+        ids,
+        beta=beta,
+        banned=wide,
+        scale=scale.double(),
+        grad=expected_grad,
     )
     grad = student.to(DEVICE, copy=True)
     found = triton_kernels.divergence_rows_(
-        grad, teacher.to(DEVICE), ids.to(DEVICE), beta=beta, banned=place(banned), with_grad=True
+        grad,
+        teacher.to(DEVICE),
+        ids.to(DEVICE),
+        beta=beta,
+        banned=place(banned),
+        scale=scale.to(DEVICE),
+        grad=grad,
     )
     for value, truth in zip(found, expected, strict=True):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
@@ -65,7 +96,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std):
     assert error < (2e-3 if gap else 1e-5) * expected_grad.norm() + 1e-7
     kept = student.to(DEVICE, copy=True)
     without = triton_kernels.divergence_rows_(
-        kept, teacher.to(DEVICE), beta=beta, banned=place(banned), with_grad=False
+        kept, teacher.to(DEVICE), beta=beta, banned=place(banned)
     )
     assert torch.equal(kept.cpu(), student)
     assert len(without) == 3
@@ -74,29 +105,91 @@ def test_divergence_rows(beta, gap, share, num_columns, std):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-@pytest.mark.parametrize(("num_columns", "std"), [(7, 1.0), (4096, 10.0), (9001, 3.0)])
-def test_token_rows(share, num_columns, std):
+@SHAPES
+def test_token_rows(share, num_columns, std, splits, split_rows):
     values, _ = logits(4, num_columns, std, None)
     values[0, num_columns // 2] = 40 + values.max()  # near-certain
     banned = banned_of(num_columns, share)
     ids = torch.randint(num_columns, (4,), generator=torch.Generator().manual_seed(2))
     ids[0] = num_columns // 2
     wide = None if banned is None else Banned(banned.columns, banned.value.double())
+
+    def scale(rows, logprobs):
+        return logprobs.masked_fill(logprobs.isneginf(), 0) + 2
+
     expected_grad = values.double()
-    expected = torch_kernels.token_rows_(expected_grad, ids, banned=wide, with_grad=True)
+    expected = torch_kernels.token_rows_(
+        expected_grad, ids, banned=wide, scale=scale, grad=expected_grad
+    )
     grad = values.to(DEVICE, copy=True)
-    found = triton_kernels.token_rows_(grad, ids.to(DEVICE), banned=place(banned), with_grad=True)
+    found = triton_kernels.token_rows_(
+        grad, ids.to(DEVICE), banned=place(banned), scale=scale, grad=grad
+    )
     for value, truth in zip(found, expected, strict=True):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
     for row, truth in zip(grad.cpu().double(), expected_grad, strict=True):
         assert (row - truth).norm() < 1e-4 * truth.norm()
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
+@SHAPES
+def test_a_row_in_tiles(beta, num_columns, std, splits, split_rows):
+    # What lowmem does: states of tiles, merged, and then values and gradients tile by tile.
+    student, teacher = logits(3, num_columns, std, None)
+    student[1, : num_columns // 2] -= 50  # its maximum is in a later tile
+    banned = banned_of(num_columns, 0.5)
+    scale = torch.tensor([0.25, 1.0, -2.0])
+    middle = num_columns // 2
+    tiles = (slice(0, middle), slice(middle, num_columns))
+    results = []
+    for programs, dtype, device in ((torch_kernels, F64, "cpu"), (triton_kernels, F32, DEVICE)):
+        part = [banned.part(columns) for columns in tiles]
+        part = [Banned(x.columns.to(device), x.value.to(device, dtype)) for x in part]
+
+        def pair(columns, dtype=dtype, device=device):
+            return [x[:, columns].to(device, dtype, copy=True) for x in (student, teacher)]
+
+        states = [
+            programs.divergence_statistics(*pair(columns), banned=ban)
+            for columns, ban in zip(tiles, part, strict=True)
+        ]
+        summary = rows.summarise(rows.merge(torch.stack(states)))
+        parts = sum(
+            programs.jsd_parts(*pair(columns), summary.norms, beta=0.3, banned=ban)
+            for columns, ban in zip(tiles, part, strict=True)
+        )
+        grads = []
+        for columns, ban in zip(tiles, part, strict=True):
+            s, t = pair(columns)
+            programs.divergence_gradient_(
+                s,
+                t,
+                summary.norms,
+                beta=beta,
+                student_part=parts[1],
+                banned=ban,
+                scale=scale.to(device, dtype),
+                grad=s,
+            )
+            grads.append(s)
+        results.append([*summary[1:], *parts, torch.cat(grads, -1)])
+    for truth, found in zip(*results, strict=True):
+        assert (found.cpu().double() - truth).norm() <= 1e-5 * truth.norm() + 1e-7
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+def test_scale(factor):
+    values = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = values * factor
+    triton_kernels.scale_(values, torch.tensor(factor, device=DEVICE))
+    assert torch.equal(values, expected)
+
+
 def test_no_allowed_column_is_never_silent():
     student, teacher = logits(2, 50, 1.0, None)
     banned = place(Banned.outside(torch.zeros(50, dtype=torch.bool), F32))
     kl, *_ = triton_kernels.divergence_rows_(
-        student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=banned, with_grad=True
+        student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=banned
     )
     assert kl.isnan().all()
 
@@ -104,43 +197,69 @@ def test_no_allowed_column_is_never_silent():
 def test_no_rows():
     student, teacher = logits(0, 50, 1.0, None)
     found = triton_kernels.divergence_rows_(
-        student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=None, with_grad=True
+        student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=None
     )
     assert [len(values) for values in found] == [0, 0, 0]
 
 
 COMPILE = """
-import sys
-import triton
+import re, subprocess, sys, tempfile
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fused_kl import triton_kernels
-from fused_kl.tiles import row_program_shape
+from fused_kl import triton_device as device
+from fused_kl.tiles import ROW_BLOCKS
 
-block, warps = row_program_shape(151_936)
-common = {"HAS_BANNED": True, "WITH_GRAD": True, "BLOCK": block}
-pointers = {n: "*fp32" for n in ("student", "teacher", "logits", "floor", "kl_out", "entropy_out",
-    "student_entropy_out", "teacher_entropy_out", "logprob_out")}
-types = pointers | {"allowed": "*u8", "token_ids": "*i64", "num_columns": "i32", "beta": "fp32",
-    "student_stride": "i32", "teacher_stride": "i32", "stride": "i32"}
-for kernel, more in (
-    (triton_kernels._divergence_row, {"HAS_IDS": True, "KIND": 0}),
-    (triton_kernels._divergence_row, {"HAS_IDS": True, "KIND": 1}),
-    (triton_kernels._divergence_row, {"HAS_IDS": True, "KIND": 2}),
-    (triton_kernels._token_row, {}),
-):
-    constants = common | more
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    made = compile(ASTSource(kernel, signature, places), target, {"num_warps": warps})
-    print(kernel.__name__, constants.get("KIND"), made.metadata.shared)
-    assert made.asm["cubin"] and made.metadata.shared <= 1024 and "ld.local" not in made.asm["ptx"]
+types = {"allowed": "*u8", "token_ids": "*i64", "grad": "*bf16", "beta": "fp32"}
+types |= dict.fromkeys(("num_rows", "num_columns", "split_columns", "count"), "i32")
+types |= dict.fromkeys(("student_stride", "teacher_stride", "grad_stride", "stride"), "i32")
+value, grad = {"WITH_VALUE": True, "WITH_GRAD": False}, {"WITH_VALUE": False, "WITH_GRAD": True}
+programs = [
+    (device.divergence_statistics, {}),
+    (device.token_statistics, {}),
+    (device.token_gradient, {}),
+    *[(device.divergence_gradient, {"KIND": kind, **value, **grad}) for kind in (0, 1)],
+    *[(device.divergence_gradient, {"KIND": kind, **which})
+      for kind in (0, 1, 2) for which in (value, grad)],
+]
+arch = sys.argv[1]
+amd = arch.startswith("gfx")
+target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+found = []
+for block, warps in ROW_BLOCKS.items():
+    for kernel, flags in programs:
+        names = kernel.arg_names
+        constants = {"BLOCK": block, "HAS_BANNED": True} | flags
+        places = {(names.index(n),): v for n, v in constants.items() if n in names}
+        signature = {n: types.get(n, "constexpr" if n.isupper() else "*fp32") for n in names}
+        made = compile(ASTSource(kernel, signature, places), target, {"num_warps": warps})
+        if amd:
+            text = made.asm["amdgcn"]
+            registers, spills = (int(re.search(rf"\\.vgpr_{what}_?count: +(\\d+)", text)[1])
+                for what in ("", "spill_"))
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(made.asm["cubin"])
+                file.flush()
+                text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+                    capture_output=True, text=True, check=True).stdout
+            registers, spills = (int(re.search(rf"{what}:(\\d+)", text)[1])
+                for what in ("REG", "STACK"))
+        # The row index leaves 32 bits before anything multiplies it.
+        ttir = made.asm["ttir"]
+        index, rest = re.search(r"(%\\S+) = tt.get_program_id x(.*)", ttir, re.S).groups()
+        uses = re.findall(rf"^.*[ (]{index}[ ,)].*$", rest, re.M)
+        found.append((kernel.__name__, flags, block))
+        assert registers <= 80 and spills == 0, (found[-1], registers, spills)
+        assert made.metadata.shared <= 1024
+        assert uses and all("arith.extsi" in use and "i32 to i64" in use for use in uses), uses
+assert len(found) == 2 * 11
 """
 
 
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_they_compile_without_a_gpu(architecture):
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "gfx942"])
+def test_every_program_compiles_without_a_gpu(architecture):
+    """For every shape a program can have: no spill, at most 80 registers and 1 KB shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, architecture],
@@ -151,54 +270,93 @@ def test_they_compile_without_a_gpu(architecture):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
-)
-@pytest.mark.parametrize("beta", [1.0, 0.0, 0.4])
-def test_the_losses_through_them(device, beta, case, monkeypatch):
-    # On a GPU they are the default; on a CPU they are put in place of torch's.
-    if device == "cpu" and DEVICE == "cuda":
-        pytest.skip("the interpreter is not on")
-    if device == "cpu":
-        for module in (linear, logprobs):
-            monkeypatch.setattr(module, "row_programs", lambda _: triton_kernels)
-    truth = case.build(teacher_vocab=1201, bias=True)
-    names = ("student_hidden", "student_lm_head", "teacher_hidden", "teacher_lm_head")
-    rules = {
-        "token_weights": truth.token_weights,
-        "allowed_columns": truth.allowed_columns,
+# The losses through them: on a GPU they are the default, on a CPU they stand in for torch's.
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        if DEVICE == "cuda":
+            pytest.skip("the interpreter is not on")
+        for module in ("chunks", "divergence", "logprobs"):
+            monkeypatch.setattr(f"fused_kl.{module}.row_programs", lambda _: triton_kernels)
+    return request.param
+
+
+NAMES = ("student_hidden", "student_lm_head", "teacher_hidden", "teacher_lm_head")
+ERRORS = {F32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def sides(tensors, device, dtype):
+    """Leaves on the device, and the same values in fp64 on the CPU."""
+    made, exact = [], []
+    for name in NAMES:
+        tensor = getattr(tensors, name).detach().to(dtype)
+        trained = name.startswith("student")
+        made.append(tensor.to(device, copy=True).requires_grad_(trained))
+        exact.append(tensor.to(F64, copy=True).requires_grad_(trained))
+    return made, exact
+
+
+def rules_of(tensors, device, dtype):
+    return {
+        "token_weights": tensors.token_weights.to(device, dtype),
+        "allowed_columns": tensors.allowed_columns.to(device),
         "temperature": 0.7,
+        "softcap": 30.0,
     }
-    biases = {"student_bias": truth.student_bias, "teacher_bias": truth.teacher_bias}
-    leaves = [truth.student_hidden, truth.student_lm_head, truth.student_bias]
-    expected, *details = reference.linear_reverse_kl(
-        *(getattr(truth, name) for name in names), beta=beta, **rules, **biases
-    )
-    gradients = torch.autograd.grad(expected, leaves)
 
-    def single(tensor: torch.Tensor) -> torch.Tensor:
-        dtype = F32 if tensor.is_floating_point() else tensor.dtype
-        made = tensor.detach().to(device, dtype)
-        return made.requires_grad_() if tensor.requires_grad else made
 
-    sides = [single(getattr(truth, name)) for name in names]
-    options = {
-        name: single(value) for name, value in (rules | biases).items() if name != "temperature"
-    }
-    out = linear.linear_reverse_kl(*sides, beta=beta, temperature=0.7, chunk_size=5, **options)
-    found = torch.autograd.grad(out.loss, [sides[0], sides[1], options["student_bias"]])
-    assert_close(out.loss.double().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
-    for value, true in zip((out.token_kl, out.student_entropy), details, strict=False):
-        assert_close(value.double().cpu(), true, rtol=1e-4, atol=1e-5)
-    for value, true in zip(found, gradients, strict=True):
-        assert (value.double().cpu() - true).norm() < 1e-5 * true.norm()
-    chosen = logprobs.linear_logprobs(
-        *sides[:2], truth.token_ids.to(device), allowed_columns=options["allowed_columns"]
+def assert_near(found, exact, error):
+    assert (found.double().cpu() - exact).norm() <= error * exact.norm() + 1e-12
+
+
+dtypes = pytest.mark.parametrize("dtype", ERRORS, ids=str)
+
+
+@dtypes
+@pytest.mark.parametrize("mode", ["fast", "lowmem"])
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.4])
+def test_divergences_through_them(device, dtype, mode, beta, case, monkeypatch):
+    monkeypatch.setattr("fused_kl.tiles.LOWMEM_BYTES", {"cpu": 60_000, "gpu": 60_000})
+    tensors = case.build(teacher_vocab=1201)
+    made, exact = sides(tensors, device, dtype)
+    out = linear_reverse_kl(
+        *made, **rules_of(tensors, device, F32), beta=beta, mode=mode, chunk_size=5
     )
-    same = reference.linear_logprobs(
-        truth.student_hidden,
-        truth.student_lm_head,
-        truth.token_ids,
-        allowed_columns=truth.allowed_columns,
+    truth, kl, *_ = reference.linear_reverse_kl(*exact, **rules_of(tensors, "cpu", F64), beta=beta)
+    assert_near(out.token_kl, kl.detach(), 1e-5)
+    gradients = torch.autograd.grad(truth, exact[:2])
+    for found, wanted in zip(torch.autograd.grad(out.loss * 2, made[:2]), gradients, strict=True):
+        assert found.dtype == dtype
+        assert_near(found / 2, wanted, ERRORS[dtype])
+
+
+@dtypes
+def test_token_losses_through_them(device, dtype, case):
+    tensors = case.build()
+    made, exact = sides(tensors, device, dtype)
+    ids, advantages = tensors.token_ids.to(device), tensors.advantages.to(device)
+    rules, wide = rules_of(tensors, device, F32), rules_of(tensors, "cpu", F64)
+    rules["allowed_columns"] = wide["allowed_columns"] = None
+    sampled = linear_reverse_kl(*made, **rules, token_ids=ids, estimator="sampled", chunk_size=5)
+    policy = linear_policy_loss(*made[:2], ids, advantages=advantages, **rules, chunk_size=5)
+    weights = rules.pop("token_weights")
+    plain = linear_logprobs(*made[:2], ids, **rules, chunk_size=5)
+    dense, *_ = reference.linear_policy_loss(
+        *exact[:2], tensors.token_ids, advantages=tensors.advantages, **wide
     )
-    assert_close(chosen.logprobs.detach().double().cpu(), same[0].detach(), rtol=1e-5, atol=1e-5)
+    wide.pop("token_weights")
+    log_p, _ = reference.linear_logprobs(*exact[:2], tensors.token_ids, **wide)
+    log_q, _ = reference.linear_logprobs(*exact[2:], tensors.token_ids, **wide)
+    exact_weights = tensors.token_weights.double()
+    pairs = (
+        (sampled.loss, (exact_weights * (log_p - log_q).detach() * log_p).sum()),
+        (policy.loss, dense),
+        ((weights * plain.logprobs).sum(), (exact_weights * log_p).sum()),
+    )
+    for found, truth in pairs:
+        wanted = torch.autograd.grad(truth, exact[:2], retain_graph=True)
+        for gradient, right in zip(torch.autograd.grad(found, made[:2]), wanted, strict=True):
+            assert_near(gradient, right, ERRORS[dtype])
+    assert_near(plain.logprobs.detach(), log_p.detach(), 1e-5)
