@@ -6,17 +6,15 @@ batches; what is quoted is the median of the paired ratios.
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.conventional import conventional_step
+from bench.timing import interleaved, ratio
 from opd import report, train
 from opd.checkpoint import RunFolder
 from opd.config import Config, load_config
@@ -63,27 +61,8 @@ def analytic_share(trainer: Trainer, batch: PromptBatch) -> float:
 
 def paired(first: Callable[[int], object], second: Callable[[int], object]) -> dict[str, object]:
     """Time two calls in turn; medians and the median of the paired ratios first / second."""
-    times: list[tuple[float, float]] = []
-    for step in range(ROUNDS + 2):
-        row = []
-        for call in (first, second):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-            call(step)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            row.append(time.perf_counter() - begun)
-        times.append((row[0], row[1]))
-    times = times[2:]
-    ratios = sorted(a / b for a, b in times)
-    return {
-        "rounds": len(times),
-        "first_ms": 1000 * statistics.median(a for a, _ in times),
-        "second_ms": 1000 * statistics.median(b for _, b in times),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-    }
+    times = interleaved({"first": first, "second": second}, ROUNDS)
+    return ratio(times["first"], times["second"])
 
 
 @pytest.fixture(scope="module")

@@ -31,18 +31,22 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def reuse_freed_memory() -> None:
+def reuse_freed_memory(reuse: bool = True) -> None:
     """Keep freed blocks inside the process where the C library is glibc; elsewhere do nothing.
 
     By default it gives every large block back to the system, and each step pays the page faults for
-    the same activations again: a fifth of a CPU step.
+    the same activations again: a fifth of a CPU step. `reuse` False goes back to that, for whoever
+    measures memory.
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**30)
-        mallopt(top_pad, 2**26)
+    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # names of mallopt(3)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(mmap_max, 0 if reuse else 2**16)
+        library.mallopt(trim_threshold, 2**30 if reuse else 2**17)
+        library.mallopt(top_pad, 2**26 if reuse else 0)
+        if not reuse:
+            library.mallopt(mmap_threshold, 2**17)  # else it grows with what is freed
+            library.malloc_trim(0)
 
 
 def set_up(threads: int | None, seed: int) -> torch.device:

@@ -18,6 +18,13 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+
+
 def check_side(
     hidden_name: str,
     hidden: Tensor,
@@ -43,10 +50,12 @@ def check_side(
     if bias is not None and bias.shape != lm_head.shape[:1]:
         raise ValueError(f"{bias_name} has shape {_shape(bias)}, expected [{lm_head.shape[0]}]")
     for name, tensor in ((hidden_name, hidden), (head_name, lm_head), (bias_name, bias)):
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
-            )
+        if tensor is not None:
+            _check_float(name, tensor)
+            if tensor.dtype != hidden.dtype:
+                raise ValueError(
+                    f"{name} has dtype {tensor.dtype}, expected {hidden.dtype} as {hidden_name}"
+                )
 
 
 def check_same_device(anchor_name: str, anchor: Tensor, **others: Tensor | None) -> None:
@@ -206,3 +215,40 @@ def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
             None if weights is None else weights != 0,
             **dict(zip(inputs._fields[:6], inputs[:6], strict=True)),
         )
+
+
+def check_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_weights: Tensor | None,
+    token_ids: Tensor | None,
+    allowed_columns: Tensor | None,
+) -> None:
+    """The tensors of a divergence between logits."""
+    for name, tensor in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if tensor.ndim != 2 or tensor.shape[1] == 0:
+            raise ValueError(f"{name} has shape {_shape(tensor)}, expected [N, V]")
+        _check_float(name, tensor)
+    num_rows, vocab = student_logits.shape
+    if teacher_logits.shape[0] != num_rows:
+        raise ValueError(
+            f"teacher_logits has {teacher_logits.shape[0]} rows, "
+            f"expected {num_rows} as student_logits"
+        )
+    check_frozen("a frozen teacher", teacher_logits=teacher_logits)
+    check_frozen("constants", token_weights=token_weights)
+    check_rows(num_rows, token_weights=token_weights)
+    check_same_device(
+        "student_logits",
+        student_logits,
+        teacher_logits=teacher_logits,
+        token_weights=token_weights,
+        token_ids=token_ids,
+        allowed_columns=allowed_columns,
+    )
+    num_columns = min(vocab, teacher_logits.shape[1])
+    check_columns(allowed_columns, vocab, num_columns)
+    if token_ids is not None:
+        check_token_ids(token_ids, num_rows)
+        active = None if token_weights is None else token_weights != 0
+        check_token_range(token_ids, num_columns, active)

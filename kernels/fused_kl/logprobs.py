@@ -177,7 +177,7 @@ def linear_logprobs(
 ) -> LinearLogprobsOutput:
     """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
-    Chunked over tokens and recomputed in backward (5 GEMM units where a loss with gradients in
+    Chunked over tokens and recomputed in backward (4 GEMM units where a loss with gradients in
     forward needs 3): use `linear_policy_loss` when the loss has its form.
 
     Args:

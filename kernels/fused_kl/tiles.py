@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 # Logits and their gradient alive at once. Larger chunks mean fewer passes over the head and over
 # its gradient; on a GPU, 2.4 GB are some 1,500 rows of 150,000 columns.
 FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000}
@@ -12,8 +14,9 @@ LOWMEM_BYTES = {"cpu": 64_000_000, "gpu": 450_000_000}
 MIN_TILE_COLUMNS = 1024
 # Where a head has to be widened, it is widened tile by tile: no widened copy of it ever exists.
 HEAD_TILE_BYTES = 32 * 2**20
-# Row programs make some fifteen passes over a block: on a CPU the block should stay in cache.
-CPU_ROW_BLOCK_BYTES = 2 * 2**20
+# Row programs in torch make some fifteen passes over a block: on a CPU each thread's rows should
+# stay in its cache.
+CPU_THREAD_BLOCK_BYTES = 2**20
 DEVICE_ROW_BLOCK_BYTES = 64 * 2**20
 # Columns that a Triton row program reads at once, with its warps. 4,096 would need over 100
 # registers, and JSD would spill.
@@ -69,9 +72,11 @@ def head_tile_rows(hidden_size: int, itemsize: int) -> int:
 
 
 def row_block_rows(num_columns: int, itemsize: int, device_type: str) -> int:
-    """Logit rows that one round of row passes covers."""
-    budget = CPU_ROW_BLOCK_BYTES if device_type == "cpu" else DEVICE_ROW_BLOCK_BYTES
-    return max(1, budget // (num_columns * itemsize))
+    """Logit rows that one round of row passes covers: as many for each thread."""
+    row_bytes = num_columns * itemsize
+    if device_type == "cpu":
+        return torch.get_num_threads() * max(1, CPU_THREAD_BLOCK_BYTES // row_bytes)
+    return max(1, DEVICE_ROW_BLOCK_BYTES // row_bytes)
 
 
 class RowProgram(NamedTuple):

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from fused_kl import linear_cross_entropy, linear_logprobs, linear_policy_loss, linear_reverse_kl
+from fused_kl import (
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_reverse_kl,
+    topk_reverse_kl,
+)
 
 N, V, H = 3, 11, 4
 
@@ -56,6 +62,14 @@ MISTAKES = [
         "teacher_hidden has dtype torch.int64, expected float16, bfloat16, float32 or float64",
     ),
     (
+        dict(student_lm_head=torch.randn(V, H, dtype=torch.bfloat16)),
+        "student_lm_head has dtype torch.bfloat16, expected torch.float32 as student_hidden",
+    ),
+    (
+        dict(teacher_bias=torch.randn(V).half()),
+        "teacher_bias has dtype torch.float16, expected torch.float32 as teacher_hidden",
+    ),
+    (
         dict(teacher_lm_head=torch.randn(V, H + 1, requires_grad=True)),
         "teacher_lm_head requires grad, expected a frozen teacher without grad (detach it)",
     ),
@@ -96,6 +110,35 @@ MISTAKES = [
     (dict(temperature=float("nan")), "temperature is nan, expected a finite number > 0"),
     (dict(beta=1.5), "beta is 1.5, expected a number in [0, 1]"),
     (dict(beta=float("nan")), "beta is nan, expected a number in [0, 1]"),
+    (dict(softcap=0.0), "softcap is 0.0, expected a finite number > 0"),
+    (dict(logit_scale=-1.0), "logit_scale is -1.0, expected a finite number > 0"),
+    (dict(mode="quick"), "mode is 'quick', expected one of auto, fast, lowmem"),
+    (dict(estimator="k1"), "estimator is 'k1', expected one of full, sampled"),
+    (dict(reduction="mean"), "reduction is 'mean', expected one of sum, none"),
+    (
+        dict(mode="fast", reduction="none"),
+        "mode is 'fast' and reduction is 'none', expected mode 'lowmem' or 'auto'",
+    ),
+    (
+        dict(estimator="sampled"),
+        "estimator is 'sampled', expected token_ids, beta 1, reduction 'sum' and not mode 'lowmem'",
+    ),
+    (
+        dict(check=True, student_hidden=torch.full((N, H), torch.nan)),
+        "student_hidden holds nan at [0, 0], expected finite values",
+    ),
+    (
+        dict(check=True, teacher_lm_head=torch.full((V, H + 1), torch.inf)),
+        "teacher_lm_head holds inf at [0, 0], expected finite values",
+    ),
+    (
+        dict(check=True, student_bias=torch.full((V,), torch.nan)),
+        "student_bias holds nan at [0], expected finite values",
+    ),
+    (
+        dict(check=True, token_weights=torch.tensor([1.0, torch.inf, 1.0])),
+        "token_weights holds inf at [1], expected finite values",
+    ),
     (dict(chunk_size=0), "chunk_size is 0, expected 'auto' or an integer >= 1"),
     (dict(chunk_size=True), "chunk_size is True, expected 'auto' or an integer >= 1"),
     (dict(chunk_size="big"), "chunk_size is 'big', expected 'auto' or an integer >= 1"),
@@ -116,6 +159,32 @@ def test_only_the_columns_in_use_count_as_allowed():
         divergence(allowed_columns=allowed, teacher_lm_head=torch.randn(V - 1, H + 1))
 
 
+@pytest.mark.parametrize("k", [0, 12, 2.0, True])
+def test_k(k):
+    arguments = torch.randn(N, H), torch.randn(V, H), torch.randn(N, H), torch.randn(V, H)
+    with pytest.raises(ValueError) as error:
+        topk_reverse_kl(*arguments, k=k)
+    assert str(error.value) == f"k is {k!r}, expected an integer in [1, 11]"
+    with pytest.raises(ValueError) as error:
+        topk_reverse_kl(*arguments, k=2, support="both")  # pyright: ignore
+    assert str(error.value) == "support is 'both', expected one of teacher, student"
+
+
+def test_check_lets_masked_rows_and_banned_columns_pass():
+    hidden, weights = torch.randn(N, H), torch.tensor([1.0, 0.0, 1.0])
+    hidden[1] = torch.nan
+    bias = torch.zeros(V)
+    bias[3] = -torch.inf
+    out = divergence(
+        student_hidden=hidden,
+        token_weights=weights,
+        student_bias=bias,
+        teacher_bias=bias,
+        check=True,
+    )
+    assert out.loss.isfinite()
+
+
 TOKEN_MISTAKES = [
     (dict(hidden=torch.randn(N)), "hidden has shape [3], expected [N, H]"),
     (
@@ -129,6 +198,10 @@ TOKEN_MISTAKES = [
     (dict(token_ids=torch.tensor([0, 11, 2])), "token_ids holds 11, expected ids in [0, 11)"),
     (dict(token_ids=torch.tensor([0, -1, 2])), "token_ids holds -1, expected ids in [0, 11)"),
     (dict(bias=torch.randn(1)), "bias has shape [1], expected [11]"),
+    (
+        dict(lm_head=torch.randn(V, H).double()),
+        "lm_head has dtype torch.float64, expected torch.float32 as hidden",
+    ),
     (dict(temperature=-1.0), "temperature is -1.0, expected a finite number > 0"),
 ]
 

@@ -145,9 +145,9 @@ def test_small_tiles_and_blocks_change_nothing(case, loss, monkeypatch):
     tensors = case.build(num_rows=7, dtype=torch.bfloat16, bias=True)
     leaves = (tensors.student_hidden, tensors.student_lm_head, tensors.student_bias)
     expected = torch.autograd.grad(loss(tensors), leaves)
-    # 100 rows of the head per tile, 2 rows of logits per block: both leave ragged ends.
+    # 100 rows of the head per tile, a row of logits for each thread: both leave ragged ends.
     monkeypatch.setattr("fused_kl.tiles.HEAD_TILE_BYTES", 100 * 16 * 4)
-    monkeypatch.setattr("fused_kl.tiles.CPU_ROW_BLOCK_BYTES", 2 * V * 4)
+    monkeypatch.setattr("fused_kl.tiles.CPU_THREAD_BLOCK_BYTES", V * 4)
     for gradient, wanted in zip(torch.autograd.grad(loss(tensors), leaves), expected, strict=True):
         # One rounding to bf16 apart at most.
         torch.testing.assert_close(gradient, wanted, rtol=2**-7, atol=1e-5)

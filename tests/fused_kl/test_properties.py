@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fused_kl import linear_policy_loss, linear_reverse_kl, reference
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 QUICK = settings(
     max_examples=25,
@@ -49,15 +51,28 @@ def close(left, right):
 
 
 @QUICK
-@given(shapes, betas, st.integers(1, 10), st.floats(0.3, 3.0), st.booleans())
-def test_agrees_with_the_definition(case, shape, beta, chunk_size, temperature, banned):
+@given(
+    shapes,
+    betas,
+    st.integers(1, 10),
+    st.floats(0.3, 3.0),
+    st.booleans(),
+    st.sampled_from(["fast", "lowmem"]),
+    st.none() | st.floats(5.0, 50.0),
+)
+def test_agrees_with_the_definition(
+    case, shape, beta, chunk_size, temperature, banned, mode, softcap
+):
     tensors = case.build(**shape)
     tensors.allowed_columns[0] = True
-    options: dict[str, Any] = dict(beta=beta, temperature=temperature)
+    options: dict[str, Any] = dict(beta=beta, temperature=temperature, softcap=softcap)
     options["token_weights"] = tensors.token_weights.masked_fill(tensors.token_ids % 3 == 0, 0)
     if banned:
         options["allowed_columns"] = tensors.allowed_columns
-    fused = run(tensors, chunk_size=chunk_size, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_kl.tiles.MIN_TILE_COLUMNS", 3)
+        patch.setattr("fused_kl.tiles.LOWMEM_BYTES", {"cpu": 16 * 7 * 3, "gpu": 1})
+        fused = run(tensors, chunk_size=chunk_size, mode=mode, **options)
     close(fused, run(tensors, reference.linear_reverse_kl, **options))
 
 

@@ -16,6 +16,7 @@ from fused_kl import (
     rows,
     torch_kernels,
 )
+from fused_kl.chunks import row_programs
 from fused_kl.rows import Banned
 
 triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
@@ -360,3 +361,14 @@ def test_token_losses_through_them(device, dtype, case):
         for gradient, right in zip(torch.autograd.grad(found, made[:2]), wanted, strict=True):
             assert_near(gradient, right, ERRORS[dtype])
     assert_near(plain.logprobs.detach(), log_p.detach(), 1e-5)
+
+
+def test_without_triton_torch_does_the_work_and_says_so(monkeypatch):
+    class OnGPU:
+        is_cuda, dtype = True, F32
+
+    assert row_programs(OnGPU()) is triton_kernels  # pyright: ignore
+    monkeypatch.delattr("fused_kl.triton_kernels")
+    monkeypatch.setitem(sys.modules, "fused_kl.triton_kernels", None)
+    with pytest.warns(UserWarning, match="plain torch does the work of Triton"):
+        assert row_programs(OnGPU()) is torch_kernels  # pyright: ignore

@@ -1,0 +1,181 @@
+"""Drop-in replacements, by call signature, for three public losses: change the import.
+
+    LigerFusedLinearJSD         liger_kernel.transformers.LigerFusedLinearJSD
+    LigerFusedLinearJSDLoss     liger_kernel.chunked_loss.LigerFusedLinearJSDLoss
+    chunked_divergence_loss     trl.trainer.distillation_trainer._chunked_divergence_loss
+
+Logits and gradients are fp32 inside, so values differ from Liger's by the rounding of its bf16
+logits. One backward per loss, as with all losses that make their gradients in forward. Where
+vocabularies differ in size both are cut to the smaller, where Liger pads the student's logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_kl.linear import linear_reverse_kl
+from fused_kl.policy import linear_cross_entropy
+
+
+def _mean_weights(labels: Tensor | None, hidden: Tensor, ignore_index: int) -> Tensor:
+    """1/valid at valid tokens, 0 elsewhere, without asking the device."""
+    if labels is None:
+        return hidden.new_full((len(hidden),), 1 / max(1, len(hidden)), dtype=torch.float32)
+    valid = labels != ignore_index
+    return valid.float() / valid.sum().clamp_min(1)
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """Mean generalised JSD over tokens whose label is not `ignore_index`.
+
+    `accum_dtype` is accepted and has no effect: sums are fp32 always.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.jsd_beta = jsd_beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.accum_dtype = accum_dtype
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """`[BT, H]`, `[V, H]`, `[BT, H']`, `[V, H']`, `[BT]` -> scalar."""
+        return linear_reverse_kl(
+            student_input,
+            student_weight,
+            teacher_input.detach(),
+            teacher_weight.detach(),
+            token_weights=_mean_weights(shift_labels, student_input, self.ignore_index),
+            temperature=self.temperature,
+            beta=self.jsd_beta,
+        ).loss
+
+
+class LigerFusedLinearJSDLoss(nn.Module):
+    """weight_hard_loss CE(labels) + weight_soft_loss JSD, both means over valid tokens.
+
+    The cross-entropy is taken at temperature 1, the JSD at `temperature`. `compiled` and
+    `chunk_size` are accepted and have no effect: chunks keep to a memory budget.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Any:
+        """Scalar, or (loss, soft, hard) with `return_soft_hard_loss`."""
+        weights = _mean_weights(true_labels, student_input, self.ignore_index)
+        soft = linear_reverse_kl(
+            student_input,
+            student_weight,
+            teacher_input.detach(),
+            teacher_weight.detach(),
+            token_weights=weights,
+            temperature=self.temperature,
+            beta=self.beta,
+            student_bias=student_bias,
+            teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+        ).loss
+        loss, hard = self.weight_soft_loss * soft, soft.new_zeros(())
+        if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
+            hard = linear_cross_entropy(
+                student_input, student_weight, true_labels, token_weights=weights, bias=student_bias
+            ).loss
+            loss = loss + self.weight_hard_loss * hard
+        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states `[B, K, H]`, mask `[B, K]` -> loss, sum of the student's entropy, valid tokens.
+
+    The loss is a mean over valid tokens, or the sum over `num_items_in_batch`. Both models need the
+    same logit scale and softcap.
+    """
+    for name, student, teacher in (
+        ("teacher_logit_scale", student_logit_scale, teacher_logit_scale),
+        (
+            "teacher_final_logit_softcapping",
+            student_final_logit_softcapping,
+            teacher_final_logit_softcapping,
+        ),
+    ):
+        if student != teacher:
+            raise ValueError(f"{name} is {teacher}, expected {student} as for the student")
+    valid = completion_mask.reshape(-1) != 0
+    # As TRL does, only valid tokens are projected; on a GPU, counting them stops the host.
+    student_hidden, teacher_hidden = (
+        states.reshape(-1, states.shape[-1])[valid]
+        for states in (student_hidden_states, teacher_hidden_states.detach())
+    )
+    num_valid = valid.sum()
+    count = num_valid.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+    out = linear_reverse_kl(
+        student_hidden,
+        student_lm_head_weight,
+        teacher_hidden,
+        teacher_lm_head_weight.detach(),
+        temperature=temperature,
+        beta=beta,
+        student_bias=student_lm_head_bias,
+        teacher_bias=None if teacher_lm_head_bias is None else teacher_lm_head_bias.detach(),
+        softcap=student_final_logit_softcapping,
+        logit_scale=student_logit_scale,
+    )
+    return out.loss / count, out.student_entropy.sum(), num_valid
