@@ -10,7 +10,16 @@ import statistics
 import pytest
 import torch
 
-from bench.providers import Problem, Shape, bare_gemms, dense, providers, relative_errors, truth
+from bench.providers import (
+    Loss,
+    Problem,
+    Shape,
+    bare_gemms,
+    dense,
+    providers,
+    relative_errors,
+    truth,
+)
 from bench.timing import interleaved, peak_bytes, ratio
 
 GPU = torch.cuda.is_available()
@@ -35,27 +44,43 @@ SHAPES = (
 SMALL = 48  # rows on which equality is proved; fp64 logits of all would not fit
 
 
+def step(loss: Loss, problem: Problem) -> None:
+    """Forward and backward; the gradients are dropped."""
+    loss(problem).backward()
+    problem.clear()
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Loss]:
+    return providers(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def memory(found: dict[str, Loss]) -> dict[tuple[str, str], int]:
+    """Peak bytes by shape and provider, all of them before anything is timed: timing keeps freed
+    memory inside the process."""
+    peaks = {}
+    for shape in SHAPES:
+        problem = Problem.of(shape, dtype=DTYPE, device=DEVICE)
+        for name, loss in found.items():
+            step(loss, problem)  # compilers and caches settle
+            peaks[shape.name, name] = peak_bytes(lambda loss=loss: step(loss, problem))
+    return peaks
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_reverse_kl(benchmark, shape: Shape) -> None:
-    found = providers(DEVICE)
+def test_reverse_kl(benchmark, shape: Shape, found, memory) -> None:
     proof = _prove_equal(found, shape)
     problem = Problem.of(shape, dtype=DTYPE, device=DEVICE)
-
-    def step(name: str) -> None:
-        found[name](problem).backward()
-        problem.clear()
-
-    def named(name: str):
-        return lambda _: step(name)
-
-    memory = {}
-    for name in found:
-        step(name)  # compilers and caches settle
-        memory[name] = peak_bytes(lambda name=name: step(name))
     head = problem.student_lm_head
     gemms = {"gemms": lambda _: bare_gemms(problem)}
     times = benchmark.pedantic(
-        interleaved, (gemms | {name: named(name) for name in found}, ROUNDS), rounds=1
+        interleaved,
+        (
+            gemms | {n: lambda _, loss=loss: step(loss, problem) for n, loss in found.items()},
+            ROUNDS,
+        ),
+        rounds=1,
     )
     flops = 2 * shape.num_rows * shape.vocab * (3 * shape.student_size + shape.teacher_size)
     results = {
@@ -67,7 +92,7 @@ def test_reverse_kl(benchmark, shape: Shape) -> None:
             "peak_mb_beyond_head_gradient": (
                 None
                 if name == "gemms"
-                else (memory[name] - head.numel() * head.element_size()) / 1e6
+                else (memory[shape.name, name] - head.numel() * head.element_size()) / 1e6
             ),
             **proof.get(name, {}),
         }

@@ -1,7 +1,7 @@
 """Keep what a benchmark run measured: python -m bench.record BENCHMARK.json bench/results/NAME.json
 
-BENCHMARK.json is what `pytest bench --benchmark-only --benchmark-json=BENCHMARK.json` wrote. Kept are
-the hardware, versions, commit and date, and each benchmark's `extra_info`.
+BENCHMARK.json is what `pytest bench --benchmark-only --benchmark-json=BENCHMARK.json` wrote. Kept
+are hardware, versions, commit and date, and each benchmark's `extra_info`.
 """
 
 import importlib.metadata
