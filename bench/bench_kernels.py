@@ -64,7 +64,9 @@ def memory(found: dict[str, Loss]) -> dict[tuple[str, str], int]:
         problem = Problem.of(shape, dtype=DTYPE, device=DEVICE)
         for name, loss in found.items():
             step(loss, problem)  # compilers and caches settle
-            peaks[shape.name, name] = peak_bytes(lambda loss=loss: step(loss, problem))
+            peaks[shape.name, name] = peak_bytes(
+                lambda loss=loss, problem=problem: step(loss, problem)
+            )
     return peaks
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_kl import divergence, linear_reverse_kl, reference, torch_kernels
+from fused_kl import linear_reverse_kl, reference, torch_kernels, walk
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def lowmem(problem: Problem) -> Tensor:
 
 def fast_torch(problem: Problem) -> Tensor:
     """fused_kl, mode fast, with row programs in plain torch on a GPU too."""
-    kept = divergence.row_programs
-    divergence.row_programs = lambda like: torch_kernels
+    kept = walk.row_programs
+    walk.row_programs = lambda like: torch_kernels
     try:
         return fast(problem)
     finally:
-        divergence.row_programs = kept
+        walk.row_programs = kept
 
 
 def dense(problem: Problem) -> Tensor:

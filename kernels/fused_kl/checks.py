@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fused_kl.divergence import Inputs, Rules
+    from fused_kl.walk import Inputs, Rules
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

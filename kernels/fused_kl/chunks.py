@@ -166,17 +166,16 @@ class Gradients:
     def __init__(
         self, side: Side, needs: Needs, num_rows: int, vocab: int, block_rows: int
     ) -> None:
-        self._side = side
-        hidden_size = side.hidden.shape[1]
+        self._side, self._needs = side, needs
         make = side.hidden.new_empty
+        hidden_size = side.hidden.shape[1]
         # The sum over a whole vocabulary stays fp32: a split product would be added up in bf16.
         self.hidden = make(num_rows, hidden_size, dtype=side.dtype) if needs.hidden else None
-        head_dtype = torch.bfloat16 if side.half and block_rows >= num_rows else side.dtype
-        self.lm_head = make(vocab, hidden_size, dtype=head_dtype) if needs.lm_head else None
         self.bias = side.hidden.new_zeros(vocab, dtype=side.dtype) if needs.bias else None
-        if self.lm_head is not None:
-            # The first block overwrites the columns in use: a pass of zeros over them is saved.
-            self.lm_head[side.num_columns if num_rows else 0 :].zero_()
+        head_dtype = torch.bfloat16 if side.half and block_rows >= num_rows else side.dtype
+        # Not yet: where one block holds all rows, the teacher's logits are gone when it comes.
+        self._new_head = lambda: make(vocab, hidden_size, dtype=head_dtype)
+        self.lm_head: Tensor | None = None
 
     def add(self, rows: slice, columns: slice, hidden_rows: Tensor, logits_grad: Tensor) -> None:
         """Take one block's gradient [n, columns] by the product h W^T + b; blocks come in order."""
@@ -189,7 +188,11 @@ class Gradients:
                     alpha=1,
                     accumulate=columns.start + tile.start > 0,
                 )
-        if self.lm_head is not None:
+        if self._needs.lm_head:
+            if self.lm_head is None:
+                self.lm_head = self._new_head()
+                # The first block overwrites the columns in use: a pass of zeros is saved.
+                self.lm_head[self._side.num_columns :].zero_()
             product_(
                 self.lm_head[columns],
                 logits_grad.t(),
@@ -202,6 +205,8 @@ class Gradients:
 
     def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Hidden, head and bias gradient."""
+        if self._needs.lm_head and self.lm_head is None:
+            self.lm_head = self._new_head().zero_()  # there were no rows
         return self.hidden, self.lm_head, self.bias
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fused_kl import checks, divergence, ops
 from fused_kl.chunks import LossWithGradients, Needs
-from fused_kl.divergence import Inputs, Rules
 from fused_kl.tiles import Plan
+from fused_kl.walk import Inputs, Rules, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,5 +218,5 @@ def _divergence(inputs: Inputs, rules: Rules, reduction: str) -> LinearKLOutput:
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_logprobs=logprobs[0] if logprobs else None,
-        plan=divergence.plan_of(inputs, rules),
+        plan=plan_of(inputs, rules, needs),
     )

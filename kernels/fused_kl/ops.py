@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused_kl import divergence
 from fused_kl.chunks import Needs, compute_dtype
-from fused_kl.divergence import Inputs, Rowwise, Rules
+from fused_kl.divergence import Rowwise
+from fused_kl.walk import Inputs, Rules
 
 ARGUMENTS = (
     "Tensor student_hidden, Tensor student_lm_head, Tensor? student_bias, Tensor teacher_hidden, "

@@ -39,16 +39,25 @@ def make_plan(
     num_columns: int,
     *,
     bytes_per_logit: int,
+    freed_bytes: int = 0,
+    gradient_rows: int = 0,
     device_type: str,
     chunk_size: int,
 ) -> Plan:
     """`chunk_size` rows at once, or with 0 as many as the budget holds. "fast" takes all columns of
-    some rows, "lowmem" some columns of all rows."""
+    some rows, "lowmem" some columns of all rows.
+
+    A single chunk gives back `freed_bytes` per logit, the teacher's, before the head's gradient is
+    allocated; while there are no more rows than that has, `gradient_rows`, they cost nothing.
+    """
     device = "cpu" if device_type == "cpu" else "gpu"
     rows = max(1, num_rows)
     if mode == "fast":
         if chunk_size:
             return Plan(mode, min(chunk_size, rows), num_columns)
+        kept_bytes = bytes_per_logit - freed_bytes
+        if rows <= min(gradient_rows, FAST_BYTES[device] // (num_columns * kept_bytes)):
+            return Plan(mode, rows, num_columns)
         limit = max(1, FAST_BYTES[device] // (num_columns * bytes_per_logit))
         if rows > limit > 128:
             return Plan(mode, limit // 128 * 128, num_columns)  # whole tiles of the products

@@ -12,6 +12,7 @@ from fused_kl import (
     linear_policy_loss,
     linear_reverse_kl,
     tiles,
+    walk,
 )
 from fused_kl.chunks import Needs
 
@@ -108,6 +109,15 @@ def test_plans_stay_within_the_budget(device_type, mode, num_rows):
     assert tiles.make_plan(mode, 100, 50, **rules, chunk_size=7).rows == 7
 
 
+def test_a_single_chunk_may_count_on_the_head_gradient():
+    # 256 rows of fp32 logits fit once; the teacher's are gone before 512 columns of gradient come.
+    rules: dict[str, Any] = dict(bytes_per_logit=8, freed_bytes=4, device_type="cpu", chunk_size=0)
+    for gradient_rows, rows in ((512, 256), (256, 256), (255, 128), (0, 128)):
+        plan = tiles.make_plan("fast", 256, 151_936, **rules, gradient_rows=gradient_rows)
+        assert plan.rows == rows
+    assert tiles.make_plan("fast", 300, 151_936, **rules, gradient_rows=512).rows == 128
+
+
 def test_one_row_beyond_the_budget_is_still_a_row():
     plan = tiles.make_plan("fast", 5, 10**9, bytes_per_logit=8, device_type="cpu", chunk_size=0)
     assert plan == ("fast", 1, 10**9)
@@ -130,8 +140,8 @@ def test_lowmem_holds_a_tile(case, monkeypatch, largest_tensor):
     tensors = case.build(num_rows=N, student_size=H, teacher_size=H, dtype=torch.float32)
     student = (tensors.student_hidden, tensors.student_lm_head, None)
     teacher = (tensors.teacher_hidden, tensors.teacher_lm_head, None)
-    inputs = divergence_module.Inputs(*student, *teacher, None, None, None)
-    rules = divergence_module.Rules(1.0, None, 1.0, 0.5, False, 0, False, False, "lowmem", 0)
+    inputs = walk.Inputs(*student, *teacher, None, None, None)
+    rules = walk.Rules(1.0, None, 1.0, 0.5, False, 0, False, False, "lowmem", 0)
     # The recorder does not see into a custom op, so the functions behind it are called.
     with largest_tensor:
         saved = divergence_module.lowmem(inputs, rules).saved

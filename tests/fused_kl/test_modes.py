@@ -272,14 +272,14 @@ def test_compiles_whole(case, mode):
 @pytest.mark.parametrize("name", ["fast", "lowmem"])
 @pytest.mark.parametrize("ids", [True, False])
 def test_opcheck(case, name, ids):
-    from fused_kl import divergence, ops
+    from fused_kl import ops, walk
 
     tensors = case.build(num_rows=5, vocab=23, bias=True, dtype=torch.float32)
-    inputs = divergence.Inputs(
+    inputs = walk.Inputs(
         *(tensors.student_hidden, tensors.student_lm_head, tensors.student_bias),
         *(tensors.teacher_hidden, tensors.teacher_lm_head, tensors.teacher_bias),
         *(tensors.token_weights, tensors.token_ids if ids else None, tensors.allowed_columns),
     )
-    rules = divergence.Rules(0.7, 9.0, 1.0, 0.5, False, 0, False, False, name, 3)
+    rules = walk.Rules(0.7, 9.0, 1.0, 0.5, False, 0, False, False, name, 3)
     needs = (True, True, False) if name == "fast" else ()
     torch.library.opcheck(getattr(ops, name), (*inputs, *rules, *needs))

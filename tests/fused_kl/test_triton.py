@@ -279,7 +279,7 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         if DEVICE == "cuda":
             pytest.skip("the interpreter is not on")
-        for module in ("chunks", "divergence", "logprobs"):
+        for module in ("chunks", "walk", "logprobs"):
             monkeypatch.setattr(f"fused_kl.{module}.row_programs", lambda _: triton_kernels)
     return request.param
 
