@@ -6,13 +6,16 @@ implementation loses. The larger of the two gradients' relative errors is quoted
 written in bf16 is off by 0.17% from that alone.
 """
 
+import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.providers import Problem, Shape, providers, relative_errors, truth
+from bench.record import hardware, versions
 
 SHAPE = Shape("precision", 64, 32_000, 256, 512)
 CASES = [(std, gap) for std in (3.0, 10.0, 30.0) for gap in (1.0, 0.1, 0.01)]
@@ -37,7 +40,12 @@ def table(device: str, dtype: torch.dtype) -> list[dict[str, float]]:
 
 
 def main(arguments: list[str]) -> None:
-    results = {}
+    results: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m bench.precision",
+    }
     for dtype in (torch.bfloat16, torch.float32):
         rows = table("cuda" if torch.cuda.is_available() else "cpu", dtype)
         names = list(rows[0])[2:]
