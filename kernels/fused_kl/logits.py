@@ -40,6 +40,7 @@ def reverse_kl(
     )
 
 
+@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
 def jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,

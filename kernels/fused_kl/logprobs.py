@@ -163,6 +163,7 @@ def check_token_arguments(
     checks.chunk_rows(options.chunk_size)
 
 
+@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
 def linear_logprobs(
     hidden: Tensor,
     lm_head: Tensor,

@@ -133,6 +133,7 @@ def linear_cross_entropy(
     )
 
 
+@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
 def _token_loss(
     hidden: Tensor,
     lm_head: Tensor,

@@ -74,6 +74,29 @@ def test_a_loss_per_row(case, beta, narrow_tiles):
     assert_same(tensors, out, reference.linear_reverse_kl(*sides(tensors), **rules), direction)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck(case, beta, narrow_tiles):
+    tensors = case.build(num_rows=3, vocab=11, student_size=4, teacher_size=5, logit_std=1.0)
+    rules: dict[str, Any] = dict(beta=beta, reduction="none", temperature=1.3, softcap=4.0)
+    rules["token_weights"] = tensors.token_weights
+
+    def loss(hidden, lm_head, bias):
+        return linear_reverse_kl(
+            hidden, lm_head, *sides(tensors)[2:], student_bias=bias, **rules
+        ).loss
+
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (*sides(tensors)[:2], bias))
+
+
+@pytest.mark.parametrize("vocab", [129_920, 151_936])
+def test_real_vocabularies(case, vocab):
+    tensors = case.build(num_rows=3, vocab=vocab, student_size=4, dtype=torch.float64)
+    for beta in BETAS:
+        out = linear_reverse_kl(*sides(tensors), mode="lowmem", beta=beta)
+        assert_same(tensors, out, reference.linear_reverse_kl(*sides(tensors), beta=beta))
+
+
 def test_lowmem_allows_a_second_backward(case, narrow_tiles):
     tensors = case.build()
     leaves = sides(tensors)[:2]
