@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fused_kl
-from fused_kl import adapters, modules
+from fused_kl import adapters, modules, reference
 
 IGNORED = -100
 
@@ -62,7 +62,7 @@ def test_modules_are_their_functions(case):
 
 
 def dense_jsd(tensors, beta, temperature, kept):
-    loss, *_ = fused_kl.reference.linear_reverse_kl(
+    loss, *_ = reference.linear_reverse_kl(
         *sides(tensors), beta=beta, temperature=temperature, token_weights=kept.double()
     )
     return loss / kept.sum()
@@ -87,7 +87,7 @@ def test_liger_chunked(case):
     kept = labels != IGNORED
     module = adapters.LigerFusedLinearJSDLoss(0.3, 0.7, 0.4, IGNORED, 1.4, False, 4, True)
     found, soft, hard = module(*sides(tensors), labels, tensors.student_bias, tensors.teacher_bias)
-    exact, *_ = fused_kl.reference.linear_reverse_kl(
+    exact, *_ = reference.linear_reverse_kl(
         *sides(tensors),
         beta=0.4,
         temperature=1.4,
@@ -125,7 +125,7 @@ def test_trl(case, items):
         teacher_final_logit_softcapping=20.0,
     )
     kept = mask.view(-1) != 0
-    exact, _, student_entropy, _ = fused_kl.reference.linear_reverse_kl(
+    exact, _, student_entropy, _ = reference.linear_reverse_kl(
         *sides(tensors), beta=0.7, temperature=0.8, softcap=20.0, token_weights=kept.double()
     )
     truth = exact / (10 if items is None else 20)
