@@ -135,3 +135,19 @@ def test_four_rollouts_against_one(benchmark, config: Config) -> None:
     )
     benchmark.extra_info.update(result)
     print(f"\nnum_rollouts 4 / 1: {result}")
+
+
+def test_grpo_against_sft(benchmark, config: Config) -> None:
+    """Eight answers to each prompt, packed behind one prefix, against one reference answer."""
+    sft, batch = make_trainer(dataclasses.replace(config, method="sft"))
+    grpo, _ = make_trainer(dataclasses.replace(config, method="grpo", num_rollouts=8))
+    result = benchmark.pedantic(
+        paired,
+        (
+            lambda step: single_pass_step(grpo, batch, step),
+            lambda step: single_pass_step(sft, batch, step),
+        ),
+        rounds=1,
+    )
+    benchmark.extra_info.update(result)
+    print(f"\nGRPO with 8 rollouts / SFT: {result}")

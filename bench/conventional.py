@@ -55,7 +55,7 @@ def conventional_step(trainer: Trainer, batch: PromptBatch, step: int) -> Rollou
         teacher_video = encode(teacher, batch)
         teacher_hidden = full_forward(teacher, batch, teacher_video, ids)[mask]
     hidden = full_forward(student, batch, video, ids)[mask]
-    loss = trainer.loss(hidden, ids[mask], teacher_hidden)
+    loss = trainer.loss(hidden, rollouts, teacher_hidden, None)
     trainer.engine.backward(loss.loss / config.batch_size)
     trainer.engine.step()
     return rollouts

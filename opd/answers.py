@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 Span = tuple[float, float]
 """A moment `(start, end)` in seconds."""
@@ -56,6 +57,32 @@ def parse_span(answer: str, duration_s: float | None = None) -> Span | None:
     if duration_s is not None:
         end_s = min(end_s, duration_s)
     return (start_s, end_s) if start_s < end_s < math.inf else None
+
+
+def parse_choice(answer: str, options: Sequence[str]) -> str | None:
+    """Which of the options a model's answer to a multiple-choice question names; None where it
+    names none, or several.
+
+    A letter counts where it stands first ("B", "(B)", "B. red", "Answer: B"), else the one option
+    whose whole text the answer is or holds. Thinking and tags are treated as in `parse_span`.
+    """
+    text = _answer_text(answer)
+    if text is None or not options:
+        return None
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    lead = r"(?:(?:the\s)?(?:correct\s)?answer(?:\sis)?\s?:?\s|option\s)?"
+    letter = re.compile(rf"{lead}\(?([{letters}])(?:[).:,]|\s|$)", re.IGNORECASE)
+    if match := letter.match(text):
+        # "A red circle" begins with an article, unless option A says so.
+        article = match[1] in "Aa" and text[match.end(1) :][:1] == " "
+        if not article:
+            return options[letters.index(match[1].upper())]
+    plain = text.lower()
+    exact = [o for o in options if o.lower().strip(" .") == plain]
+    held = exact or [
+        o for o in options if re.search(rf"\b{re.escape(o.lower().strip(' .'))}\b", plain)
+    ]
+    return held[0] if len(held) == 1 else None
 
 
 def format_span(start_s: float, end_s: float) -> str:

@@ -86,13 +86,15 @@ class Progress:
     skipped: int = 0  # of them, without a finite loss and gradient
     skipped_in_a_row: int = 0
     prompt_tokens: int = 0  # padding included
+    equal_groups: int = 0  # of method grpo: nothing to learn from
     first_step_s: float = 0.0  # from the start to its end
     train_s: float = 0.0  # in steps
     wall_s: float = 0.0
 
-    def count(self, finite: bool, prompt_tokens: int) -> None:
+    def count(self, finite: bool, prompt_tokens: int, equal_groups: int | None) -> None:
         """One more step is done."""
         self.step += 1
+        self.equal_groups += equal_groups or 0
         self.prompt_tokens += prompt_tokens
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1

@@ -9,6 +9,7 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 
 from opd.options import ConfigError, check, describe, merge, option, require, shown
+from opd.settings import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig
 
 __all__ = ["Config", "ConfigError", "command_line", "fail", "load_config", "to_yaml"]
 
@@ -109,13 +110,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """Which examples of the pool are trained on, and in which order."""
-
-    kind: str = option("none", "none is a fresh shuffle each epoch", choices=("none",))
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation on `data.eval`, before and after training."""
 
@@ -129,8 +123,12 @@ class EvalConfig:
 class Config:
     """A whole run. The defaults are the embedded one: minutes on two CPU cores."""
 
-    method: str = option("opd", "what trains the student", choices=("opd", "sft"))
-    objective: str = option("reverse_kl", "of method opd", choices=("reverse_kl", "sampled"))
+    method: str = option("opd", "what trains the student", choices=("opd", "grpo", "sft"))
+    objective: str = option(
+        "reverse_kl",
+        "of method opd; constant is a control that only makes sampled tokens less likely",
+        choices=("reverse_kl", "sampled", "jsd", "topk", "constant"),
+    )
     normalize: str = option(
         "sequence",
         "sequence: token sum, mean over rollouts; token: mean over tokens",
@@ -164,7 +162,15 @@ class Config:
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    opd: OPDConfig = field(default_factory=OPDConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def on_references(self) -> bool:
+        """Whether reference answers are trained on, instead of sampled ones."""
+        return self.method == "sft" or self.opd.completions == "reference"
 
     def __post_init__(self) -> None:
         check(self)
@@ -180,17 +186,36 @@ class Config:
                 f"micro_batch_size={self.micro_batch_size}: "
                 f"must divide batch_size={self.batch_size}",
             )
+        method, default = self.method, ModelConfig().teacher
         require(
-            self.method == "opd" or self.num_rollouts == 1,
-            f"num_rollouts={self.num_rollouts}: method sft trains on the one reference answer",
+            not self.on_references or self.num_rollouts == 1,
+            f"num_rollouts={self.num_rollouts}: there is one reference answer to a prompt",
         )
         require(
-            self.method == "opd" or self.objective == "reverse_kl",
-            f"objective={self.objective}: method sft has an objective of its own",
+            method == "opd" or self.opd == OPDConfig(),
+            f"opd: method {method} has none of these settings",
         )
         require(
-            self.method == "opd" or self.model.teacher == ModelConfig().teacher,
-            f"model.teacher={shown(self.model.teacher)}: method sft has no teacher",
+            self.opd.completions == "student" or self.objective not in ("sampled", "constant"),
+            f"objective={self.objective}: needs tokens that the student sampled, "
+            "not opd.completions=reference",
+        )
+        require(
+            method != "grpo" or self.num_rollouts > 1,
+            f"num_rollouts={self.num_rollouts}: method grpo compares answers, at least 2",
+        )
+        require(
+            method == "opd" or self.objective == "reverse_kl",
+            f"objective={self.objective}: method {method} has an objective of its own",
+        )
+        require(
+            method == "opd" or self.model.teacher == default,
+            f"model.teacher={shown(self.model.teacher)}: method {method} has no teacher",
+        )
+        terms = ("tiou", "threshold", "boundary", "format", "choice")
+        require(
+            any(getattr(self.reward, term) for term in terms),
+            "reward: every weight is 0, so no answer is better than another",
         )
         require(
             not (self.overwrite and self.resume == "auto"),

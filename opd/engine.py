@@ -131,6 +131,11 @@ class TorchEngine:
                     parameter.copy_(master)
         return norm
 
+    def skip(self) -> None:
+        """Pass over a step that has nothing to learn from: neither weights nor optimizer change."""
+        self._go_to(self._step + 1)
+        self.optimizer.zero_grad()
+
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         return {

@@ -28,7 +28,7 @@ from opd.metrics import (
 )
 from opd.models.load import ModelError, VideoLM, load_model, load_processor, place, resolve
 from opd.prefix import encode, prefill
-from opd.rollout import Policy, Rollouts, sample, uniforms
+from opd.rollout import Policy, decode_answers, sample, uniforms
 
 # In the place of a step number: evaluation draws its own numbers, the same before and after.
 EVALUATION_STEP = -1
@@ -72,20 +72,6 @@ class Evaluation:
     def read(cls, path: Path) -> "Evaluation":
         """From a file that `evaluate` wrote."""
         return cls.of(read_rows(path))
-
-
-def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
-    """The text of each completion, special tokens left out: one list of R answers per prompt."""
-    answers = []
-    for ids, mask in zip(
-        rollouts.completion_ids.tolist(), rollouts.completion_mask.tolist(), strict=True
-    ):
-        kept = [
-            [t for t, m in zip(row, valid, strict=True) if m]
-            for row, valid in zip(ids, mask, strict=True)
-        ]
-        answers.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
-    return answers
 
 
 @torch.no_grad()

@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt
 from opd.answers import parse_span
 from opd.checkpoint import read_rows
 from opd.data.examples import Example
-from opd.evaluate import Evaluation, decode_answers
+from opd.evaluate import Evaluation
 from opd.ledger import mfu
 from opd.metrics import paired_interval
 from opd.objectives import Loss
-from opd.rollout import Rollouts
+from opd.rewards import all_equal
+from opd.rollout import Rollouts, decode_answers
 
 COLUMNS = (
     "miou",
@@ -41,7 +42,8 @@ def signals(
 
     `kl_number` and `kl_template` are the KL on tokens with a digit and on the others;
     `logprob_gap` is the mean distance between the sampler's and the trainer's log-probability of a
-    token: rounding, as long as the two agree. None where the method has no such thing.
+    token: rounding, as long as the two agree. `reward_std` is the mean standard deviation within a
+    group, `equal_groups` counts those that have none. None where the method has no such thing.
     """
 
     def joined(name: str) -> torch.Tensor | None:
@@ -53,7 +55,8 @@ def signals(
         return float(values.mean()) if known else None  # type: ignore[union-attr]
 
     kl = joined("token_kl")
-    ids = torch.cat([r.completion_ids[r.completion_mask] for r in rollouts])
+    ids = torch.cat([r.completion_ids[r.loss_mask] for r in rollouts])
+    length = sum(int(r.completion_mask.sum()) for r in rollouts)
     completions = sum(r.truncated.numel() for r in rollouts)
     row = {
         "kl": mean(kl),
@@ -61,23 +64,32 @@ def signals(
         "kl_template": None,
         "student_entropy": mean(joined("student_entropy")),
         "teacher_entropy": mean(joined("teacher_entropy")),
-        "completion_length": len(ids) / completions,
+        "completion_length": length / completions,
         "truncated": sum(int(r.truncated.sum()) for r in rollouts) / completions,
         "parse_failures": None,
         "logprob_gap": None,
+        "reward": None,
+        "reward_std": None,
+        "equal_groups": None,
         "sample": None,
     }
-    if kl is None:  # trained on references: nothing was sampled
+    rewards = [r.rewards for r in rollouts if r.rewards is not None]
+    if rewards:
+        groups = torch.cat(rewards)
+        row["reward"], row["reward_std"] = mean(groups), mean(groups.std(1))
+        row["equal_groups"] = int(all_equal(groups).sum())
+    elif kl is None:  # trained on references: nothing was sampled
         return row
     chosen = joined("student_logprobs")
     if chosen is not None:
-        drawn = torch.cat([r.rollout_logprobs[r.completion_mask] for r in rollouts])
+        drawn = torch.cat([r.rollout_logprobs[r.loss_mask] for r in rollouts])
         row["logprob_gap"] = mean((chosen - drawn).abs())
     if tokenizer is not None:
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())
         digits = [any(c.isdigit() for c in text or "") for text in texts]
-        number = torch.tensor(digits, device=kl.device)
-        row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
+        if kl is not None:
+            number = torch.tensor(digits, device=kl.device)
+            row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
         answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
         spans = [
             [parse_span(answer, example.duration_s) for answer in found]
@@ -127,6 +139,7 @@ def summary(
             "recompute", progress.prompt_tokens
         ),
         "skipped_steps": progress.skipped,
+        "equal_groups": progress.equal_groups if config.method == "grpo" else None,
         "left_out": left_out,
         "first_step_s": progress.first_step_s,
         "wall_s": progress.wall_s,
@@ -193,6 +206,11 @@ def table(summary: dict[str, Any]) -> str:
     for split, number in summary["left_out"].items():
         if number:
             lines.append(f"left out of {split}: {number} examples, named in left_out.txt")
+    if summary["equal_groups"]:
+        lines.append(
+            f"groups left out because all their answers had one reward: {summary['equal_groups']} "
+            f"in {summary['steps']} steps"
+        )
     if summary["skipped_steps"]:
         lines.append(
             f"steps skipped for a loss or gradient that is no number: {summary['skipped_steps']}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd.data.loader import PromptBatch
 from opd.models.load import VideoLM
 from opd.prefix import Decoder, LayerCounter, Prefix
 
@@ -61,13 +62,36 @@ class Rollouts:
     """Completions `[B, R, T]`, right-padded: ids, mask (first end token included) and the sampler's
     log-probabilities.
 
-    `truncated` `[B, R]` marks those that reached the length limit without an end token.
+    `truncated` `[B, R]` marks those that reached the length limit without an end token. `rewards`
+    `[B, R]` are those of method grpo; `trained` `[B, R]`, where it is given, says which completions
+    take part in the loss, and `horizon` how many of their tokens.
     """
 
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     rollout_logprobs: torch.Tensor
     truncated: torch.Tensor
+    rewards: torch.Tensor | None = None
+    trained: torch.Tensor | None = None
+    horizon: int | None = None
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """Boolean `[B, R, T]`: the tokens of the loss."""
+        mask = self.completion_mask
+        if self.trained is not None:
+            mask = mask & self.trained[..., None]
+        if self.horizon is not None:
+            mask = mask & (torch.arange(mask.shape[2], device=mask.device) < self.horizon)
+        return mask
+
+    @classmethod
+    def references(cls, batch: PromptBatch, pad_token_id: int) -> "Rollouts":
+        """The reference answers in the place of sampled ones, one per prompt; nobody knows the
+        probability with which they were written."""
+        ids, mask = batch.references(pad_token_id)
+        unknown = torch.full_like(ids, torch.nan, dtype=torch.float32)
+        return cls(ids, mask, unknown, torch.zeros_like(mask[..., 0]))
 
 
 def uniforms(
@@ -98,6 +122,20 @@ def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     points = draws.to(cumulative.device)[..., None] * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, points, right=True)[..., 0]
     return ids.clamp_max(log_probs.shape[-1] - 1)
+
+
+def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
+    """The text of each completion, special tokens left out: one list of R answers per prompt."""
+    answers = []
+    for ids, mask in zip(
+        rollouts.completion_ids.tolist(), rollouts.completion_mask.tolist(), strict=True
+    ):
+        kept = [
+            [t for t, m in zip(row, valid, strict=True) if m]
+            for row, valid in zip(ids, mask, strict=True)
+        ]
+        answers.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
+    return answers
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from torch import Tensor
 from opd.config import load_config
 from opd.data.examples import Example
 from opd.data.loader import Prompt, PromptBatch, collate
+from opd.loop import train
 from opd.models import tiny
 from opd.models.load import VideoLM, prepare
 from opd.objectives import Loss, Targets
 from opd.prefix import Prefix, extend, prefill
 from opd.rollout import Policy
 from opd.teacher import Teacher
-from opd.train import train
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 PAD = tiny.tokenizer().pad_token_id

@@ -67,13 +67,23 @@ MISTAKES = {
     "optim.min_lr_ratio=1.5": "optim.min_lr_ratio=1.5: must be in [0, 1]",
     "data.max_frames=3": "data.max_frames=3: must be 4 or more",
     "data.limit_eval=0": "data.limit_eval=0: must be 1 or more",
-    "method=ppo": "method=ppo: not one of opd, sft",
-    "objective=kl": "objective=kl: not one of reverse_kl, sampled",
+    "method=ppo": "method=ppo: not one of opd, grpo, sft",
+    "objective=kl": "objective=kl: not one of reverse_kl, sampled, jsd, topk, constant",
     "prefix.recompute=some": "prefix.recompute=some: not none, all or a number",
     "data.prompt={query}?": "data.prompt={query}?: must hold {video} once",
     "run_dir=a${": "run_dir: no viable alternative at input '${'",
     "batch_size=6 micro_batch_size=4": "micro_batch_size=4: must divide batch_size=6",
-    "method=sft num_rollouts=2": "num_rollouts=2: method sft trains on the one reference answer",
+    "method=sft num_rollouts=2": "num_rollouts=2: there is one reference answer to a prompt",
+    "opd.completions=reference num_rollouts=2": "num_rollouts=2: there is one "
+    "reference answer to a prompt",
+    "opd.completions=reference objective=sampled": "objective=sampled: needs tokens that "
+    "the student sampled, not opd.completions=reference",
+    "method=sft opd.horizon=3": "opd: method sft has none of these settings",
+    "method=grpo": "num_rollouts=1: method grpo compares answers, at least 2",
+    "method=grpo num_rollouts=4 reward.tiou=0": "reward: every weight is 0, so no answer is better "
+    "than another",
+    "method=grpo num_rollouts=4 objective=sampled": "objective=sampled: method grpo has an "
+    "objective of its own",
     "method=sft objective=sampled": "objective=sampled: method sft has an objective of its own",
     "method=sft model.teacher=mine": "model.teacher=mine: method sft has no teacher",
     "engine.zero_stage=2": "engine.zero_stage=2: engine.kind=torch has stage 0 only",

@@ -13,10 +13,20 @@ from opd.config import Config, load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # a module imports only from floors below its own, or from its own
-    {"config", "options", "answers", "metrics"},
+    {"config", "options", "settings", "answers", "metrics"},
     {"data", "models"},
-    {"prefix", "rollout", "teacher", "objectives", "curriculum", "engine", "checkpoint", "ledger"},
-    {"train", "evaluate", "report", "check"},
+    {
+        "prefix",
+        "rollout",
+        "rewards",
+        "teacher",
+        "objectives",
+        "curriculum",
+        "engine",
+        "checkpoint",
+        "ledger",
+    },
+    {"train", "loop", "evaluate", "report", "check"},
 )
 
 

@@ -14,6 +14,7 @@ from opd.models.load import VideoLM
 from opd.objectives import Loss, Targets
 from opd.prefix import extend
 from opd.rollout import Policy, Rollouts, sample, uniforms
+from opd.settings import OPDConfig
 from opd.teacher import Teacher
 from opd.train import Trainer
 from tests.helpers import (
@@ -127,6 +128,98 @@ def test_values_by_definition():
     ):
         assert found is not None and not found.requires_grad
         assert relative(found, expected) < EXACT
+
+
+# Variants and controls.
+
+
+def dense_sides():
+    """`small` with the policy's log-probabilities of both sides, `[3, 5]`, and columns of 3 ids."""
+    hidden, head, teacher_hidden, teacher_head, policy = small()
+    keep = policy.allowed_columns
+    log_p = (hidden @ head[keep].T / 1.7).log_softmax(-1)
+    log_q = (teacher_hidden @ teacher_head[keep].T / 1.7).log_softmax(-1)
+    ids, columns = torch.tensor([0, 3, 6]), torch.tensor([0, 2, 4])
+    sides = (teacher_hidden, teacher_head)
+    return (hidden, head), sides, policy, ids, log_p, log_q, log_p[torch.arange(3), columns]
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("jsd", dict(beta=0.0)),
+        ("jsd", dict(beta=0.3)),
+        ("jsd", dict(beta=1.0)),
+        ("topk", dict(k=3)),
+        ("topk", dict(k=2, support="student", tail=True)),
+        ("constant", {}),
+    ],
+)
+def test_variants_are_plain_autograd(objective, settings):
+    leaves, sides, policy, ids, log_p, log_q, chosen = dense_sides()
+    config = Config(objective=objective, opd=OPDConfig(**settings))
+    found = getattr(Targets(ids, policy, *sides, config=config), objective)(*leaves)
+    p, q = log_p.exp(), log_q.exp()
+    if objective == "constant":
+        truth = chosen.sum()
+        value = (p * (log_p - log_q)).sum(-1)
+    elif objective == "jsd":
+        beta = settings["beta"]
+        m = (1 - beta) * p + beta * q
+        value = beta * (q * (log_q - m.log())).sum(-1) + (1 - beta) * (p * (log_p - m.log())).sum(
+            -1
+        )
+        if beta in (0.0, 1.0):
+            value = (p * (log_p - log_q) if beta else q * (log_q - log_p)).sum(-1)
+        truth = value.sum()
+    else:
+        of = log_p if "support" in settings else log_q
+        places = of.topk(settings["k"]).indices
+        a, b = (x.gather(-1, places) for x in (log_p, log_q))
+        if settings.get("tail"):
+            rest = [1 - x.exp().sum(-1, keepdim=True) for x in (a, b)]
+            a, b = (torch.cat([x, y.log()], -1) for x, y in zip((a, b), rest, strict=True))
+        else:
+            a, b = a.log_softmax(-1), b.log_softmax(-1)
+        value = (a.exp() * (a - b)).sum(-1)
+        truth = value.sum()
+    if objective != "constant":
+        assert relative(found.loss, truth) < EXACT
+    assert relative(found.token_kl, value) < 1e-10
+    wanted = torch.autograd.grad(truth, leaves)
+    for gradient, exact in zip(torch.autograd.grad(found.loss, leaves), wanted, strict=True):
+        assert relative(gradient, exact) < 1e-10
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_a_horizon_cuts_the_loss_and_nothing_else(horizon):
+    lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))
+    prompts = four_prompts(lm)
+    losses = []
+    for settings in (OPDConfig(), OPDConfig(horizon=horizon)):
+        trainer = trainer_of(lm, teacher, batch_size=4, num_rollouts=2, opd=settings)
+        losses.append(trainer.micro_step(batch_of(prompts), 0))
+    (whole, rollouts), (cut, again) = losses
+    assert torch.equal(rollouts.completion_ids, again.completion_ids)
+    first = torch.arange(rollouts.completion_mask.shape[2]) < horizon
+    assert torch.equal(again.loss_mask, rollouts.completion_mask & first)
+    assert whole.token_kl is not None and cut.token_kl is not None
+    kept = again.loss_mask[rollouts.completion_mask]
+    assert relative(cut.loss, whole.token_kl[kept].sum()) < 1e-10
+
+
+def test_off_policy_scores_the_reference_answers():
+    lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))
+    trainer = trainer_of(
+        lm, teacher, batch_size=4, objective="jsd", opd=OPDConfig(beta=0.0, completions="reference")
+    )
+    batch = batch_of(four_prompts(lm))
+    loss, rollouts = trainer.micro_step(batch, 0)
+    ids, mask = batch.references(trainer.policy.pad_token_id)
+    assert torch.equal(rollouts.completion_ids, ids) and torch.equal(rollouts.loss_mask, mask)
+    assert loss.token_kl is not None and len(loss.token_kl) == int(mask.sum())
+    row = trainer.step([batch], 0)
+    assert row["kl"] > 0 and row["logprob_gap"] is None
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "sampled", "sft"])
@@ -300,12 +393,10 @@ def test_reference_answers_end_with_their_end_token():
 class SamplerOnlyBans(Trainer):
     """The mistake: the loss normalises over all tokens, the sampler over the allowed ones."""
 
-    def loss(
-        self, student_hidden: Tensor, token_ids: Tensor, teacher_hidden: Tensor | None
-    ) -> Loss:
+    def loss(self, *arguments: Any) -> Loss:
         every = torch.ones_like(self.policy.allowed_columns)
         free = replace(self, policy=replace(self.policy, allowed_columns=every))
-        return Trainer.loss(free, student_hidden, token_ids, teacher_hidden)
+        return Trainer.loss(free, *arguments)
 
 
 def draw(lm: VideoLM, batch: PromptBatch, policy: Policy, num_rollouts: int) -> Rollouts:

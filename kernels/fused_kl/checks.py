@@ -135,6 +135,14 @@ def check_clip(clip: float | None) -> None:
         raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
 
 
+def check_kl_coef(kl_coef: float, reference_logprobs: Tensor | None) -> None:
+    """A finite number of 0 or more, and 0 where there is no reference."""
+    if not (math.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef is {kl_coef}, expected a finite number >= 0")
+    if kl_coef > 0 and reference_logprobs is None:
+        raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of the names."""
     if value not in choices:

@@ -184,8 +184,10 @@ def linear_policy_loss(
     *,
     advantages: Tensor,
     old_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     clip: float | None = None,
+    kl_coef: float = 0.0,
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -214,6 +216,9 @@ def linear_policy_loss(
         surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip, 1 + clip) * advantage)
     weights = 1.0 if token_weights is None else token_weights[kept].to(dtype)
     loss = -(weights * surrogate).sum()
+    if reference_logprobs is not None:
+        distance = reference_logprobs[kept].to(dtype) - logprobs
+        loss = loss + kl_coef * (weights * (distance.exp() - distance - 1)).sum()
     return loss, _scatter_rows(kept, logprobs), _scatter_rows(kept, token_entropy)
 
 

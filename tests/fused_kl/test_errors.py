@@ -229,6 +229,14 @@ POLICY_MISTAKES = [
         "old_logprobs requires grad, expected constants without grad (detach it)",
     ),
     (
+        dict(advantages=torch.ones(N), kl_coef=-0.1, reference_logprobs=torch.ones(N)),
+        "kl_coef is -0.1, expected a finite number >= 0",
+    ),
+    (
+        dict(advantages=torch.ones(N), kl_coef=0.1),
+        "kl_coef is 0.1 without reference_logprobs, expected both",
+    ),
+    (
         dict(advantages=torch.ones(N), clip=1.5),
         "clip is 1.5, expected None or a number in (0, 1)",
     ),

@@ -74,7 +74,8 @@ def test_large_vocabulary(case):
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_policy_loss(case, old, clip, weighted):
+@pytest.mark.parametrize("penalty", [False, True])
+def test_policy_loss(case, old, clip, weighted, penalty):
     tensors = case.build(num_rows=40, bias=True)
     ids = allowed_ids(tensors)
     options: dict[str, Any] = dict(allowed_columns=tensors.allowed_columns, temperature=1.3)
@@ -85,6 +86,9 @@ def test_policy_loss(case, old, clip, weighted):
         options["old_logprobs"] = now + 0.4 * torch.randn(40, dtype=torch.float64)
     if weighted:
         options["token_weights"] = tensors.token_weights
+    if penalty:
+        options["kl_coef"] = 0.3
+        options["reference_logprobs"] = -tensors.token_weights
     compare("linear_policy_loss", tensors, ids, advantages=tensors.advantages, clip=clip, **options)
 
 

@@ -1,0 +1,139 @@
+"""A run: evaluate, train step by step, evaluate, write the run folder. The step itself, which is
+the method, is `opd.trainer`.
+
+python -m opd.train [CONFIG.yaml] [dotted.key=value ...]
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from opd import report
+from opd.checkpoint import RunFolder, Signals, Stopped, load_state, save_state
+from opd.config import Config
+from opd.data.loader import Prompts, batches, schedule, split
+from opd.data.sources import check_sources, load_split
+from opd.engine import set_up
+from opd.evaluate import Evaluation, evaluate
+from opd.models.load import VideoLM, resolve
+from opd.train import Trainer
+
+
+def train(config: Config) -> dict[str, Any]:
+    """A whole run: evaluate, train, evaluate, write the run folder; returns the summary.
+
+    Raises Stopped on SIGINT, on SIGTERM and where losses stay no numbers, with the state saved.
+    """
+    started = time.perf_counter()
+    folder = RunFolder(config)
+    resolve(config.model.student, "model.student")
+    if config.method == "opd":
+        resolve(config.model.teacher, "model.teacher")
+    check_sources(config.data)
+    device = set_up(config.threads, config.seed)
+    left_out: dict[str, list[str]] = {"train": [], "eval": []}
+    data = config.data
+    needs = ("spans", "answer") if config.on_references else ()
+    needs = ("spans",) if config.method == "grpo" else needs
+    train_examples = load_split(data, "train", needs, left_out["train"])
+    eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])
+    trainer = Trainer.of(config, device)
+    pool = Prompts(train_examples, data, trainer.processor, trainer.student)
+    held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)
+    if folder.resumed:
+        trainer.load_state(load_state(folder.state))
+    folder.open(trainer.progress.step)
+    progress, started = trainer.progress, started - trainer.progress.wall_s
+    signalled = Signals()
+    try:
+        with signalled.watch():
+            evaluations = run(trainer, folder, pool, held_out, signalled, started)
+    except Stopped as stopped:
+        progress.wall_s = time.perf_counter() - started
+        folder.write(trainer.ledger.closed(wait=True))
+        save_state(folder.state, trainer.state())
+        told = f"after step {progress.step} of {config.steps}; resume=auto goes on from there"
+        raise Stopped(f"{stopped} {told}", stopped.exit_code) from None
+    finally:
+        left_out["train"] += pool.broken.values()
+        left_out["eval"] += held_out.broken.values()
+        folder.write_left_out(left_out)
+        folder.close()
+    progress.wall_s = time.perf_counter() - started
+    summary = report.summary(trainer, evaluations, {k: len(v) for k, v in left_out.items()})
+    (folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.plot_curves(folder.path, summary)
+    folder.state.unlink(missing_ok=True)
+    return summary
+
+
+def run(
+    trainer: Trainer,
+    folder: RunFolder,
+    pool: Prompts,
+    held_out: Prompts,
+    signalled: Signals,
+    started: float,
+) -> dict[str, Evaluation | None]:
+    """Evaluate, train from the step that the trainer has reached, evaluate, save the student."""
+    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
+    student, teacher = trainer.student, trainer.teacher
+
+    def score(lm: VideoLM, name: str) -> Evaluation:
+        path = folder.path / f"eval_{name}.jsonl"
+        if path.is_file():  # made before the run was stopped
+            return Evaluation.read(path)
+        bar = tqdm(total=len(held_out), desc=f"evaluate {name}", unit="query", file=sys.stderr)
+
+        def answered(queries: int) -> None:
+            bar.update(queries)
+            signalled.obey()
+
+        with ledger.phase("evaluate"), bar, trainer.counter.label("evaluation"):
+            return evaluate(lm, held_out, trainer.policy, config, path, answered)
+
+    before = score(student, "before") if config.eval.before else None
+    ledger.close_step()
+    plan = schedule(len(pool), config.steps, config.batch_size, config.seed)[progress.step :]
+    micro_plan = [micro for indices in plan for micro in split(indices, config.micro_batch_size)]
+    per_step = config.batch_size // (config.micro_batch_size or config.batch_size)
+    loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
+    with tqdm(
+        total=config.steps, initial=progress.step, desc=config.method, unit="step", file=sys.stderr
+    ) as bar:
+        for step in range(progress.step, config.steps):
+            begun = time.perf_counter()
+            with ledger.phase("decode-wait"):
+                micro_batches = [next(loader) for _ in range(per_step)]
+            row = trainer.step(micro_batches, step)
+            row["step_s"] = time.perf_counter() - begun
+            progress.train_s += row["step_s"]
+            ledger.close_step(row)
+            folder.write(ledger.closed())
+            numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
+            bar.set_postfix_str(", ".join([*numbers, ledger.shares()]))
+            bar.update()
+            progress.first_step_s = progress.first_step_s or time.perf_counter() - started
+            if progress.skipped_in_a_row >= config.max_skipped:
+                raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
+            signalled.obey()
+            if config.save_every and progress.step % config.save_every == 0:
+                progress.wall_s = time.perf_counter() - started
+                folder.write(ledger.closed(wait=True))
+                with ledger.phase("checkpoint"):
+                    save_state(folder.state, trainer.state())
+    folder.write(ledger.closed(wait=True))
+    after = score(student, "after")
+    judge = teacher.lm if teacher is not None and config.method == "opd" else None
+    judge = judge if config.eval.teacher else None
+    scored_teacher = score(judge, "teacher") if judge is not None else None
+    with ledger.phase("checkpoint"):
+        if config.model.save_dtype != "auto":
+            student.model.to(getattr(torch, config.model.save_dtype))
+        student.model.save_pretrained(folder.path / "student")
+        trainer.processor.save_pretrained(folder.path / "student")
+    return {"before": before, "after": after, "teacher": scored_teacher}

@@ -1,0 +1,91 @@
+"""Rewards of answers, and what a group of them says about each: pure functions of text and
+annotation.
+
+A reward is a weighted sum of terms in [0, 1] (`reward.*` in the configuration). The continuous ones
+need a true span, `choice` needs options; a term that an example cannot have is left out of its sum,
+so that grounding, VideoQA and grounded QA mix in one run (the dual reward of Temporal-R1, arXiv
+2506.01908).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from opd.answers import Span, parse_choice, parse_span
+from opd.data.examples import Example
+from opd.metrics import best_tiou, tiou
+from opd.rollout import Rollouts, decode_answers
+from opd.settings import RewardConfig
+
+FORMS = {
+    "seconds": re.compile(r"[^\d]*\d+(\.\d+)? to \d+(\.\d+)? seconds\.?"),
+    "json": re.compile(
+        r"\{\s*\"start_time\"\s*:\s*\d+(\.\d+)?\s*,\s*\"end_time\"\s*:\s*\d+(\.\d+)?\s*\}"
+    ),
+    "tags": re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL),
+}
+
+
+def boundary_tiou(predicted: Span | None, truth: tuple[Span, ...], duration_s: float) -> float:
+    """tIoU (1 - |ds|/T) (1 - |de|/T) with the best matching true span, T the video's length in
+    seconds: Time-R1's reward, which still tells two spans apart that miss by little."""
+    if predicted is None:
+        return 0.0
+    values = []
+    for span in truth:
+        starts, ends = (abs(a - b) / duration_s for a, b in zip(predicted, span, strict=True))
+        values.append(tiou(predicted, span) * max(0.0, 1 - starts) * max(0.0, 1 - ends))
+    return max(values)
+
+
+def has_form(answer: str, form: str) -> bool:
+    """Whether the whole answer is written as asked: "From 3.4 to 7.1 seconds.", a JSON object of
+    start_time and end_time, or thinking and an answer in tags."""
+    return FORMS[form].fullmatch(answer.strip()) is not None
+
+
+def reward(answer: str, example: Example, config: RewardConfig) -> float:
+    """The weighted sum of the terms that this example can have; no string makes it raise."""
+    terms: dict[str, float] = {}
+    if example.spans:
+        predicted = parse_span(answer, example.duration_s)
+        overlap = best_tiou(predicted, example.spans)
+        terms["tiou"] = overlap
+        terms["threshold"] = float(overlap >= config.threshold_at)
+        if example.duration_s is not None:
+            terms["boundary"] = boundary_tiou(predicted, example.spans, example.duration_s)
+        terms["format"] = float(has_form(answer, config.form))
+    if example.options:
+        terms["choice"] = float(parse_choice(answer, example.options) == example.answer)
+    return sum(getattr(config, name) * value for name, value in terms.items())
+
+
+def advantages(rewards: torch.Tensor, kind: str, eps: float = 1e-4) -> torch.Tensor:
+    """Group advantages `[B, R]` of rewards `[B, R]`, R answers to one prompt: reward less the
+    group's mean, for kind "std" over its standard deviation (of a sample) + eps. A group whose
+    rewards are all equal has advantages of exactly 0."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = centred.masked_fill(all_equal(rewards)[:, None], 0)
+    return centred if kind == "mean" else centred / (rewards.std(1, keepdim=True) + eps)
+
+
+def all_equal(rewards: torch.Tensor) -> torch.Tensor:
+    """Boolean `[B]`: groups that prefer nothing."""
+    return (rewards == rewards[:, :1]).all(1)
+
+
+def grade(
+    rollouts: Rollouts, examples: Sequence[Example], tokenizer: Any, config: RewardConfig
+) -> Rollouts:
+    """The same rollouts with their rewards; a group whose rewards are all equal is not trained
+    on."""
+    values = [
+        [reward(answer, example, config) for answer in answers]
+        for answers, example in zip(decode_answers(rollouts, tokenizer), examples, strict=True)
+    ]
+    rewards = torch.tensor(values, device=rollouts.truncated.device)
+    kept = ~all_equal(rewards)
+    return replace(rollouts, rewards=rewards, trained=kept[:, None].expand_as(rewards))

@@ -1,0 +1,63 @@
+"""Settings of the methods; `opd.config` puts them together with all others."""
+
+from dataclasses import dataclass
+
+from opd.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPDConfig:
+    """Method opd: its objectives' settings, and controls."""
+
+    beta: float = option(
+        0.5, "of objective jsd: 0 is the forward KL, 1 the reverse KL", least=0, most=1
+    )
+    k: int = option(32, "tokens that objective topk looks at", least=1)
+    support: str = option("teacher", "whose likeliest k", choices=("teacher", "student"))
+    tail: bool = option(False, "count all other tokens as one more, instead of renormalising")
+    horizon: int | None = option(
+        None, "tokens of a completion in the loss, from its first", least=1
+    )
+    completions: str = option(
+        "student",
+        "who wrote what is scored; reference answers make it off-policy",
+        choices=("student", "reference"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Method grpo: num_rollouts answers to one prompt are compared with each other."""
+
+    advantage: str = option(
+        "std",
+        "reward less the group's mean, over its standard deviation or as it is",
+        choices=("std", "mean"),
+    )
+    clip: float = option(0.2, "half-width of the ratio's interval", above=0, below=1)
+    kl_coef: float = option(0.0, "of the KL to the student as it starts", least=0)
+    epochs: int = option(1, "optimizer steps per batch of rollouts", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Weights of the reward's terms, each in [0, 1] (method grpo)."""
+
+    tiou: float = option(1.0, "temporal IoU with the best matching true span", least=0)
+    threshold: float = option(0.0, "1 where the tIoU reaches threshold_at", least=0)
+    threshold_at: float = option(0.5, "the tIoU that threshold asks for", above=0, most=1)
+    boundary: float = option(0.0, "tIoU less for each boundary's distance (Time-R1)", least=0)
+    format: float = option(0.0, "1 where the answer is written as form says", least=0)
+    form: str = option(
+        "seconds",
+        "x to y seconds; JSON of start_time and end_time; think and answer tags",
+        choices=("seconds", "json", "tags"),
+    )
+    choice: float = option(0.0, "1 where the right option of a question is chosen", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Which examples of the pool are trained on, and in which order."""
+
+    kind: str = option("none", "none is a fresh shuffle each epoch", choices=("none",))
