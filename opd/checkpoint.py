@@ -31,6 +31,7 @@ WRITTEN = (  # by a run, into its folder
     "eval_*.jsonl",
     "evaluation.jsonl",
     "student",
+    "curriculum/round_*.jsonl",  # scores stay: they are stored by what they are scores of
     "state.pt",
     "curve.png",
     "summary.json",

@@ -212,6 +212,14 @@ class Config:
             method == "opd" or self.model.teacher == default,
             f"model.teacher={shown(self.model.teacher)}: method {method} has no teacher",
         )
+        require(
+            method == "opd" or self.curriculum.kind != "tvdf",
+            f"curriculum.kind=tvdf: method {method} has no teacher to be reliable",
+        )
+        require(
+            self.curriculum.rounds <= self.steps,
+            f"curriculum.rounds={self.curriculum.rounds}: more than steps={self.steps}",
+        )
         terms = ("tiou", "threshold", "boundary", "format", "choice")
         require(
             any(getattr(self.reward, term) for term in terms),

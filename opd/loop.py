@@ -7,15 +7,16 @@ python -m opd.train [CONFIG.yaml] [dotted.key=value ...]
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from opd import report
+from opd import curriculum, report
 from opd.checkpoint import RunFolder, Signals, Stopped, load_state, save_state
 from opd.config import Config
-from opd.data.loader import Prompts, batches, schedule, split
+from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
 from opd.data.sources import check_sources, load_split
 from opd.engine import set_up
 from opd.evaluate import Evaluation, evaluate
@@ -38,7 +39,8 @@ def train(config: Config) -> dict[str, Any]:
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data = config.data
     needs = ("spans", "answer") if config.on_references else ()
-    needs = ("spans",) if config.method == "grpo" else needs
+    if config.method == "grpo" or config.curriculum.kind in ("tvdf", "variance"):
+        needs = ("spans",)  # answers are compared with them
     train_examples = load_split(data, "train", needs, left_out["train"])
     eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])
     trainer = Trainer.of(config, device)
@@ -98,17 +100,10 @@ def run(
 
     before = score(student, "before") if config.eval.before else None
     ledger.close_step()
-    plan = schedule(len(pool), config.steps, config.batch_size, config.seed)[progress.step :]
-    micro_plan = [micro for indices in plan for micro in split(indices, config.micro_batch_size)]
-    per_step = config.batch_size // (config.micro_batch_size or config.batch_size)
-    loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
     with tqdm(
         total=config.steps, initial=progress.step, desc=config.method, unit="step", file=sys.stderr
     ) as bar:
-        for step in range(progress.step, config.steps):
-            begun = time.perf_counter()
-            with ledger.phase("decode-wait"):
-                micro_batches = [next(loader) for _ in range(per_step)]
+        for step, micro_batches, begun in steps_left(trainer, folder, pool, signalled):
             row = trainer.step(micro_batches, step)
             row["step_s"] = time.perf_counter() - begun
             progress.train_s += row["step_s"]
@@ -137,3 +132,36 @@ def run(
         student.model.save_pretrained(folder.path / "student")
         trainer.processor.save_pretrained(folder.path / "student")
     return {"before": before, "after": after, "teacher": scored_teacher}
+
+
+def steps_left(
+    trainer: Trainer, folder: RunFolder, pool: Prompts, signalled: Signals
+) -> Iterator[tuple[int, list[PromptBatch], float]]:
+    """Each step from the one that the trainer has reached, its batches, and when it began. A round
+    chooses its examples before its first step."""
+    config, ledger, counter = trainer.config, trainer.ledger, trainer.counter
+    micro = config.micro_batch_size or config.batch_size
+    for number, steps in enumerate(curriculum.rounds(config.steps, config.curriculum.rounds)):
+        left = range(max(steps.start, trainer.progress.step), steps.stop)
+        if not left:
+            continue
+        with ledger.phase("curriculum"), counter.label("curriculum"):
+            chosen = curriculum.choose(
+                trainer.student,
+                trainer.teacher,
+                pool,
+                trainer.policy,
+                config,
+                folder.path,
+                number,
+                lambda _: signalled.obey(),
+            )
+        plan = schedule(len(chosen), len(steps), config.batch_size, config.seed + number)
+        plan = [[chosen[i] for i in indices] for indices in plan[left.start - steps.start :]]
+        micro_plan = [part for indices in plan for part in split(indices, micro)]
+        loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
+        for step in left:
+            begun = time.perf_counter()
+            with ledger.phase("decode-wait"):
+                made = [next(loader) for _ in range(config.batch_size // micro)]
+            yield step, made, begun

@@ -60,4 +60,27 @@ class RewardConfig:
 class CurriculumConfig:
     """Which examples of the pool are trained on, and in which order."""
 
-    kind: str = option("none", "none is a fresh shuffle each epoch", choices=("none",))
+    kind: str = option(
+        "none",
+        "none is the whole pool; tvdf where the teacher is reliable and ahead; variance where the "
+        "student's answers vary; random as a control",
+        choices=("none", "tvdf", "variance", "random"),
+    )
+    share: float = option(0.25, "of the pool, chosen in a round", above=0, most=1)
+    rounds: int = option(1, "of choosing and training", least=1)
+    answers: int = option(4, "sampled per example and model to score it", least=1)
+    threshold: float = option(
+        0.7,
+        "teacher's mean tIoU from which it is reliable (kind tvdf; our choice)",
+        least=0,
+        most=1,
+    )
+    select: str = option(
+        "topk",
+        "of the reliable examples: furthest ahead, evenly over the ranking, from five buckets, "
+        "drawn around a gap of 0.9; controls: any reliable one, furthest ahead of all",
+        choices=("topk", "uniform", "buckets", "gaussian", "reliability", "disagreement"),
+    )
+    min_std: float = option(
+        0.1, "of the student's tIoUs (kind variance; our choice)", least=0, most=1
+    )

@@ -1,0 +1,224 @@
+"""Curricula: which examples of the pool a round of training uses.
+
+    tvdf       Video-OPD: keep the examples on which the teacher is reliable, and of them those on
+               which it is furthest ahead of the current student (arXiv 2602.02994)
+    variance   Temporal-R1: keep those on which the student's own answers vary (arXiv 2506.01908)
+    random     the control: as many, drawn at random
+
+Scores are mean tIoUs of `answers` sampled answers, by the training's own sampler and prompts, with
+the annotation. They are stored under a key made of the model's weights, the decoding settings, the
+data and the seed: a rerun reuses them where all of these are the same, and only there.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opd.answers import parse_span
+from opd.checkpoint import read_rows, write_rows
+from opd.config import Config
+from opd.data.examples import DataError
+from opd.data.loader import Prompts, batches
+from opd.metrics import best_tiou
+from opd.models.load import VideoLM
+from opd.prefix import encode, prefill
+from opd.rollout import Policy, decode_answers, sample, uniforms
+from opd.settings import CurriculumConfig
+from opd.teacher import Teacher
+
+BUCKETS = 5
+CENTRE, SIGMA = 0.9, 0.2  # of the Gaussian variant, as published
+SCORING_STEP = -2  # of the draws; evaluation has -1, training 0 and above
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known of an example: mean tIoUs, None where it was not asked for or the video does
+    not decode, and the standard deviation of the student's."""
+
+    id: str
+    teacher_tiou: float | None = None
+    student_tiou: float | None = None
+    student_std: float | None = None
+
+
+def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: int) -> list[int]:
+    """The places of at most `count` chosen scores, in the order in which they were chosen.
+
+    Ties go to the earlier place; an example without the scores that a rule needs is never chosen by
+    it. Drawing depends on `seed` alone. Raises DataError, with the numbers, where nothing is left.
+    """
+    source = np.random.default_rng(seed)
+    places, rule = list(range(len(scores))), config.select
+    told = "the pool is empty"
+    if config.kind == "variance":
+        places = [i for i in places if (scores[i].student_std or 0.0) > config.min_std]
+        told = f"the student's tIoU varies by more than {config.min_std} on none of {len(scores)}"
+        rule = "random"
+    elif config.kind == "tvdf":
+        both = [i for i in places if None not in (scores[i].teacher_tiou, scores[i].student_tiou)]
+        places = both
+        if rule != "disagreement":
+            places = [i for i in both if _teacher(scores[i]) >= config.threshold]
+        best = max((_teacher(scores[i]) for i in both), default=0.0)
+        told = (
+            f"the teacher's tIoU reaches {config.threshold} on none of {len(scores)} examples "
+            f"(at most {best:.3f}, {len(scores) - len(both)} without a score)"
+        )
+    else:
+        rule = "random"
+    if not places:
+        raise DataError(f"curriculum.kind={config.kind}: {told}")
+    count = min(count, len(places))
+    if rule in ("random", "reliability"):
+        return [places[i] for i in source.permutation(len(places))[:count]]
+    gaps = [_teacher(scores[i]) - (scores[i].student_tiou or 0.0) for i in places]
+    ranked = sorted(range(len(places)), key=lambda i: -gaps[i])  # stable
+    if rule == "uniform":
+        chosen = [ranked[math.floor((i + 0.5) * len(ranked) / count)] for i in range(count)]
+    elif rule == "buckets":
+        chosen = _from_buckets(ranked, count, source)
+    elif rule == "gaussian":
+        # Gumbel's trick draws without replacement in proportion to the density.
+        keys = [-((gap - CENTRE) ** 2) / (2 * SIGMA**2) for gap in gaps]
+        keys = np.array(keys) + source.gumbel(size=len(keys))
+        chosen = np.argsort(-keys, kind="stable")[:count].tolist()
+    else:  # topk, disagreement
+        chosen = ranked[:count]
+    return [places[i] for i in chosen]
+
+
+def _teacher(score: Score) -> float:
+    assert score.teacher_tiou is not None
+    return score.teacher_tiou
+
+
+def _from_buckets(ranked: list[int], count: int, source: np.random.Generator) -> list[int]:
+    """The same number at random from each fifth of the ranking; what a fifth cannot give comes from
+    the best that are left."""
+    fifths = [part.tolist() for part in np.array_split(ranked, BUCKETS)]
+    chosen: list[int] = []
+    for number, part in enumerate(fifths):
+        wanted = (number + 1) * count // BUCKETS - number * count // BUCKETS
+        chosen += [part[i] for i in source.permutation(len(part))[:wanted]]
+    left = [i for i in ranked if i not in set(chosen)]
+    return chosen + left[: count - len(chosen)]
+
+
+def weights_digest(lm: VideoLM) -> str:
+    """Of every parameter's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def answer_tious(
+    lm: VideoLM,
+    prompts: Prompts,
+    policy: Policy,
+    config: Config,
+    folder: Path,
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, list[float]]:
+    """tIoUs of `curriculum.answers` sampled answers to each example that decodes: from the file
+    that the same question left in `folder`, or asked and stored there."""
+    data = [(e.id, str(e.video), e.query, e.spans) for e in prompts.examples]
+    settings = asdict(config.data)
+    asked = {k: settings[k] for k in ("fps", "max_frames", "prompt", "backend")}
+    number = config.curriculum.answers
+    sampling = [asdict(config.sample), config.seed, number, weights_digest(lm)]
+    text = json.dumps([data, asked, sampling, policy.allowed_columns.tolist()], default=str)
+    path = folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.jsonl"
+    if path.is_file():
+        return {row["id"]: row["tious"] for row in read_rows(path)}
+    size, rows = config.eval.batch_size, []
+    plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+    length = config.sample.max_completion_length
+    for batch in batches(prompts, plan, lm.device, [lm]):
+        with torch.no_grad():
+            prefix = prefill(lm, batch, encode(lm, batch))
+            ids = [e.id for e in batch.examples]
+            draws = uniforms(config.seed, SCORING_STEP, ids, number, length)
+            made = sample(lm, prefix, policy, length, draws)
+        for example, answers in zip(
+            batch.examples, decode_answers(made, prompts.tokenizer), strict=True
+        ):
+            spans = [parse_span(answer, example.duration_s) for answer in answers]
+            tious = [best_tiou(span, example.spans) for span in spans]
+            rows.append({"id": example.id, "tious": tious, "answers": answers})
+        progress(len(batch.examples))
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    write_rows(part, rows)
+    part.replace(path)
+    return {row["id"]: row["tious"] for row in rows}
+
+
+def choose(
+    student: VideoLM,
+    teacher: Teacher | None,
+    prompts: Prompts,
+    policy: Policy,
+    config: Config,
+    run_dir: Path,
+    number: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[int]:
+    """The places in the pool that round `number` (from 0) trains on, written to
+    `curriculum/round_R.jsonl` before they are used and read from there by a run that goes on."""
+    settings, folder = config.curriculum, run_dir / "curriculum"
+    if settings.kind == "none":
+        return list(range(len(prompts)))
+    path = folder / f"round_{number}.jsonl"
+    if path.is_file():
+        rows = read_rows(path)
+        return [i for _, i in sorted((r["rank"], i) for i, r in enumerate(rows) if r["selected"])]
+    judged: dict[str, list[float]] = {}
+    answered: dict[str, list[float]] = {}
+    asked = prompts, policy, config, folder / "scores", progress
+    if settings.kind == "tvdf":
+        assert teacher is not None
+        judged = answer_tious(teacher.lm, *asked)
+        if not any(any(tious) for tious in judged.values()):
+            raise DataError(f"curriculum.kind=tvdf: no answer of the teacher to {len(judged)} fits")
+    if settings.kind in ("tvdf", "variance"):
+        answered = answer_tious(student, *asked)
+
+    def mean(tious: list[float] | None) -> float | None:
+        return None if not tious else float(np.mean(tious))
+
+    scores = [
+        Score(
+            example.id,
+            mean(judged.get(example.id)),
+            mean(answered.get(example.id)),
+            float(np.std(answered[example.id])) if answered.get(example.id) else None,
+        )
+        for example in prompts.examples
+    ]
+    count = max(1, round(settings.share * len(prompts)))
+    chosen = select(scores, count, settings, config.seed + number)
+    ranks = {place: rank for rank, place in enumerate(chosen)}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    write_rows(
+        part,
+        [asdict(s) | {"selected": i in ranks, "rank": ranks.get(i)} for i, s in enumerate(scores)],
+    )
+    part.replace(path)
+    return chosen
+
+
+def rounds(steps: int, number: int) -> list[range]:
+    """The steps of each round, as even as can be."""
+    edges = [round(i * steps / number) for i in range(number + 1)]
+    return [range(a, b) for a, b in pairwise(edges)]
