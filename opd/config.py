@@ -205,6 +205,10 @@ class Config:
             f"num_rollouts={self.num_rollouts}: method grpo compares answers, at least 2",
         )
         require(
+            self.opd.reward_coef == 0 or self.num_rollouts > 1,
+            f"num_rollouts={self.num_rollouts}: opd.reward_coef compares answers, at least 2",
+        )
+        require(
             method == "opd" or self.objective == "reverse_kl",
             f"objective={self.objective}: method {method} has an objective of its own",
         )

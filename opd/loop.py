@@ -39,7 +39,11 @@ def train(config: Config) -> dict[str, Any]:
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data = config.data
     needs = ("spans", "answer") if config.on_references else ()
-    if config.method == "grpo" or config.curriculum.kind in ("tvdf", "variance"):
+    if (
+        config.method == "grpo"
+        or config.opd.reward_coef
+        or config.curriculum.kind in ("tvdf", "variance")
+    ):
         needs = ("spans",)  # answers are compared with them
     train_examples = load_split(data, "train", needs, left_out["train"])
     eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])

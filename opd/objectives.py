@@ -101,6 +101,13 @@ class Targets:
         )
         return replace(exact, loss=out.loss)
 
+    def with_reward(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
+        """The configured objective plus `opd.reward_coef` times the group's policy gradient."""
+        sides = student_hidden, student_lm_head
+        distilled = getattr(self, self.config.objective)(*sides)
+        rewarded = self.grpo(*sides)
+        return replace(distilled, loss=distilled.loss + self.config.opd.reward_coef * rewarded.loss)
+
     def _divergence(
         self,
         function: Callable[..., LinearKLOutput],
@@ -146,7 +153,8 @@ class Targets:
             "temperature": self.policy.temperature,
         }
         reference = None
-        if self.teacher_hidden is not None and self.teacher_lm_head is not None:
+        if self.config.grpo.kl_coef:
+            assert self.teacher_hidden is not None and self.teacher_lm_head is not None
             with torch.no_grad():
                 reference = linear_logprobs(
                     self.teacher_hidden, self.teacher_lm_head, self.token_ids, **rules

@@ -23,6 +23,9 @@ class OPDConfig:
         "who wrote what is scored; reference answers make it off-policy",
         choices=("student", "reference"),
     )
+    reward_coef: float = option(
+        0.0, "of a policy gradient on the task's reward, added to the objective", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,7 @@ class Trainer:
             config,
         )
         name = config.objective if config.method == "opd" else config.method
+        name = "with_reward" if config.opd.reward_coef else name
         return self.student.head(student_hidden, loss=getattr(targets, name))
 
     def rollouts(self, batch: PromptBatch, prefix: Any, step: int) -> Rollouts:
@@ -150,8 +151,10 @@ class Trainer:
             config.seed, step, [e.id for e in batch.examples], config.num_rollouts, length
         )
         made = sample(self.student, prefix, self.policy, length, numbers, self.counter)
-        if config.method == "grpo":
+        if config.method == "grpo" or config.opd.reward_coef:
             made = grade(made, batch.examples, self.processor.tokenizer, config.reward)
+        if config.method == "opd":
+            made = replace(made, trained=None)  # the teacher tells equal answers apart
         return replace(made, horizon=config.opd.horizon)
 
     def step(self, micro_batches: list[PromptBatch], step: int) -> dict[str, Any]:

@@ -78,6 +78,7 @@ MISTAKES = {
     "reference answer to a prompt",
     "opd.completions=reference objective=sampled": "objective=sampled: needs tokens that "
     "the student sampled, not opd.completions=reference",
+    "opd.reward_coef=0.1": "num_rollouts=1: opd.reward_coef compares answers, at least 2",
     "method=sft opd.horizon=3": "opd: method sft has none of these settings",
     "method=grpo": "num_rollouts=1: method grpo compares answers, at least 2",
     "method=grpo num_rollouts=4 reward.tiou=0": "reward: every weight is 0, so no answer is better "

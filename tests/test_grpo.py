@@ -14,7 +14,7 @@ from opd.objectives import Loss, Targets
 from opd.prefix import extend
 from opd.rewards import advantages, all_equal
 from opd.rollout import Policy, Rollouts, sample, uniforms
-from opd.settings import GRPOConfig
+from opd.settings import GRPOConfig, OPDConfig
 from opd.teacher import Teacher
 from opd.train import Trainer
 from tests.helpers import (
@@ -53,15 +53,15 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
 
     def make(lm: VideoLM, teacher: Teacher | None = None, **options: Any) -> Trainer:
         policy = replace(policy_of(lm), eos_token_ids=MANY_ENDS)
-        config = Config(
+        common: dict[str, Any] = dict(
             method="grpo",
             steps=20,
             batch_size=3,
             num_rollouts=GROUP,
             optim=OptimConfig(lr=1e-3, schedule="constant", warmup=0.0, max_grad_norm=1e9),
             sample=SampleConfig(max_completion_length=5),
-            **options,
         )
+        config = Config(**(common | options))
         processor = type("Processor", (), {"tokenizer": None})
         return Trainer(config, processor, lm, teacher, policy)
 
@@ -216,6 +216,32 @@ def test_the_penalty_is_the_kl_to_the_reference():
     twin = same.grpo(hidden, head)
     assert abs(float(twin.loss.detach())) < 1e-12
     assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(twin.loss, (hidden, head)))
+
+
+@pytest.mark.usefixtures("exact_modules")
+@pytest.mark.parametrize("objective", ["reverse_kl", "sampled"])
+def test_a_mix_with_the_reward_is_the_sum(objective, trainer, monkeypatch):
+    lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))
+    batch = batch_of(unequal_prompts(lm))
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, coef in (("plain", 0.0), ("mixed", 0.5), ("more", 1.5)):
+        made = trainer(
+            lm, teacher, method="opd", objective=objective, opd=OPDConfig(reward_coef=coef)
+        )
+        _, rollouts = made.micro_step(batch, 0)
+        assert rollouts.trained is None
+        found[name] = {n: g.clone() for n, g in gradients(lm.model).items()}
+        lm.model.zero_grad()
+    # The policy gradient alone, by plain autograd, over all 12 rollouts.
+    rollouts = replace(drawn(lm, made.policy, batch), trained=None)
+    _, rewarded = backward(
+        lm.model, lambda: dense(lm, batch, made.policy, rollouts, None, 0.2) / 12
+    )
+    for name, gradient in rewarded.items():
+        for mix, coef in (("mixed", 0.5), ("more", 1.5)):
+            assert_close(
+                found[mix][name], found["plain"][name] + coef * gradient, rtol=1e-6, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("more", [[], ["grpo.kl_coef=0.05", "grpo.epochs=2", "normalize=token"]])
