@@ -173,7 +173,7 @@ class Trainer:
         tokenizer = self.processor.tokenizer if self.processor is not None else None
         signals = report.signals(losses, rollouts, examples, tokenizer)
         prompt_tokens = sum(batch.num_tokens for batch in micro_batches)
-        self.progress.count(finite, prompt_tokens, signals["equal_groups"])
+        self.progress.count(finite, prompt_tokens, signals.get("equal_groups"))
         return {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
