@@ -1,8 +1,5 @@
-"""A run: evaluate, train step by step, evaluate, write the run folder. The step itself, which is
-the method, is `opd.trainer`.
-
-python -m opd.train [CONFIG.yaml] [dotted.key=value ...]
-"""
+"""A run around the steps of `opd.train`: evaluate, train in rounds, evaluate; write the run folder,
+stop and go on."""
 
 import json
 import sys
