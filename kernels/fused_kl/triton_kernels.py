@@ -27,13 +27,14 @@ SCALE_BLOCK = 8192
 
 def _launch(kernel: Any, program: RowProgram, num_rows: int, *arguments: Any, **flags: Any) -> None:
     if num_rows:
-        kernel[(num_rows, program.splits)](
-            *arguments,
-            program.split_columns,
-            **flags,
-            BLOCK=program.block,
-            num_warps=program.num_warps,
-        )
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+            kernel[(num_rows, program.splits)](
+                *arguments,
+                program.split_columns,
+                **flags,
+                BLOCK=program.block,
+                num_warps=program.num_warps,
+            )
 
 
 def _allowed(banned: Banned | None, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,4 +242,5 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     """`values` times the 0-dim `factor`, in place; a factor of 1 costs no pass over them."""
     kernel: Any = triton_device.scale_in_place
     grid = (-(-values.numel() // SCALE_BLOCK),)
-    kernel[grid](values, factor, values.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+    with torch.cuda.device_of(values):
+        kernel[grid](values, factor, values.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

@@ -264,12 +264,20 @@ def test_sampled(case):
 # torch.compile sees one node.
 
 
-@pytest.mark.parametrize("mode", ["fast", "lowmem"])
-def test_compiles_whole(case, mode):
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (linear_reverse_kl, dict(mode="fast")),
+        (linear_reverse_kl, dict(mode="lowmem", beta=0.3)),
+        (linear_reverse_kl, dict(estimator="sampled")),
+        (topk_reverse_kl, dict(k=5, tail=True)),
+    ],
+)
+def test_compiles_whole(case, function, options):
     tensors = case.build(num_rows=6, vocab=50, bias=True, dtype=torch.float32)
 
     def loss(hidden, head, bias):
-        out = linear_reverse_kl(
+        out = function(
             hidden * 1.0,
             head,
             *sides(tensors)[2:],
@@ -277,15 +285,15 @@ def test_compiles_whole(case, mode):
             token_weights=tensors.token_weights,
             token_ids=tensors.token_ids,
             allowed_columns=tensors.allowed_columns,
-            mode=mode,
+            **options,
         )
         return out.loss * 2, out.token_kl
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaves = [getattr(tensors, name) for name in LEAVES]
     results = []
-    for function in (loss, compiled):
-        value, token_kl = function(*leaves)
+    for call in (loss, compiled):
+        value, token_kl = call(*leaves)
         results.append((value.detach(), token_kl, *torch.autograd.grad(value, leaves)))
     for eager, made in zip(*results, strict=True):
         assert_close(made, eager, rtol=1e-6, atol=1e-7)
