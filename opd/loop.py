@@ -157,6 +157,7 @@ def steps_left(
                 number,
                 lambda _: signalled.obey(),
             )
+        ledger.close_step()  # choosing belongs to no step
         plan = schedule(len(chosen), len(steps), config.batch_size, config.seed + number)
         plan = [[chosen[i] for i in indices] for indices in plan[left.start - steps.start :]]
         micro_plan = [part for indices in plan for part in split(indices, micro)]
