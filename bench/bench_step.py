@@ -65,6 +65,19 @@ def paired(first: Callable[[int], object], second: Callable[[int], object]) -> d
     return ratio(times["first"], times["second"])
 
 
+def compare(
+    benchmark,
+    label: str,
+    first: Callable[[int], object],
+    second: Callable[[int], object],
+    **more: float,
+) -> None:
+    """Time two calls in turn, keep and print what came out, with `more` beside it."""
+    result = benchmark.pedantic(paired, (first, second), rounds=1) | more
+    benchmark.extra_info.update(result)
+    print(f"\n{label}: {result}")
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     root: Path = tmp_path_factory.mktemp("step")
@@ -78,16 +91,14 @@ def test_single_pass_against_conventional(benchmark, config: Config) -> None:
     measured = flops(lambda: single_pass_step(trainer, batch, 0)) / flops(
         lambda: conventional_step(trainer, batch, 0)
     )
-    result = benchmark.pedantic(
-        paired,
-        (
-            lambda step: single_pass_step(trainer, batch, step),
-            lambda step: conventional_step(trainer, batch, step),
-        ),
-        rounds=1,
+    compare(
+        benchmark,
+        "single pass / conventional",
+        lambda step: single_pass_step(trainer, batch, step),
+        lambda step: conventional_step(trainer, batch, step),
+        flops_ratio=measured,
+        analytic_ratio=share,
     )
-    benchmark.extra_info.update(result, flops_ratio=measured, analytic_ratio=share)
-    print(f"\nsingle pass / conventional: {result}, FLOPs {measured:.3f}, analytic {share:.3f}")
 
 
 def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
@@ -116,38 +127,28 @@ def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
             patch.setattr(train, "step_flops", lambda *_: {})
             bare.step([batch], step)
 
-    result = benchmark.pedantic(paired, (with_all, without), rounds=1)
-    benchmark.extra_info.update(result)
+    compare(benchmark, "watched / bare", with_all, without)
     folder.close()
-    print(f"\nwatched / bare: {result}")
 
 
 def test_four_rollouts_against_one(benchmark, config: Config) -> None:
     one, batch = make_trainer(config)
     four, _ = make_trainer(dataclasses.replace(config, num_rollouts=4))
-    result = benchmark.pedantic(
-        paired,
-        (
-            lambda step: single_pass_step(four, batch, step),
-            lambda step: single_pass_step(one, batch, step),
-        ),
-        rounds=1,
+    compare(
+        benchmark,
+        "num_rollouts 4 / 1",
+        lambda step: single_pass_step(four, batch, step),
+        lambda step: single_pass_step(one, batch, step),
     )
-    benchmark.extra_info.update(result)
-    print(f"\nnum_rollouts 4 / 1: {result}")
 
 
 def test_grpo_against_sft(benchmark, config: Config) -> None:
     """Eight answers to each prompt, packed behind one prefix, against one reference answer."""
     sft, batch = make_trainer(dataclasses.replace(config, method="sft"))
     grpo, _ = make_trainer(dataclasses.replace(config, method="grpo", num_rollouts=8))
-    result = benchmark.pedantic(
-        paired,
-        (
-            lambda step: single_pass_step(grpo, batch, step),
-            lambda step: single_pass_step(sft, batch, step),
-        ),
-        rounds=1,
+    compare(
+        benchmark,
+        "GRPO with 8 rollouts / SFT",
+        lambda step: single_pass_step(grpo, batch, step),
+        lambda step: single_pass_step(sft, batch, step),
     )
-    benchmark.extra_info.update(result)
-    print(f"\nGRPO with 8 rollouts / SFT: {result}")

@@ -50,7 +50,7 @@ class Problem:
         def randn(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator, device=device)
 
-        hidden, head = randn(shape.num_rows, shape.student_size), None
+        hidden = randn(shape.num_rows, shape.student_size)
         head = randn(shape.vocab, shape.student_size) * (logit_std / shape.student_size**0.5)
         teacher_hidden = randn(shape.num_rows, shape.teacher_size)
         teacher_head = randn(shape.vocab, shape.teacher_size)

@@ -25,7 +25,7 @@ from opd.answers import parse_span
 from opd.checkpoint import read_rows, write_rows
 from opd.config import Config
 from opd.data.examples import DataError
-from opd.data.loader import Prompts, batches
+from opd.data.loader import Prompts, batches, split
 from opd.metrics import best_tiou
 from opd.models.load import VideoLM
 from opd.prefix import encode, prefill
@@ -141,7 +141,7 @@ def answer_tious(
     if path.is_file():
         return {row["id"]: row["tious"] for row in read_rows(path)}
     size, rows = config.eval.batch_size, []
-    plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+    plan = split(list(range(len(prompts))), size)
     length = config.sample.max_completion_length
     for batch in batches(prompts, plan, lm.device, [lm]):
         with torch.no_grad():
@@ -157,9 +157,7 @@ def answer_tious(
             rows.append({"id": example.id, "tious": tious, "answers": answers})
         progress(len(batch.examples))
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    write_rows(part, rows)
-    part.replace(path)
+    write_rows(path, rows)
     return {row["id"]: row["tious"] for row in rows}
 
 
@@ -209,12 +207,10 @@ def choose(
     chosen = select(scores, count, settings, config.seed + number)
     ranks = {place: rank for rank, place in enumerate(chosen)}
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     write_rows(
-        part,
+        path,
         [asdict(s) | {"selected": i in ranks, "rank": ranks.get(i)} for i, s in enumerate(scores)],
     )
-    part.replace(path)
     return chosen
 
 

@@ -15,7 +15,7 @@ from opd.answers import parse_span
 from opd.checkpoint import read_rows, write_rows
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
-from opd.data.loader import Prompts, batches
+from opd.data.loader import Prompts, batches, split
 from opd.data.sources import load_split
 from opd.engine import set_up
 from opd.metrics import (
@@ -90,7 +90,7 @@ def evaluate(
     answers and their spans.
     """
     size, draws = config.eval.batch_size, config.eval.draws
-    plan = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+    plan = split(list(range(len(prompts))), size)
     rows = []
     for batch in batches(prompts, plan, lm.device, [lm]):
         prefix = prefill(lm, batch, encode(lm, batch))

@@ -124,9 +124,9 @@ def run(
                     save_state(folder.state, trainer.state())
     folder.write(ledger.closed(wait=True))
     after = score(student, "after")
-    judge = teacher.lm if teacher is not None and config.method == "opd" else None
-    judge = judge if config.eval.teacher else None
-    scored_teacher = score(judge, "teacher") if judge is not None else None
+    scored_teacher = None
+    if teacher is not None and config.method == "opd" and config.eval.teacher:
+        scored_teacher = score(teacher.lm, "teacher")
     with ledger.phase("checkpoint"):
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))

@@ -186,6 +186,25 @@ def check_finite(active: Tensor | None, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} holds {value} at {place}, expected finite values")
 
 
+def _check_tokens(
+    shape: tuple[int, int],
+    teacher_vocab: int,
+    token_weights: Tensor | None,
+    token_ids: Tensor | None,
+    allowed_columns: Tensor | None,
+) -> None:
+    """What a divergence is told of its rows and columns, `[N, V]` of the student."""
+    num_rows, vocab = shape
+    num_columns = min(vocab, teacher_vocab)
+    check_frozen("constants", token_weights=token_weights)
+    check_rows(num_rows, token_weights=token_weights)
+    check_columns(allowed_columns, vocab, num_columns)
+    if token_ids is not None:
+        check_token_ids(token_ids, num_rows)
+        active = None if token_weights is None else token_weights != 0
+        check_token_range(token_ids, num_columns, active)
+
+
 def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
     """All arguments of a divergence between two heads; their values too with `check`."""
     for name, side in (("student", inputs[:3]), ("teacher", inputs[3:6])):
@@ -202,21 +221,15 @@ def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
         teacher_lm_head=inputs.teacher_lm_head,
         teacher_bias=inputs.teacher_bias,
     )
-    check_frozen("constants", token_weights=inputs.token_weights)
-    check_rows(num_rows, token_weights=inputs.token_weights)
-    if inputs.token_ids is not None:
-        check_token_ids(inputs.token_ids, num_rows)
     check_same_device("student_hidden", inputs.student_hidden, **inputs._asdict())
-    vocab = inputs.student_lm_head.shape[0]
-    num_columns = min(vocab, inputs.teacher_lm_head.shape[0])
-    check_columns(inputs.allowed_columns, vocab, num_columns)
+    vocab, teacher_vocab = (head.shape[0] for head in (inputs[1], inputs[4]))
+    weights = inputs.token_weights
+    _check_tokens(
+        (num_rows, vocab), teacher_vocab, weights, inputs.token_ids, inputs.allowed_columns
+    )
     check_positive("temperature", rules.temperature)
     check_positive("softcap", rules.softcap)
     check_positive("logit_scale", rules.logit_scale)
-    weights = inputs.token_weights
-    if inputs.token_ids is not None:
-        masked = None if weights is None else weights != 0
-        check_token_range(inputs.token_ids, num_columns, masked)
     if check:
         check_finite(None, token_weights=weights)
         check_finite(
@@ -244,8 +257,6 @@ def check_logits(
             f"expected {num_rows} as student_logits"
         )
     check_frozen("a frozen teacher", teacher_logits=teacher_logits)
-    check_frozen("constants", token_weights=token_weights)
-    check_rows(num_rows, token_weights=token_weights)
     check_same_device(
         "student_logits",
         student_logits,
@@ -254,9 +265,6 @@ def check_logits(
         token_ids=token_ids,
         allowed_columns=allowed_columns,
     )
-    num_columns = min(vocab, teacher_logits.shape[1])
-    check_columns(allowed_columns, vocab, num_columns)
-    if token_ids is not None:
-        check_token_ids(token_ids, num_rows)
-        active = None if token_weights is None else token_weights != 0
-        check_token_range(token_ids, num_columns, active)
+    _check_tokens(
+        (num_rows, vocab), teacher_logits.shape[1], token_weights, token_ids, allowed_columns
+    )

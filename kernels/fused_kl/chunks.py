@@ -56,6 +56,14 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, accumulate: boo
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=accumulate, alpha=alpha, out=out)
 
 
+def logit_buffer(like: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty `[rows, columns]` where `like` is; on a GPU its rows start on boundaries of eight
+    elements, which the products want."""
+    rows, columns = shape
+    width = -(-columns // 8) * 8 if like.is_cuda else columns
+    return like.new_empty(rows, width, dtype=dtype or like.dtype)[:, :columns]
+
+
 class HeadRules(NamedTuple):
     """How hidden states become logits: z = logit_scale (h W^T + b), with a softcap
     z = softcap tanh(z / softcap), then z / temperature."""

@@ -119,7 +119,7 @@ def lowmem(inputs: Inputs, rules: Rules) -> Rowwise:
         states, chosen = [], None
         for columns in tiles:
             _, s, t, _ = walk.project(rows, columns)
-            banned = None if walk.banned is None else walk.banned.part(columns)
+            banned = walk.banned_at(columns)
             states.append(walk.programs.divergence_statistics(s, t, banned=banned))
             if walk.token_ids is not None:
                 place = walk.token_ids[rows] - columns.start
@@ -141,7 +141,7 @@ def lowmem(inputs: Inputs, rules: Rules) -> Rowwise:
             parts = torch.zeros_like(saved[:2, rows])
             for columns in tiles:
                 _, s, t, _ = walk.project(rows, columns)
-                banned = None if walk.banned is None else walk.banned.part(columns)
+                banned = walk.banned_at(columns)
                 parts += walk.programs.jsd_parts(s, t, norms, beta=rules.beta, banned=banned)
             saved[5, rows] = parts[1]
             kl[rows] = (rules.beta * parts[0] + (1 - rules.beta) * parts[1]).clamp_min(0)
@@ -174,7 +174,7 @@ def lowmem_gradients(
                 Norms(*norms),
                 beta=rules.beta,
                 student_part=student_part,
-                banned=None if walk.banned is None else walk.banned.part(columns),
+                banned=walk.banned_at(columns),
                 scale=scales[rows],
                 grad=grad,
             )

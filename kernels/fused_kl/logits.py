@@ -138,7 +138,7 @@ class _Logits(torch.autograd.Function):
                 gradient[rows, columns] = s
             for stat, value in zip(stats, values, strict=True):
                 stat[rows] = value
-        ctx.gradient, ctx.active, ctx.dtype = gradient, active, student_logits.dtype
+        ctx.gradient, ctx.active = gradient, active
         stats = tuple(keep_active(stat, active) for stat in stats)
         ctx.mark_non_differentiable(*stats[1:])
         return stats

@@ -17,6 +17,7 @@ from fused_kl.chunks import (
     Needs,
     Side,
     compute_dtype,
+    logit_buffer,
     multiplies_half,
     row_programs,
 )
@@ -104,21 +105,21 @@ class TokenPass:
             self.side.hidden.new_zeros(self.num_rows, dtype=self.dtype) for _ in range(3)
         )
         chunks, columns = slices(self.num_rows, self.plan.rows), slice(0, self.vocab)
-        width = -(-self.vocab // 8) * 8 if losses.is_cuda else self.vocab
-        shape = min(self.plan.rows, self.num_rows), width
-        buffer = losses.new_empty(shape)[:, : self.vocab]
+        shape = min(self.plan.rows, self.num_rows), self.vocab
+        buffer = logit_buffer(losses, shape)
         wanted = any(needs) and objective is not None
-        separate = losses.new_empty(shape, dtype=torch.bfloat16) if self.side.half else None
+        separate = logit_buffer(losses, shape, torch.bfloat16) if self.side.half else None
         programs = row_programs(losses)
         for rows in chunks:
             hidden_rows = self.side.rows(rows)
             logits = buffer[: rows.stop - rows.start]
-            grad = logits if separate is None else separate[: len(logits), : self.vocab]
+            grad = logits if separate is None else separate[: len(logits)]
             derivative = self.side.project(hidden_rows, logits, columns)
 
             def scale(part: slice, values: Tensor, start: int = rows.start) -> Tensor:
                 assert objective is not None
-                slope = objective(slice(start + part.start, start + part.stop), values)[1]
+                place = slice(start + part.start, start + part.stop)
+                losses[place], slope = objective(place, values)
                 # The logprob of a banned token is constant, so it moves nothing.
                 return slope.masked_fill(values.isneginf(), 0) * self.side.slope
 
@@ -129,7 +130,7 @@ class TokenPass:
                 scale=scale if wanted else None,
                 grad=grad if wanted else None,
             )
-            if objective is not None:
+            if objective is not None and not wanted:
                 losses[rows] = objective(rows, logprobs[rows])[0]
             if wanted:
                 if derivative is not None:

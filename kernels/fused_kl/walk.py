@@ -14,6 +14,7 @@ from fused_kl.chunks import (
     Side,
     compute_dtype,
     keep_active,
+    logit_buffer,
     multiplies_half,
     row_programs,
 )
@@ -106,16 +107,17 @@ class Walk:
         )
         self.programs = row_programs(self.weights)
         self.plan = plan_of(inputs, rules, needs)
-        rows, columns = self.plan.rows, self.plan.columns
-        # Rows start on 32-byte boundaries, which the products want.
-        width = -(-columns // 8) * 8 if self.weights.is_cuda else columns
-        shape = min(rows, self.num_rows), width
-        self._student_logits = self.weights.new_empty(shape)
-        self._teacher_logits: Tensor | None = self.weights.new_empty(shape)
+        shape = min(self.plan.rows, self.num_rows), self.plan.columns
+        self._student_logits = logit_buffer(self.weights, shape)
+        self._teacher_logits: Tensor | None = logit_buffer(self.weights, shape)
         # Gradients of bf16 products leave the row programs in bf16, into a buffer of their own.
         self._grad = None
         if self.student.half and any(needs):
-            self._grad = self.weights.new_empty(shape, dtype=torch.bfloat16)
+            self._grad = logit_buffer(self.weights, shape, torch.bfloat16)
+
+    def banned_at(self, columns: slice) -> Banned | None:
+        """The ban on a tile of the vocabulary."""
+        return None if self.banned is None else self.banned.part(columns)
 
     def blocks(self) -> list[tuple[slice, list[slice]]]:
         """Row slices, each with the column slices of a whole vocabulary."""
