@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.conventional import conventional_step
 from bench.timing import interleaved, ratio
-from opd import report, train
+from opd import train
 from opd.checkpoint import RunFolder
 from opd.config import Config, load_config
 from opd.data.loader import PromptBatch, Prompts, collate
@@ -123,7 +123,7 @@ def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
 
     def without(step: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(report, "signals", lambda *_: {})
+            patch.setattr(train, "signals", lambda *_: {})
             patch.setattr(train, "step_flops", lambda *_: {})
             bare.step([batch], step)
 

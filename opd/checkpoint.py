@@ -29,6 +29,7 @@ WRITTEN = (  # by a run, into its folder
     "samples.jsonl",
     "tensorboard",
     "eval_*.jsonl",
+    "curve.jsonl",
     "evaluation.jsonl",
     "student",
     "curriculum/round_*.jsonl",  # scores stay: they are stored by what they are scores of
@@ -87,16 +88,18 @@ class Progress:
     skipped: int = 0  # of them, without a finite loss and gradient
     skipped_in_a_row: int = 0
     prompt_tokens: int = 0  # padding included
+    rollouts: int = 0  # sampled to train on
+    generated_tokens: int = 0  # in them, end tokens included
     equal_groups: int = 0  # of method grpo: nothing to learn from
     first_step_s: float = 0.0  # from the start to its end
     train_s: float = 0.0  # in steps
     wall_s: float = 0.0
 
-    def count(self, finite: bool, prompt_tokens: int, equal_groups: int | None) -> None:
-        """One more step is done."""
+    def count(self, finite: bool, **more: int) -> None:
+        """One more step is done; `more` is added to the fields of its names."""
         self.step += 1
-        self.equal_groups += equal_groups or 0
-        self.prompt_tokens += prompt_tokens
+        for name, number in more.items():
+            setattr(self, name, getattr(self, name) + number)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
@@ -190,6 +193,9 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [row for row in read_rows(self.path / name) if row["step"] < first_step]
             write_rows(self.path / name, kept)
+        curve = self.path / "curve.jsonl"
+        if curve.is_file():
+            write_rows(curve, [row for row in read_rows(curve) if row["step"] <= first_step])
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
@@ -207,6 +213,13 @@ class RunFolder:
             seconds = {f"seconds/{name}": value for name, value in row["seconds"].items()}
             for key, value in (scalars | seconds).items():
                 self._board.add_scalar(key, value, row["step"])
+
+    def add_to_curve(self, point: dict[str, Any]) -> None:
+        """Keep an evaluation and what it had cost until then, unless it is there already."""
+        path = self.path / "curve.jsonl"
+        points = read_rows(path)
+        if all(row["step"] != point["step"] for row in points):
+            write_rows(path, [*points, point])
 
     def write_left_out(self, left_out: dict[str, list[str]]) -> None:
         """Name every example that could not be used; no file where all could."""

@@ -117,6 +117,7 @@ class EvalConfig:
     batch_size: int = option(32, "prompts", least=1)
     teacher: bool = option(True, "evaluate the teacher too (method opd)")
     before: bool = option(True, "evaluate the student before training too")
+    every: int | None = option(None, "steps between evaluations on the way", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

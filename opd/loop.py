@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from opd import curriculum, report
+from opd import curriculum
 from opd.checkpoint import RunFolder, Signals, Stopped, load_state, save_state
 from opd.config import Config
 from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
@@ -18,6 +18,7 @@ from opd.data.sources import check_sources, load_split
 from opd.engine import set_up
 from opd.evaluate import Evaluation, evaluate
 from opd.models.load import VideoLM, resolve
+from opd.summary import plot_curves, summarise
 from opd.train import Trainer
 
 
@@ -67,9 +68,9 @@ def train(config: Config) -> dict[str, Any]:
         folder.write_left_out(left_out)
         folder.close()
     progress.wall_s = time.perf_counter() - started
-    summary = report.summary(trainer, evaluations, {k: len(v) for k, v in left_out.items()})
+    summary = summarise(trainer, evaluations, {k: len(v) for k, v in left_out.items()})
     (folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report.plot_curves(folder.path, summary)
+    plot_curves(folder.path, summary)
     folder.state.unlink(missing_ok=True)
     return summary
 
@@ -86,7 +87,7 @@ def run(
     config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
     student, teacher = trainer.student, trainer.teacher
 
-    def score(lm: VideoLM, name: str) -> Evaluation:
+    def score(name: str, lm: VideoLM = student) -> Evaluation:
         path = folder.path / f"eval_{name}.jsonl"
         if path.is_file():  # made before the run was stopped
             return Evaluation.read(path)
@@ -99,8 +100,30 @@ def run(
         with ledger.phase("evaluate"), bar, trainer.counter.label("evaluation"):
             return evaluate(lm, held_out, trainer.policy, config, path, answered)
 
-    before = score(student, "before") if config.eval.before else None
+    def mark(name: str) -> Evaluation:
+        """Evaluate the student, and note what it had cost until then."""
+        folder.write(ledger.closed(wait=True))
+        point = {
+            "step": progress.step,
+            "rollouts": progress.rollouts,
+            "generated_tokens": progress.generated_tokens,
+            "device_s": ledger.totals(),
+        }
+        found = score(name)
+        folder.add_to_curve(point | found.summary)
+        return found
+
+    def on_the_way() -> None:
+        step, every = progress.step, config.eval.every
+        if every and step % every == 0 and 0 < step < config.steps:
+            mark(f"step_{step}")
+            ledger.close_step()  # evaluating belongs to no step
+
+    before = None
+    if config.eval.before:
+        before = score("before") if progress.step else mark("before")
     ledger.close_step()
+    on_the_way()  # where a stop fell into it
     with tqdm(
         total=config.steps, initial=progress.step, desc=config.method, unit="step", file=sys.stderr
     ) as bar:
@@ -117,16 +140,16 @@ def run(
             if progress.skipped_in_a_row >= config.max_skipped:
                 raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
             signalled.obey()
+            on_the_way()
             if config.save_every and progress.step % config.save_every == 0:
                 progress.wall_s = time.perf_counter() - started
                 folder.write(ledger.closed(wait=True))
                 with ledger.phase("checkpoint"):
                     save_state(folder.state, trainer.state())
-    folder.write(ledger.closed(wait=True))
-    after = score(student, "after")
+    after = mark("after")
     scored_teacher = None
     if teacher is not None and config.method == "opd" and config.eval.teacher:
-        scored_teacher = score(teacher.lm, "teacher")
+        scored_teacher = score("teacher", teacher.lm)
     with ledger.phase("checkpoint"):
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))

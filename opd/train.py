@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from opd import report
 from opd.checkpoint import Progress, Stopped
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.examples import DataError
@@ -32,6 +31,7 @@ from opd.objectives import Loss, Targets
 from opd.prefix import LayerCounter, encode, extend, prefill, recomputed_layers
 from opd.rewards import advantages, grade
 from opd.rollout import Policy, Rollouts, sample, uniforms
+from opd.summary import signals, table
 from opd.teacher import Teacher
 
 
@@ -171,15 +171,21 @@ class Trainer:
         finite = all(math.isfinite(number) for update in updates for number in update)
         losses, rollouts = zip(*made, strict=True)
         tokenizer = self.processor.tokenizer if self.processor is not None else None
-        signals = report.signals(losses, rollouts, examples, tokenizer)
-        prompt_tokens = sum(batch.num_tokens for batch in micro_batches)
-        self.progress.count(finite, prompt_tokens, signals.get("equal_groups"))
+        health = signals(losses, rollouts, examples, tokenizer)
+        drawn = [] if self.config.on_references else rollouts
+        self.progress.count(
+            finite,
+            prompt_tokens=sum(batch.num_tokens for batch in micro_batches),
+            rollouts=sum(r.truncated.numel() for r in drawn),
+            generated_tokens=sum(int(r.completion_mask.sum()) for r in drawn),
+            equal_groups=health.get("equal_groups") or 0,
+        )
         return {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "lr": lr,
-            **signals,
+            **health,
             "skipped": None if finite else [example.id for example in examples],
         }
 
@@ -231,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stopped:
         fail(stopped, stopped.exit_code)
     else:
-        print(report.table(summary))
+        print(table(summary))
         print(f"run folder: {config.run_dir}")
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd import evaluate, ledger, report
+from opd import evaluate, ledger
 from opd.checkpoint import WRITTEN, Stopped
 from opd.data import loader
 from opd.ledger import Cost, Ledger
 from opd.objectives import Loss
 from opd.prefix import LayerCounter, encode, extend
 from opd.rollout import Rollouts, sample, uniforms
+from opd.summary import signals, table
 from opd.teacher import Teacher
 from opd.train import Trainer, main
 from tests.helpers import FAMILIES, batch_of, make_prompt, ours, policy_of, prefill_of, run
@@ -69,7 +70,7 @@ def test_signals_by_hand() -> None:
         Example(id=i, video=Path("v"), query="q", spans=((1.0, 2.0),), duration_s=12.0)
         for i in ("a", "b")
     ]
-    row = report.signals([loss], [rollouts], examples, Characters())
+    row = signals([loss], [rollouts], examples, Characters())
     text = "".join(answers)[:count]
     digits = [float(k) for k, c in enumerate(text) if c.isdigit()]
     others = [float(k) for k, c in enumerate(text) if not c.isdigit()]
@@ -318,7 +319,7 @@ def test_left_out_examples_are_reported(videos: Path, tmp_path: Path) -> None:
     assert summary["left_out"] == {"train": 1, "eval": 0}
     line = f"train: {path}:1: span 5 to 1 is not 0 <= start < end\n"
     assert (tmp_path / "run" / "left_out.txt").read_text() == line
-    assert "left out of train: 1 examples, named in left_out.txt" in report.table(summary)
+    assert "left out of train: 1 examples, named in left_out.txt" in table(summary)
     assert not (tmp_path / "first" / "left_out.txt").exists()
     started = json.loads((tmp_path / "run" / "environment.jsonl").read_text())
     assert started["versions"]["torch"] == torch.__version__

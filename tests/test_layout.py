@@ -26,7 +26,7 @@ FLOORS = (  # a module imports only from floors below its own, or from its own
         "checkpoint",
         "ledger",
     },
-    {"train", "loop", "evaluate", "report", "check"},
+    {"train", "loop", "evaluate", "summary", "report", "check"},
 )
 
 

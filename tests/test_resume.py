@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opd import report
+from opd import train
 from opd.checkpoint import Stopped
 from opd.config import ConfigError
 from opd.train import Trainer
@@ -24,14 +24,17 @@ SHORT = (
     "data.limit_eval=3",
     "eval.draws=1",
     "eval.teacher=false",
+    "eval.every=4",
 )
 
 
 def outcome(run_dir: Path) -> list[Any]:
     """Everything a run leaves behind that is no time."""
-    evaluations = [(run_dir / f"eval_{name}.jsonl").read_bytes() for name in ("before", "after")]
+    names = ("before", "step_4", "after")
+    evaluations = [(run_dir / f"eval_{name}.jsonl").read_bytes() for name in names]
     weights = (run_dir / "student" / "model.safetensors").read_bytes()
     summary = json.loads((run_dir / "summary.json").read_text())
+    curve = [{k: v for k, v in row.items() if k != "device_s"} for row in summary["curve"]]
     counted = {k: summary[k] for k in ("flops", "student_prompt_forwards_per_step", "gain")}
     return [
         metric_rows(run_dir),
@@ -39,6 +42,7 @@ def outcome(run_dir: Path) -> list[Any]:
         evaluations,
         weights,
         counted,
+        curve,
     ]
 
 
@@ -135,13 +139,13 @@ def test_resuming_asks_for_the_same_run(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    signals = report.signals
+    signals = train.signals
 
     def interrupted(*args: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return signals(*args)
 
-    monkeypatch.setattr(report, "signals", interrupted)
+    monkeypatch.setattr(train, "signals", interrupted)
     with pytest.raises(Stopped):
         run(videos, run_dir, *SHORT)
     monkeypatch.undo()

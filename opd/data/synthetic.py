@@ -11,10 +11,11 @@ levels:
 
 Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
 span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
-`eval` is held out and clean. The shipped models were made from the others, which go from seeing to
-telling times: `names` (clips of 1 s: what is visible), `words` (also: is a red circle visible),
-`short` (clips of 4 s: when), all asked about one or each of few shapes; then `teacher` (clean) for
-the teacher and `student` (jittered labels) for the student.
+`eval` and `tune` are held out and clean, the latter to choose settings on. The shipped models were
+made from the others, which go from seeing to telling times: `names` (clips of 1 s: what is
+visible), `words` (also: is a red circle visible), `short` (clips of 4 s: when), all asked about one
+or each of few shapes; then `teacher` (clean) for the teacher and `student` (jittered labels) for
+the student.
 """
 
 import json
@@ -56,6 +57,7 @@ class Split:
 SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=512),
+    "tune": Split(seed=3, clips=256),
     "names": Split(seed=7, clips=6144, solo=1.0, ask="names", duration_s=1.0, spans_s=(1.0, 1.0)),
     "words": Split(seed=8, clips=12288, solo=0.5, ask="words", duration_s=1.0, spans_s=(1.0, 1.0)),
     "short": Split(seed=5, clips=12288, solo=0.5, ask="all", duration_s=4.0, spans_s=(0.5, 1.5)),

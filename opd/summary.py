@@ -1,0 +1,258 @@
+"""What a run shows a person: its health signals, its summary, the table at its end, its curves."""
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from opd.answers import parse_span
+from opd.checkpoint import read_rows
+from opd.data.examples import Example
+from opd.evaluate import Evaluation
+from opd.ledger import mfu
+from opd.metrics import paired_interval
+from opd.objectives import Loss
+from opd.rewards import all_equal
+from opd.rollout import Rollouts, decode_answers
+
+COLUMNS = (
+    "miou",
+    "sampled_miou",
+    "recall@0.3",
+    "recall@0.5",
+    "recall@0.7",
+    "parse_failures",
+    "queries",
+)
+
+
+def signals(
+    losses: Sequence[Loss],
+    rollouts: Sequence[Rollouts],
+    examples: Sequence[Example],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """How healthy a step was, over its completion tokens, and the first completion as a sample.
+
+    `kl_number` and `kl_template` are the KL on tokens with a digit and on the others;
+    `logprob_gap` is the mean distance between the sampler's and the trainer's log-probability of a
+    token: rounding, as long as the two agree. `reward_std` is the mean standard deviation within a
+    group, `equal_groups` counts those that have none. None where the method has no such thing.
+    """
+
+    def joined(name: str) -> torch.Tensor | None:
+        values = [getattr(loss, name) for loss in losses]
+        return None if values[0] is None else torch.cat(values)
+
+    def mean(values: torch.Tensor | None) -> float | None:
+        known = values is not None and values.numel() and bool(values.isfinite().all())
+        return float(values.mean()) if known else None  # type: ignore[union-attr]
+
+    kl = joined("token_kl")
+    ids = torch.cat([r.completion_ids[r.loss_mask] for r in rollouts])
+    length = sum(int(r.completion_mask.sum()) for r in rollouts)
+    completions = sum(r.truncated.numel() for r in rollouts)
+    row = {
+        "kl": mean(kl),
+        "kl_number": None,
+        "kl_template": None,
+        "student_entropy": mean(joined("student_entropy")),
+        "teacher_entropy": mean(joined("teacher_entropy")),
+        "completion_length": length / completions,
+        "truncated": sum(int(r.truncated.sum()) for r in rollouts) / completions,
+        "parse_failures": None,
+        "logprob_gap": None,
+        "reward": None,
+        "reward_std": None,
+        "equal_groups": None,
+        "sample": None,
+    }
+    rewards = [r.rewards for r in rollouts if r.rewards is not None]
+    if rewards:
+        groups = torch.cat(rewards)
+        row["reward"], row["reward_std"] = mean(groups), mean(groups.std(1))
+        row["equal_groups"] = int(all_equal(groups).sum())
+    elif kl is None:  # trained on references: nothing was sampled
+        return row
+    chosen = joined("student_logprobs")
+    if chosen is not None:
+        drawn = torch.cat([r.rollout_logprobs[r.loss_mask] for r in rollouts])
+        row["logprob_gap"] = mean((chosen - drawn).abs())
+    if tokenizer is not None:
+        texts = tokenizer.convert_ids_to_tokens(ids.tolist())
+        digits = [any(c.isdigit() for c in text or "") for text in texts]
+        if kl is not None:
+            number = torch.tensor(digits, device=kl.device)
+            row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
+        answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
+        spans = [
+            [parse_span(answer, example.duration_s) for answer in found]
+            for found, example in zip(answers, examples, strict=True)
+        ]
+        row["parse_failures"] = sum(s is None for found in spans for s in found) / completions
+        row["sample"] = {
+            "id": examples[0].id,
+            "query": examples[0].query,
+            "answer": answers[0][0],
+            "predicted": spans[0][0],
+            "annotated": examples[0].spans,
+        }
+    return row
+
+
+def summarise(
+    trainer: Any, evaluations: dict[str, Evaluation | None], left_out: dict[str, int]
+) -> dict[str, Any]:
+    """What a finished run comes to."""
+    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
+    before, after, teacher = (evaluations[name] for name in ("before", "after", "teacher"))
+    assert after is not None
+    hours = ledger.device_hours()
+    outside = ("total", "idle", "evaluate", "checkpoint")
+    busy_s = 3600 * sum(h for name, h in hours.items() if name not in outside)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {
+        "method": config.method,
+        "objective": config.objective if config.method == "opd" else None,
+        "seed": config.seed,
+        "steps": config.steps,
+        **{name: found.summary if found else None for name, found in evaluations.items()},
+        **comparison(before, after, teacher),
+        "ceiling": after.ceiling,
+        "best_constant": after.constant,
+        "device_hours": hours,
+        "flops": ledger.flops | {"total": sum(ledger.flops.values())},
+        "tokens_per_s": ledger.tokens / progress.train_s,
+        "mfu": mfu(ledger.flops, busy_s),
+        "student_prompt_forwards_per_step": trainer.counter.passes(
+            "prompt", progress.prompt_tokens
+        ),
+        "student_prompt_recomputes_per_step": trainer.counter.passes(
+            "recompute", progress.prompt_tokens
+        ),
+        "skipped_steps": progress.skipped,
+        "equal_groups": progress.equal_groups if config.method == "grpo" else None,
+        "left_out": left_out,
+        "curve": read_rows(Path(config.run_dir, "curve.jsonl")),
+        "first_step_s": progress.first_step_s,
+        "wall_s": progress.wall_s,
+        "peak_memory_mib": peak / 2**20,
+    }
+
+
+def comparison(
+    before: Evaluation | None, after: Evaluation, teacher: Evaluation | None
+) -> dict[str, Any]:
+    """Gains with their paired 95% intervals over the queries, and the share of the gap to the
+    teacher that was closed."""
+    if before is None:
+        return {}
+    result: dict[str, Any] = {"gain": {}, "gap_closed": {}}
+    for name, attribute in (("miou", "greedy_tious"), ("sampled_miou", "sampled_tious")):
+        start, end = before.summary[name], after.summary[name]
+        if start is None or end is None:
+            continue
+        interval = paired_interval(getattr(before, attribute), getattr(after, attribute))
+        result["gain"][name] = {"mean": end - start, "interval": interval}
+        if teacher is not None and teacher.summary[name] not in (None, start):
+            result["gap_closed"][name] = (end - start) / (teacher.summary[name] - start)
+    return result
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The evaluations side by side, then where the time went."""
+    lines = [" " * 9 + "".join(f"{c:>15}" for c in COLUMNS)]
+    for name in ("before", "after", "teacher"):
+        if summary[name]:
+            cells = [summary[name][c] for c in COLUMNS]
+            shown = [
+                "-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells
+            ]
+            lines.append(f"{name:<9}" + "".join(f"{s:>15}" for s in shown))
+    for name, share in summary.get("gap_closed", {}).items():
+        low, high = summary["gain"][name]["interval"]
+        mean = summary["gain"][name]["mean"]
+        lines.append(
+            f"{name}: {mean:+.3f} (95% {low:+.3f} to {high:+.3f}), "
+            f"{share:.0%} of the gap to the teacher closed"
+        )
+    lines.append(
+        f"greedy mIoU of the best answer in timestamps {summary['ceiling']:.3f}, "
+        f"of the best constant answer {summary['best_constant']:.3f}"
+    )
+    hours = summary["device_hours"]
+    total = hours["total"] or 1.0
+    shares = sorted(((h / total, n) for n, h in hours.items() if n != "total"), reverse=True)
+    busy = ", ".join(f"{n} {s:.0%}" for s, n in shares if s >= 0.01)
+    lines.append(f"device time {3600 * total:.0f} s ({busy})")
+    lines.append(
+        f"wall {summary['wall_s']:.0f} s, first step after {summary['first_step_s']:.0f} s, "
+        f"peak memory {summary['peak_memory_mib']:.0f} MiB, "
+        f"student prompt forwards per step {summary['student_prompt_forwards_per_step']:.3f}"
+    )
+    flops, mfu = summary["flops"], summary["mfu"]
+    lines.append(
+        f"{flops['total']:.3g} FLOPs (student {flops['student']:.3g}, "
+        f"teacher {flops['teacher']:.3g}, recomputation {flops['recompute']:.3g}), "
+        f"{summary['tokens_per_s']:.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+    )
+    for split, number in summary["left_out"].items():
+        if number:
+            lines.append(f"left out of {split}: {number} examples, named in left_out.txt")
+    if summary["equal_groups"]:
+        lines.append(
+            f"groups left out because all their answers had one reward: {summary['equal_groups']} "
+            f"in {summary['steps']} steps"
+        )
+    if summary["skipped_steps"]:
+        lines.append(
+            f"steps skipped for a loss or gradient that is no number: {summary['skipped_steps']}"
+        )
+    return "\n".join(lines)
+
+
+def plot_curves(run_dir: Path, summary: dict[str, Any]) -> Path:
+    """Draw loss, KL, entropy, length, evaluations and phase shares into `curve.png`."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, title, unit, keys in (
+        (axes[0, 0], "loss", "nats", ("loss",)),
+        (axes[0, 1], "KL to the teacher, a token", "nats", ("kl", "kl_number", "kl_template")),
+        (axes[0, 2], "entropy, a token", "nats", ("student_entropy", "teacher_entropy")),
+        (axes[1, 0], "completion length", "tokens", ("completion_length",)),
+    ):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, linewidth=1)
+                axis.legend()
+        axis.set(xlabel="optimizer step", ylabel=unit, title=title)
+    axis = axes[1, 1]
+    names = [name for name in ("before", "after", "teacher") if summary[name]]
+    for offset, key in enumerate(("miou", "sampled_miou")):
+        heights = [summary[name][key] or 0.0 for name in names]
+        bars = axis.bar([x + 0.4 * offset for x in range(len(names))], heights, 0.38, label=key)
+        axis.bar_label(bars, fmt="%.3f")
+    axis.set(
+        xticks=[x + 0.2 for x in range(len(names))],
+        xticklabels=names,
+        ylim=(0, 1),
+        title="held-out queries",
+    )
+    axis.legend()
+    hours = {n: 3600 * h for n, h in summary["device_hours"].items() if n != "total" and h}
+    bars = axes[1, 2].barh(list(hours), list(hours.values()))
+    axes[1, 2].bar_label(bars, fmt="%.1f")
+    axes[1, 2].set(title="device time", xlabel="seconds")
+    path = run_dir / "curve.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
