@@ -18,7 +18,8 @@ from bench.timing import interleaved, ratio
 from opd import train
 from opd.checkpoint import RunFolder
 from opd.config import Config, load_config
-from opd.data.loader import PromptBatch, Prompts, collate
+from opd.data.batch import PromptBatch, collate
+from opd.data.loader import Prompts
 from opd.data.sources import load_examples
 from opd.engine import set_up
 from opd.ledger import Ledger
@@ -152,3 +153,30 @@ def test_grpo_against_sft(benchmark, config: Config) -> None:
         lambda step: single_pass_step(grpo, batch, step),
         lambda step: single_pass_step(sft, batch, step),
     )
+
+
+def test_what_suspending_rollouts_saves(benchmark, config: Config) -> None:
+    """SCC's routing against the same step without it. Saved is what teacher, extension, loss and
+    backward of the suspended ones would have cost: their share of the rollouts, of those phases'
+    share of the plain step."""
+    plain, batch = make_trainer(config)
+    curriculum = dataclasses.replace(config.curriculum, routing="on", route_below=0.3)
+    routed, _ = make_trainer(dataclasses.replace(config, curriculum=curriculum))
+    shares, rows = [], []
+
+    def with_routing(step: int) -> None:
+        shares.append(routed.step([batch], step)["trained_share"])
+
+    def without(step: int) -> None:
+        row = plain.step([batch], step)
+        plain.ledger.close_step(row)
+        rows.extend(plain.ledger.closed())
+
+    compare(benchmark, "routed / plain", with_routing, without)
+    seconds = [row["seconds"] for row in rows]
+    spared = ("teacher", "extend", "loss", "backward")
+    share = sum(s[name] for s in seconds for name in spared) / sum(sum(s.values()) for s in seconds)
+    kept = sum(shares) / len(shares)
+    told = {"routed_share": kept, "analytic_ratio": 1 - (1 - kept) * share}
+    benchmark.extra_info.update(told)
+    print(told)

@@ -6,7 +6,7 @@ second forward alone.
 
 import torch
 
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
 from opd.models.load import Video, VideoLM
 from opd.prefix import encode, prefill
 from opd.rollout import Rollouts, sample, uniforms

@@ -13,7 +13,7 @@ import torch
 
 from bench.bench_step import make_trainer
 from opd.config import load_config
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
 from opd.train import Trainer
 
 

@@ -88,7 +88,15 @@ def carry_out(run: Run) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     environments = read_rows(run_dir / "environment.jsonl")
     rows = read_rows(run_dir / "metrics.jsonl")
-    kept = ("curve", "gain", "flops", "equal_groups", "routed", "left_out", "peak_memory_mib")
+    kept = (
+        "curve",
+        "gain",
+        "flops",
+        "equal_groups",
+        "trained_share",
+        "left_out",
+        "peak_memory_mib",
+    )
     result = {
         "arm": run.arm,
         "keys": list(run.keys),

@@ -90,6 +90,7 @@ class Progress:
     prompt_tokens: int = 0  # padding included
     rollouts: int = 0  # sampled to train on
     generated_tokens: int = 0  # in them, end tokens included
+    trained_rollouts: int = 0  # of them; all, where none are told apart
     equal_groups: int = 0  # of method grpo: nothing to learn from
     first_step_s: float = 0.0  # from the start to its end
     train_s: float = 0.0  # in steps

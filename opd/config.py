@@ -173,6 +173,17 @@ class Config:
         """Whether reference answers are trained on, instead of sampled ones."""
         return self.method == "sft" or self.opd.completions == "reference"
 
+    @property
+    def compares(self) -> bool:
+        """Whether answers to one prompt are compared with each other."""
+        return self.method == "grpo" or self.opd.reward_coef > 0
+
+    @property
+    def routes(self) -> bool:
+        """Whether rollouts that are good enough are suspended."""
+        chosen = self.curriculum
+        return chosen.routing == "on" or (chosen.routing == "auto" and chosen.kind == "scc")
+
     def __post_init__(self) -> None:
         check(self)
         for part in ("{video}", "{query}"):
@@ -218,8 +229,23 @@ class Config:
             f"model.teacher={shown(self.model.teacher)}: method {method} has no teacher",
         )
         require(
-            method == "opd" or self.curriculum.kind != "tvdf",
-            f"curriculum.kind=tvdf: method {method} has no teacher to be reliable",
+            method == "opd" or self.curriculum.kind not in ("tvdf", "scc"),
+            f"curriculum.kind={self.curriculum.kind}: method {method} has no teacher to be "
+            "reliable",
+        )
+        require(
+            not self.routes or (method == "opd" and not self.on_references),
+            f"curriculum.routing={self.curriculum.routing}: suspends sampled answers of method opd",
+        )
+        require(
+            not self.routes or self.normalize == "sequence",
+            f"normalize={self.normalize}: with curriculum.routing the denominator is preset: "
+            "sequence",
+        )
+        require(
+            not self.routes or self.opd.reward_coef == 0,
+            f"opd.reward_coef={self.opd.reward_coef}: compares whole groups, which "
+            "curriculum.routing breaks up",
         )
         require(
             self.curriculum.rounds <= self.steps,

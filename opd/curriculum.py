@@ -2,6 +2,8 @@
 
     tvdf       Video-OPD: keep the examples on which the teacher is reliable, and of them those on
                which it is furthest ahead of the current student (arXiv 2602.02994)
+    scc        Anchor-Frontier: of the reliable ones, a few that the current student can do and many
+               that it cannot (arXiv 2609.40055)
     variance   Temporal-R1: keep those on which the student's own answers vary (arXiv 2506.01908)
     random     the control: as many, drawn at random
 
@@ -62,10 +64,10 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
         places = [i for i in places if (scores[i].student_std or 0.0) > config.min_std]
         told = f"the student's tIoU varies by more than {config.min_std} on none of {len(scores)}"
         rule = "random"
-    elif config.kind == "tvdf":
+    elif config.kind in ("tvdf", "scc"):
         both = [i for i in places if None not in (scores[i].teacher_tiou, scores[i].student_tiou)]
         places = both
-        if rule != "disagreement":
+        if config.kind == "scc" or rule != "disagreement":
             places = [i for i in both if _teacher(scores[i]) >= config.threshold]
         best = max((_teacher(scores[i]) for i in both), default=0.0)
         told = (
@@ -76,6 +78,8 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
         rule = "random"
     if not places:
         raise DataError(f"curriculum.kind={config.kind}: {told}")
+    if config.kind == "scc":
+        return _anchors_and_frontiers(scores, places, count, config, source)
     count = min(count, len(places))
     if rule in ("random", "reliability"):
         return [places[i] for i in source.permutation(len(places))[:count]]
@@ -93,6 +97,31 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
     else:  # topk, disagreement
         chosen = ranked[:count]
     return [places[i] for i in chosen]
+
+
+def _anchors_and_frontiers(
+    scores: Sequence[Score],
+    places: list[int],
+    count: int,
+    config: CurriculumConfig,
+    source: np.random.Generator,
+) -> list[int]:
+    """`anchors` of `count` among those that the student answers well, the rest among those that it
+    does not; a kind of which there are too few is all taken, and not made up for."""
+    wanted = round(config.anchors * count)
+    chosen: list[int] = []
+    for number, fits in (
+        (wanted, lambda tiou: tiou >= config.threshold),
+        (count - wanted, lambda tiou: tiou < config.frontier_below),
+    ):
+        found = [i for i in places if fits(scores[i].student_tiou or 0.0)]
+        chosen += [found[i] for i in source.permutation(len(found))[:number]]
+    if not chosen:
+        raise DataError(
+            f"curriculum.kind=scc: of {len(places)} reliable examples the student's tIoU reaches "
+            f"{config.threshold} or stays below {config.frontier_below} on none"
+        )
+    return chosen
 
 
 def _teacher(score: Score) -> float:
@@ -183,12 +212,14 @@ def choose(
     judged: dict[str, list[float]] = {}
     answered: dict[str, list[float]] = {}
     asked = prompts, policy, config, folder / "scores", progress
-    if settings.kind == "tvdf":
+    if settings.kind in ("tvdf", "scc"):
         assert teacher is not None
         judged = answer_tious(teacher.lm, *asked)
         if not any(any(tious) for tious in judged.values()):
-            raise DataError(f"curriculum.kind=tvdf: no answer of the teacher to {len(judged)} fits")
-    if settings.kind in ("tvdf", "variance"):
+            raise DataError(
+                f"curriculum.kind={settings.kind}: no answer of the teacher to {len(judged)} fits"
+            )
+    if settings.kind in ("tvdf", "scc", "variance"):
         answered = answer_tious(student, *asked)
 
     def mean(tious: list[float] | None) -> float | None:

@@ -1,7 +1,7 @@
 """The ledger: what a run spends. Seconds of every phase, tokens, and FLOPs from shapes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
 from opd.models.load import VideoLM
 
 PHASES: tuple[str, ...] = (
@@ -235,9 +235,10 @@ class Cost:
 
 def step_flops(
     costs: dict[VideoLM, Cost],
-    batch: PromptBatch,
+    forwarded: Sequence[PromptBatch],
+    drawn: torch.Tensor | None,
+    trained: Sequence[PromptBatch],
     completion_mask: torch.Tensor,
-    sampled: bool,
     recomputed_layers: int,
 ) -> dict[str, float]:
     """FLOPs of one micro-batch, by who spends them. Vision towers are counted for every video, also
@@ -245,22 +246,36 @@ def step_flops(
 
     Args:
         costs: of the student, and then of the teacher if there is one.
-        completion_mask: boolean `[B, R, T]`; sampled: whether the completions were decoded here.
+        forwarded: what the student's prompt forwards were; drawn: the mask `[B, R, T]` of the
+            completions that were decoded here, if they were.
+        trained: those of `forwarded` that the teacher and the backward see, and the mask of their
+            completions, `[B', R', T']`.
     """
-    size, length = batch.input_ids.shape
-    _, rollouts, longest = completion_mask.shape
-    valid = int(completion_mask.sum())
+    (_, rollouts, longest), valid = completion_mask.shape, int(completion_mask.sum())
     result = dict.fromkeys(FLOPS, 0.0)
     for name, (lm, cost) in zip(FLOPS, costs.items(), strict=False):
-        prefill = cost.prompt(size, length)
-        extension = cost.completions(size, length, rollouts, longest - 1)
-        vision = sum(cost.vision(prompt.grid_thw) for prompt in batch.prompts)
-        scored = prefill + extension + cost.per_head * valid
+
+        def of(
+            parts: Sequence[PromptBatch], rollouts: int, tokens: int, cost: Cost = cost
+        ) -> tuple[float, float, float]:
+            """Of vision towers, prompts and completions."""
+            sizes = [(len(part.input_ids), part.input_ids.shape[1]) for part in parts]
+            return (
+                sum(cost.vision(prompt.grid_thw) for part in parts for prompt in part.prompts),
+                sum(cost.prompt(*size) for size in sizes),
+                sum(cost.completions(*size, rollouts, tokens) for size in sizes),
+            )
+
+        vision, prefill, extension = of(trained, rollouts, longest - 1)
+        extension += cost.per_head * valid
         if name == "teacher":
-            result[name] = vision + scored
+            result[name] = vision + prefill + extension
             continue
-        result[name] = vision * (3 if lm.trains_vision else 1) + 3 * scored
-        if sampled:
-            result[name] += extension + cost.per_head * size * rollouts * longest
+        result[name] = 2 * vision * lm.trains_vision + 2 * prefill + 3 * extension  # backward, too
+        vision, forward, _ = of(forwarded, 0, 0)
+        result[name] += vision + forward
+        if drawn is not None:
+            _, _, decoding = of(forwarded, drawn.shape[1], drawn.shape[2] - 1)
+            result[name] += decoding + cost.per_head * drawn.numel()
         result["recompute"] = prefill * recomputed_layers / cost.num_layers
     return result

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from opd import curriculum
 from opd.checkpoint import RunFolder, Signals, Stopped, load_state, save_state
 from opd.config import Config
-from opd.data.loader import PromptBatch, Prompts, batches, schedule, split
+from opd.data.batch import PromptBatch
+from opd.data.loader import Prompts, batches, schedule, split
 from opd.data.sources import check_sources, load_split
 from opd.engine import set_up
 from opd.evaluate import Evaluation, evaluate
@@ -37,11 +38,8 @@ def train(config: Config) -> dict[str, Any]:
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data = config.data
     needs = ("spans", "answer") if config.on_references else ()
-    if (
-        config.method == "grpo"
-        or config.opd.reward_coef
-        or config.curriculum.kind in ("tvdf", "variance")
-    ):
+    scores = config.curriculum.kind in ("tvdf", "scc", "variance")
+    if config.compares or config.routes or scores:
         needs = ("spans",)  # answers are compared with them
     train_examples = load_split(data, "train", needs, left_out["train"])
     eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])

@@ -7,7 +7,7 @@ prompt lie side by side in the sequence, each seeing the prompt and itself: the 
 values exist once, whatever the number of rollouts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
 from opd.models.load import Video, VideoLM
 
 
@@ -40,6 +40,30 @@ class Prefix:
             keys=[k.detach() for k in self.keys],
             values=[v.detach() for v in self.values],
             last_hidden=self.last_hidden.detach(),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["Prefix"]) -> "Prefix":
+        """Several as one, left-padded to the longest; each part keeps its own graph."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.mask.shape[1] for part in parts)
+
+        def padded(values: torch.Tensor, dim: int) -> torch.Tensor:
+            missing = width - values.shape[dim]
+            after = [0, 0] * (values.dim() - 1 - dim)
+            return torch.nn.functional.pad(values, [*after, missing, 0])
+
+        def layers(name: str) -> list[torch.Tensor]:
+            found = zip(*(getattr(part, name) for part in parts), strict=True)
+            return [torch.cat([padded(values, 2) for values in layer]) for layer in found]
+
+        return cls(
+            keys=layers("keys"),
+            values=layers("values"),
+            mask=torch.cat([padded(part.mask, 1) for part in parts]),
+            last_hidden=torch.cat([part.last_hidden for part in parts]),
+            next_position=torch.cat([part.next_position for part in parts]),
         )
 
 
@@ -104,10 +128,7 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
     if lm.trains_vision:
         return lm.encode_video(batch.pixel_values, batch.video_grid_thw)
     videos = []
-    patches = [0 if p.pixel_values is None else len(p.pixel_values) for p in batch.prompts]
-    for prompt, pixels, grid in zip(
-        batch.prompts, batch.pixel_values.split(patches), batch.video_grid_thw, strict=True
-    ):
+    for prompt, pixels, grid in zip(batch.prompts, batch.pixels, batch.video_grid_thw, strict=True):
         video = prompt.features.get(lm)
         if video is None:
             video = lm.encode_video(pixels, grid[None])
@@ -229,71 +250,3 @@ def extend(
             )
     hidden = language_model.norm(hidden).view(batch, rollouts, steps, -1)
     return torch.cat([first, hidden], dim=2)
-
-
-class Decoder:
-    """Token-by-token continuation of a prefix, R completions per prompt, in one preallocated cache
-    per layer.
-
-    The prompt's keys and values are copied in once; step t appends its R tokens, so the cache is
-    read without gaps.
-    """
-
-    def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
-        self.lm, self.rollouts, self.step_index = lm, rollouts, 0
-        self.mask, self.next_position = prefix.mask, prefix.next_position
-        self.prompt_length = prefix.mask.shape[1]
-        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for key, value in zip(prefix.keys, prefix.values, strict=True):
-            shape = (*key.shape[:2], self.prompt_length + rollouts * max_steps, key.shape[3])
-            pair = key.new_empty(shape), value.new_empty(shape)
-            for buffer, source in zip(pair, (key, value), strict=True):
-                buffer[:, :, : self.prompt_length] = source.detach()
-            self.cache.append(pair)
-
-    @torch.no_grad()
-    def step(self, token_ids: torch.Tensor, counter: LayerCounter | None = None) -> torch.Tensor:
-        """Append one token to each completion, int64 `[B, R]`; returns the next hidden states `[B,
-        R, H]`."""
-        language_model = self.lm.language_model
-        hidden = language_model.embed_tokens(token_ids)
-        positions = (self.next_position + self.step_index)[:, None].expand(3, -1, self.rollouts)
-        rotary = language_model.rotary_emb(hidden, positions)
-        start = self.prompt_length + self.rollouts * self.step_index
-        self.step_index += 1
-        own = torch.eye(self.rollouts, dtype=torch.bool, device=hidden.device).repeat(
-            1, self.step_index
-        )
-        attention_mask = torch.cat(
-            [
-                self.mask[:, None].expand(-1, self.rollouts, -1),
-                own.expand(len(hidden), -1, -1),
-            ],
-            dim=2,
-        )[:, None]
-        with (counter or LayerCounter()).label("decode"):
-            for layer, buffers in zip(language_model.layers, self.cache, strict=True):
-                slot = _Appending(buffers, start)
-                hidden = layer(
-                    hidden,
-                    attention_mask=attention_mask,
-                    position_embeddings=rotary,
-                    past_key_values=slot,
-                )
-        return language_model.norm(hidden)
-
-
-class _Appending:
-    """A layer's cache in decoding: writes the new keys and values in place and returns the filled
-    part."""
-
-    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor], start: int) -> None:
-        self.buffers, self.start = buffers, start
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.start + key.shape[2]
-        for buffer, new in zip(self.buffers, (key, value), strict=True):
-            buffer[:, :, self.start : end] = new
-        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]

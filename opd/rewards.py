@@ -80,12 +80,9 @@ def all_equal(rewards: torch.Tensor) -> torch.Tensor:
 def grade(
     rollouts: Rollouts, examples: Sequence[Example], tokenizer: Any, config: RewardConfig
 ) -> Rollouts:
-    """The same rollouts with their rewards; a group whose rewards are all equal is not trained
-    on."""
+    """The same rollouts with their rewards."""
     values = [
         [reward(answer, example, config) for answer in answers]
         for answers, example in zip(decode_answers(rollouts, tokenizer), examples, strict=True)
     ]
-    rewards = torch.tensor(values, device=rollouts.truncated.device)
-    kept = ~all_equal(rewards)
-    return replace(rollouts, rewards=rewards, trained=kept[:, None].expand_as(rewards))
+    return replace(rollouts, rewards=torch.tensor(values, device=rollouts.truncated.device))

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
+from opd.decode import Decoder
 from opd.models.load import VideoLM
-from opd.prefix import Decoder, LayerCounter, Prefix
+from opd.prefix import LayerCounter, Prefix
 
 VISION_TOKENS = (
     "<|vision_start|>",
@@ -63,8 +64,8 @@ class Rollouts:
     log-probabilities.
 
     `truncated` `[B, R]` marks those that reached the length limit without an end token. `rewards`
-    `[B, R]` are those of method grpo; `trained` `[B, R]`, where it is given, says which completions
-    take part in the loss, and `horizon` how many of their tokens.
+    `[B, R]` are there where answers are compared or routed; `trained` `[B, R]`, where it is given,
+    says which completions take part in the loss, and `horizon` how many of their tokens.
     """
 
     completion_ids: torch.Tensor
@@ -84,6 +85,34 @@ class Rollouts:
         if self.horizon is not None:
             mask = mask & (torch.arange(mask.shape[2], device=mask.device) < self.horizon)
         return mask
+
+    @property
+    def routed(self) -> tuple[list[int], "Rollouts"]:
+        """The prompts with a completion that is trained on, and of their rollouts those alone, as
+        narrow and as short as they fit. The tokens of the loss keep their order."""
+        assert self.trained is not None
+        rows = self.trained.any(1).nonzero().flatten()
+        trained = self.trained[rows]
+        width = int(trained.sum(1).max()) if len(rows) else 0
+        first = (
+            (~trained).byte().argsort(dim=1, stable=True)[:, :width]
+        )  # the trained ones, in order
+        trained = trained.gather(1, first)
+        lengths = (self.completion_mask[rows[:, None], first] & trained[..., None]).sum(2)
+        length = int(lengths.max()) if len(rows) else 0
+
+        def of(values: torch.Tensor) -> torch.Tensor:
+            return values[rows[:, None], first][..., :length]
+
+        return rows.tolist(), replace(
+            self,
+            completion_ids=of(self.completion_ids),
+            completion_mask=of(self.completion_mask),
+            rollout_logprobs=of(self.rollout_logprobs),
+            truncated=self.truncated[rows[:, None], first],
+            rewards=None if self.rewards is None else self.rewards[rows[:, None], first],
+            trained=trained,
+        )
 
     @classmethod
     def references(cls, batch: PromptBatch, pad_token_id: int) -> "Rollouts":

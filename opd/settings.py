@@ -65,16 +65,18 @@ class CurriculumConfig:
 
     kind: str = option(
         "none",
-        "none is the whole pool; tvdf where the teacher is reliable and ahead; variance where the "
+        "none is the whole pool; tvdf where the teacher is reliable and ahead; scc where it is "
+        "reliable, what the student can (anchors) and cannot (frontiers); variance where the "
         "student's answers vary; random as a control",
-        choices=("none", "tvdf", "variance", "random"),
+        choices=("none", "tvdf", "scc", "variance", "random"),
     )
     share: float = option(0.25, "of the pool, chosen in a round", above=0, most=1)
     rounds: int = option(1, "of choosing and training", least=1)
     answers: int = option(4, "sampled per example and model to score it", least=1)
     threshold: float = option(
         0.7,
-        "teacher's mean tIoU from which it is reliable (kind tvdf; our choice)",
+        "teacher's mean tIoU from which it is reliable (kinds tvdf, scc; ours), and the student's "
+        "from which an example is an anchor",
         least=0,
         most=1,
     )
@@ -83,6 +85,18 @@ class CurriculumConfig:
         "of the reliable examples: furthest ahead, evenly over the ranking, from five buckets, "
         "drawn around a gap of 0.9; controls: any reliable one, furthest ahead of all",
         choices=("topk", "uniform", "buckets", "gaussian", "reliability", "disagreement"),
+    )
+    anchors: float = option(0.1, "share of the chosen that are anchors (kind scc)", least=0, most=1)
+    frontier_below: float = option(
+        0.3, "student's mean tIoU below which an example is a frontier (kind scc)", least=0, most=1
+    )
+    routing: str = option(
+        "auto",
+        "suspend the rollouts that are good enough: no teacher, no backward; auto is on with scc",
+        choices=("auto", "on", "off"),
+    )
+    route_below: float = option(
+        0.5, "reward of a rollout below which it is trained on (routing)", above=0
     )
     min_std: float = option(
         0.1, "of the student's tIoUs (kind variance; our choice)", least=0, most=1

@@ -48,7 +48,8 @@ def signals(
 
     def joined(name: str) -> torch.Tensor | None:
         values = [getattr(loss, name) for loss in losses]
-        return None if values[0] is None else torch.cat(values)
+        values = [value for value in values if value is not None]
+        return torch.cat(values) if values else None
 
     def mean(values: torch.Tensor | None) -> float | None:
         known = values is not None and values.numel() and bool(values.isfinite().all())
@@ -71,15 +72,18 @@ def signals(
         "reward": None,
         "reward_std": None,
         "equal_groups": None,
+        "trained_share": sum(int(r.loss_mask.any(2).sum()) for r in rollouts) / completions,
         "sample": None,
     }
     rewards = [r.rewards for r in rollouts if r.rewards is not None]
     if rewards:
         groups = torch.cat(rewards)
-        row["reward"], row["reward_std"] = mean(groups), mean(groups.std(1))
-        row["equal_groups"] = int(all_equal(groups).sum())
+        row["reward"] = mean(groups)
+        if groups.shape[1] > 1:
+            row["reward_std"] = mean(groups.std(1))
+            row["equal_groups"] = int(all_equal(groups).sum())
     elif kl is None:  # trained on references: nothing was sampled
-        return row
+        return row | {"trained_share": None}
     chosen = joined("student_logprobs")
     if chosen is not None:
         drawn = torch.cat([r.rollout_logprobs[r.loss_mask] for r in rollouts])
@@ -139,6 +143,9 @@ def summarise(
             "recompute", progress.prompt_tokens
         ),
         "skipped_steps": progress.skipped,
+        "trained_share": progress.trained_rollouts / progress.rollouts
+        if progress.rollouts
+        else None,
         "equal_groups": progress.equal_groups if config.method == "grpo" else None,
         "left_out": left_out,
         "curve": read_rows(Path(config.run_dir, "curve.jsonl")),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.data.loader import PromptBatch
+from opd.data.batch import PromptBatch
 from opd.models.load import VideoLM
 from opd.prefix import Prefix, encode, extend, prefill
 

@@ -22,14 +22,14 @@ import torch
 
 from opd.checkpoint import Progress, Stopped
 from opd.config import Config, ConfigError, command_line, fail, load_config
+from opd.data.batch import PromptBatch
 from opd.data.examples import DataError
-from opd.data.loader import PromptBatch
 from opd.engine import TorchEngine
 from opd.ledger import Cost, Ledger, step_flops
 from opd.models.load import ModelError, VideoLM, load_model, load_processor, place
 from opd.objectives import Loss, Targets
-from opd.prefix import LayerCounter, encode, extend, prefill, recomputed_layers
-from opd.rewards import advantages, grade
+from opd.prefix import LayerCounter, Prefix, encode, extend, prefill, recomputed_layers
+from opd.rewards import advantages, all_equal, grade
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.summary import signals, table
 from opd.teacher import Teacher
@@ -80,30 +80,47 @@ class Trainer:
         """Prompt once, sample, score, train: adds the gradient of one micro-batch. With what an
         `earlier` epoch returned, train on its rollouts again."""
         config, student, phase = self.config, self.student, self.ledger.phase
+        parts = self.parts(batch)
         with phase("vision"):
-            video = encode(student, batch)
+            videos = [encode(student, part) for part in parts]
         with phase("prefill"):
-            prefix = prefill(student, batch, video, config.prefix.recompute, self.counter)
+            prefixes = [
+                prefill(student, part, video, config.prefix.recompute, self.counter)
+                for part, video in zip(parts, videos, strict=True)
+            ]
         with phase("sample"):
-            rollouts = earlier[1] if earlier else self.rollouts(batch, prefix.detach(), step)
-        mask = rollouts.loss_mask
-        teacher_hidden = None
-        if self.teacher is not None:
-            with phase("teacher"):
-                teacher_prefix = self.teacher.prefill(batch)
-                teacher_hidden = self.teacher.extend(teacher_prefix, rollouts.completion_ids)[mask]
-        with phase("extend"):
-            student_hidden = extend(student, prefix, rollouts.completion_ids, self.counter)[mask]
-        with phase("loss"):
-            old_logprobs = earlier[0].student_logprobs if earlier else None
-            result = self.loss(student_hidden, rollouts, teacher_hidden, old_logprobs)
-        with phase("backward"):
-            self.engine.backward(result.loss / (self.known_denominator or 1))
+            prefix = Prefix.join([p.detach() for p in prefixes])
+            rollouts = earlier[1] if earlier else self.rollouts(batch, prefix, step)
+        trained, answers = parts, rollouts
+        if config.routes:  # the others cost neither teacher nor backward
+            rows, answers = rollouts.routed
+            trained, prefixes = [parts[i] for i in rows], [prefixes[i] for i in rows]
+        result = Loss(torch.zeros((), device=student.device))
+        if trained:
+            mask, teacher_hidden = answers.loss_mask, None
+            if self.teacher is not None:
+                with phase("teacher"):
+                    prefix = Prefix.join([self.teacher.prefill(part) for part in trained])
+                    teacher_hidden = self.teacher.extend(prefix, answers.completion_ids)[mask]
+            with phase("extend"):
+                prefix = Prefix.join(prefixes)
+                hidden = extend(student, prefix, answers.completion_ids, self.counter)[mask]
+            with phase("loss"):
+                old_logprobs = earlier[0].student_logprobs if earlier else None
+                result = self.loss(hidden, answers, teacher_hidden, old_logprobs)
+            with phase("backward"):
+                self.engine.backward(result.loss / (self.known_denominator or 1))
         again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
-        sampled = not config.on_references and earlier is None
-        flops = step_flops(self.costs, batch, rollouts.completion_mask, sampled, again)
-        self.ledger.count(batch.num_tokens + int(rollouts.completion_mask.sum()), flops)
+        drawn = None if config.on_references or earlier else rollouts.completion_mask
+        flops = step_flops(self.costs, parts, drawn, trained, answers.completion_mask, again)
+        prompt_tokens = sum(part.num_tokens for part in parts)
+        self.ledger.count(prompt_tokens + int(rollouts.completion_mask.sum()), flops)
         return result, rollouts
+
+    def parts(self, batch: PromptBatch) -> list[PromptBatch]:
+        """What is forwarded at once; where rollouts are routed every prompt has its own graph, so
+        that a backward walks those alone that are trained on."""
+        return batch.alone() if self.config.routes else [batch]
 
     @property
     def known_denominator(self) -> int | None:
@@ -124,7 +141,8 @@ class Trainer:
         """The objective on the N tokens of the loss, inside the forward of the student's head."""
         config, mask = self.config, rollouts.loss_mask
         relative = None
-        if rollouts.rewards is not None:
+        if config.compares:
+            assert rollouts.rewards is not None
             relative = advantages(rollouts.rewards, config.grpo.advantage)
             relative = relative[..., None].expand_as(mask)[mask]
         targets = Targets(
@@ -151,10 +169,14 @@ class Trainer:
             config.seed, step, [e.id for e in batch.examples], config.num_rollouts, length
         )
         made = sample(self.student, prefix, self.policy, length, numbers, self.counter)
-        if config.method == "grpo" or config.opd.reward_coef:
+        if config.compares or config.routes:
             made = grade(made, batch.examples, self.processor.tokenizer, config.reward)
-        if config.method == "opd":
-            made = replace(made, trained=None)  # the teacher tells equal answers apart
+            assert made.rewards is not None
+            if config.method == "grpo":
+                told_apart = ~all_equal(made.rewards)
+                made = replace(made, trained=told_apart[:, None].expand_as(made.rewards))
+            elif config.routes:
+                made = replace(made, trained=made.rewards < config.curriculum.route_below)
         return replace(made, horizon=config.opd.horizon)
 
     def step(self, micro_batches: list[PromptBatch], step: int) -> dict[str, Any]:
@@ -175,9 +197,10 @@ class Trainer:
         drawn = [] if self.config.on_references else rollouts
         self.progress.count(
             finite,
-            prompt_tokens=sum(batch.num_tokens for batch in micro_batches),
+            prompt_tokens=sum(p.num_tokens for batch in micro_batches for p in self.parts(batch)),
             rollouts=sum(r.truncated.numel() for r in drawn),
             generated_tokens=sum(int(r.completion_mask.sum()) for r in drawn),
+            trained_rollouts=sum(int(r.loss_mask.any(2).sum()) for r in drawn),
             equal_groups=health.get("equal_groups") or 0,
         )
         return {

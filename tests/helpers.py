@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opd.config import load_config
+from opd.data.batch import Prompt, PromptBatch, collate
 from opd.data.examples import Example
-from opd.data.loader import Prompt, PromptBatch, collate
 from opd.loop import train
 from opd.models import tiny
 from opd.models.load import VideoLM, prepare

@@ -115,9 +115,35 @@ def test_variance_keeps_those_that_vary():
     assert sorted(chosen) == [i for i, s in enumerate(scores) if (s.student_std or 0) > 0.2]
 
 
+@pytest.mark.parametrize("count", [10, 40, 1000])
+@pytest.mark.parametrize("anchors", [0.0, 0.1, 0.5, 1.0])
+def test_scc_takes_anchors_and_frontiers(anchors, count):
+    scores = pool(400)
+    config = CurriculumConfig(kind="scc", threshold=0.6, anchors=anchors, frontier_below=0.3)
+    kinds: dict[str, set[int]] = {"anchor": set(), "frontier": set()}
+    for i in known(scores):
+        if scores[i].teacher_tiou >= 0.6 and scores[i].student_tiou >= 0.6:
+            kinds["anchor"].add(i)
+        elif scores[i].teacher_tiou >= 0.6 and scores[i].student_tiou < 0.3:
+            kinds["frontier"].add(i)
+    chosen = select(scores, count, config, 0)
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= kinds["anchor"] | kinds["frontier"]
+    wanted = round(anchors * count)
+    for kind, number in (("anchor", wanted), ("frontier", count - wanted)):
+        assert len(kinds[kind] & set(chosen)) == min(number, len(kinds[kind])), kind
+    assert select(scores, count, config, 0) == chosen
+    if 0 < anchors < 1 and count < 1000:
+        assert select(scores, count, config, 1) != chosen
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (
+            CurriculumConfig(kind="scc", threshold=0.5, frontier_below=0.05),
+            "curriculum.kind=scc: of 1 reliable examples the student's tIoU reaches 0.5 or stays "
+            "below 0.05 on none",
+        ),
         (
             tvdf(threshold=0.95),
             "curriculum.kind=tvdf: the teacher's tIoU reaches 0.95 on none of 2 examples "
@@ -218,9 +244,23 @@ def test_the_teacher_is_asked_once_and_a_rerun_asks_nobody(whole, videos, monkey
     run(videos, whole, *SHORT, "overwrite=true")  # other tests read it
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_stopped_run_goes_on_in_the_same_order(after, whole, videos, tmp_path, monkeypatch):
+OTHERS = {
+    "scc": ["curriculum.kind=scc", "curriculum.frontier_below=0.9"],
+    "variance": ["curriculum.kind=variance", "curriculum.min_std=0.01", "optim.lr=1e-4"],
+    "random": ["curriculum.kind=random"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"), [*[("tvdf", i) for i in (1, 2, 3)], *[(k, 3) for k in OTHERS]]
+)
+def test_a_stopped_run_goes_on_in_the_same_order(kind, after, whole, videos, tmp_path, monkeypatch):
     from opd.train import Trainer
+
+    keys = [*SHORT, *OTHERS.get(kind, [])]
+    if kind != "tvdf":
+        whole = tmp_path / "whole"
+        run(videos, whole, *keys)
 
     original, calls = Trainer.step, [0]
 
@@ -236,9 +276,9 @@ def test_a_stopped_run_goes_on_in_the_same_order(after, whole, videos, tmp_path,
 
     monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(Stopped):
-        run(videos, tmp_path / "run", *SHORT)
+        run(videos, tmp_path / "run", *keys)
     monkeypatch.undo()
-    run(videos, tmp_path / "run", *SHORT, "resume=auto")
+    run(videos, tmp_path / "run", *keys, "resume=auto")
     assert metric_rows(tmp_path / "run") == metric_rows(whole)
     for name in ("round_0.jsonl", "round_1.jsonl"):
         path = f"curriculum/{name}"

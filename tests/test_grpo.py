@@ -43,8 +43,7 @@ def rewards_of(rollouts: Rollouts) -> Tensor:
 def graded(rollouts: Rollouts, examples: Any, *_: Any) -> Rollouts:
     rewards = rewards_of(rollouts)
     rewards[[example.id == "b" for example in examples]] = 0.5
-    kept = ~all_equal(rewards)
-    return replace(rollouts, rewards=rewards, trained=kept[:, None].expand_as(rewards))
+    return replace(rollouts, rewards=rewards)
 
 
 @pytest.fixture
@@ -70,7 +69,10 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
 
 def drawn(lm: VideoLM, policy: Policy, batch: Any) -> Rollouts:
     draws = uniforms(0, 0, [e.id for e in batch.examples], GROUP, 5)
-    return graded(sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws), batch.examples)
+    made = graded(sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws), batch.examples)
+    assert made.rewards is not None
+    told_apart = ~all_equal(made.rewards)
+    return replace(made, trained=told_apart[:, None].expand_as(made.rewards))
 
 
 def dense(
@@ -167,8 +169,7 @@ def test_nothing_to_prefer_changes_nothing(trainer, monkeypatch):
     state = {k: v.clone() for p in made.engine.optimizer.state.values() for k, v in p.items()}
 
     def equal(rollouts: Rollouts, *_: Any) -> Rollouts:
-        rewards = torch.full_like(rewards_of(rollouts), 0.25)
-        return replace(rollouts, rewards=rewards, trained=torch.zeros_like(rollouts.truncated))
+        return replace(rollouts, rewards=torch.full_like(rewards_of(rollouts), 0.25))
 
     monkeypatch.setattr("opd.train.grade", equal)
     row = made.step([batch], 1)

@@ -223,16 +223,16 @@ def test_a_step_is_charged_what_it_did() -> None:
         return vision, cost.prompt(size, length), extension, cost.per_head
 
     vision, prompt, extension, head = parts(student)
-    found = ledger.step_flops(costs, batch, mask, True, costs[student].num_layers)
+    found = ledger.step_flops(costs, [batch], mask, [batch], mask, costs[student].num_layers)
     student.train_only("language")
-    frozen = ledger.step_flops(costs, batch, mask, True, 0)
+    frozen = ledger.step_flops(costs, [batch], mask, [batch], mask, 0)
     trained = 3 * (prompt + extension + head * valid) + extension + head * 4 * longest
     assert frozen["student"] == pytest.approx(trained + vision)
     assert found["student"] == pytest.approx(trained + 3 * vision)
     assert (frozen["recompute"], found["recompute"]) == (0, pytest.approx(prompt))
     vision, prompt, extension, head = parts(teacher)
     assert frozen["teacher"] == pytest.approx(vision + prompt + extension + head * valid)
-    references = ledger.step_flops({student: costs[student]}, batch, mask, False, 0)
+    references = ledger.step_flops({student: costs[student]}, [batch], None, [batch], mask, 0)
     assert references["teacher"] == 0 and references["student"] < frozen["student"]
 
 

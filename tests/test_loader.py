@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from opd.config import DataConfig
+from opd.data.batch import collate
 from opd.data.examples import DataError
 from opd.data.formats import write_timerft
-from opd.data.loader import Prompts, batches, collate, schedule
+from opd.data.loader import Prompts, batches, schedule
 from opd.data.sources import load_examples
 from opd.models.load import VideoLM, prepare
 from opd.models.tiny import build, processor

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opd.config import Config, OptimConfig, PrefixConfig, SampleConfig
-from opd.data.loader import Prompt, PromptBatch, split
+from opd.data.batch import Prompt, PromptBatch
+from opd.data.loader import split
 from opd.models.load import VideoLM
 from opd.objectives import Loss, Targets
 from opd.prefix import extend

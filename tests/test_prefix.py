@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opd.decode import Decoder
 from opd.models.load import VideoLM
 from opd.objectives import Targets
-from opd.prefix import Decoder, LayerCounter, Prefix, extend, prefill
+from opd.prefix import LayerCounter, Prefix, extend, prefill
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 from tests.helpers import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.data.loader import Prompt
+from opd.data.batch import Prompt
 from opd.models import tiny
 from opd.models.load import VideoLM
 from opd.prefix import extend

@@ -3,7 +3,7 @@ reproducible order."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,89 +12,9 @@ import torch
 
 from opd.answers import format_span
 from opd.config import DataConfig
+from opd.data.batch import Prompt, PromptBatch, collate, to_device
 from opd.data.examples import DataError, Example
 from opd.data.video import TEMPORAL_PATCH, Backend, VideoFrames, sample_frames
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One example as the models see it.
-
-    `input_ids` int64 `[P]`, `position_ids` int64 `[3, P]`, `pixel_values` `[patches, patch_dim]`,
-    `grid_thw` in patches, `frame_indices` and `timestamps_s` of what was decoded, and the reference
-    answer's `completion_ids`, end token included (empty where the example has no span). `features`
-    has an entry for each model whose vision tokens are to be kept, None until they are made; where
-    all are, `pixel_values` is None.
-    """
-
-    example: Example
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    next_position: int
-    pixel_values: torch.Tensor | None
-    grid_thw: tuple[int, int, int]
-    frame_indices: tuple[int, ...]
-    timestamps_s: tuple[float, ...]
-    completion_ids: torch.Tensor
-    features: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptBatch:
-    """Prompts side by side, left-padded to the longest: `input_ids` `[B, P]`, `mask` boolean,
-    `position_ids` `[3, B, P]`."""
-
-    prompts: tuple[Prompt, ...]
-    input_ids: torch.Tensor
-    mask: torch.Tensor
-    position_ids: torch.Tensor
-    next_position: torch.Tensor
-    pixel_values: torch.Tensor
-    video_grid_thw: torch.Tensor
-
-    @property
-    def examples(self) -> list[Example]:
-        return [prompt.example for prompt in self.prompts]
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens as the layers see them, padding included."""
-        return self.input_ids.numel()
-
-    def references(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference completions, right-padded: ids and mask `[B, 1, T]`."""
-        rows = [prompt.completion_ids for prompt in self.prompts]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        device = self.input_ids.device
-        return ids[:, None].to(device), mask[:, None].to(device)
-
-
-def collate(
-    prompts: Sequence[Prompt], pad_token_id: int, device: torch.device | str = "cpu"
-) -> PromptBatch:
-    """Left-pad prompts to the longest of them and join their videos."""
-    width = max(len(p.input_ids) for p in prompts)
-    batch = len(prompts)
-    videos = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    ids = torch.full((batch, width), pad_token_id)
-    mask = torch.zeros(batch, width, dtype=torch.bool)
-    positions = torch.zeros(3, batch, width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt.input_ids)
-        ids[row, start:] = prompt.input_ids
-        mask[row, start:] = True
-        positions[:, row, start:] = prompt.position_ids
-    return PromptBatch(
-        prompts=tuple(prompts),
-        input_ids=ids.to(device),
-        mask=mask.to(device),
-        position_ids=positions.to(device),
-        next_position=torch.tensor([p.next_position for p in prompts]).to(device),
-        pixel_values=torch.cat(videos or [torch.empty(0)]).to(device),
-        video_grid_thw=torch.tensor([p.grid_thw for p in prompts]).to(device),
-    )
 
 
 class Prompts:
@@ -282,9 +202,3 @@ def batches(
                 pending.append(pool.submit(make, plan[position + ahead]))
             if batch is not None:
                 yield to_device(batch, device)
-
-
-def to_device(batch: PromptBatch, device: torch.device | str) -> PromptBatch:
-    """The batch's tensors on a device."""
-    tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **tensors)
