@@ -8,7 +8,7 @@ import torch
 
 from opd.data.batch import PromptBatch
 from opd.models.load import Video, VideoLM
-from opd.prefix import encode, prefill
+from opd.prefix import Prefix, encode, join, prefill
 from opd.rollout import Rollouts, sample, uniforms
 from opd.train import Trainer
 
@@ -45,11 +45,14 @@ def conventional_step(trainer: Trainer, batch: PromptBatch, step: int) -> Rollou
     loss, one update."""
     assert trainer.teacher is not None
     config, student, teacher = trainer.config, trainer.student, trainer.teacher.lm
-    video = encode(student, batch)
+    parts = batch.parts()
+    videos = [encode(student, part) for part in parts]
+    video = join(videos)
     length = config.sample.max_completion_length
     numbers = uniforms(config.seed, step, [e.id for e in batch.examples], 1, length)
     with torch.no_grad():
-        prefix = prefill(student, batch, video)
+        pairs = zip(parts, videos, strict=True)
+        prefix = Prefix.join([prefill(student, part, video) for part, video in pairs])
         rollouts = sample(student, prefix, trainer.policy, length, numbers)
         ids, mask = rollouts.completion_ids[:, 0], rollouts.completion_mask[:, 0]
         teacher_video = encode(teacher, batch)

@@ -87,7 +87,7 @@ class Progress:
     step: int = 0  # steps done
     skipped: int = 0  # of them, without a finite loss and gradient
     skipped_in_a_row: int = 0
-    prompt_tokens: int = 0  # padding included
+    prompt_tokens: int = 0
     rollouts: int = 0  # sampled to train on
     generated_tokens: int = 0  # in them, end tokens included
     trained_rollouts: int = 0  # of them; all, where none are told apart

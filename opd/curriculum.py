@@ -30,7 +30,7 @@ from opd.data.examples import DataError
 from opd.data.loader import Prompts, batches, split
 from opd.metrics import best_tiou
 from opd.models.load import VideoLM
-from opd.prefix import encode, prefill
+from opd.prefix import forward
 from opd.rollout import Policy, decode_answers, sample, uniforms
 from opd.settings import CurriculumConfig
 from opd.teacher import Teacher
@@ -173,11 +173,9 @@ def answer_tious(
     plan = split(list(range(len(prompts))), size)
     length = config.sample.max_completion_length
     for batch in batches(prompts, plan, lm.device, [lm]):
-        with torch.no_grad():
-            prefix = prefill(lm, batch, encode(lm, batch))
-            ids = [e.id for e in batch.examples]
-            draws = uniforms(config.seed, SCORING_STEP, ids, number, length)
-            made = sample(lm, prefix, policy, length, draws)
+        ids = [e.id for e in batch.examples]
+        draws = uniforms(config.seed, SCORING_STEP, ids, number, length)
+        made = sample(lm, forward(lm, batch), policy, length, draws)
         for example, answers in zip(
             batch.examples, decode_answers(made, prompts.tokenizer), strict=True
         ):

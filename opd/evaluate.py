@@ -27,7 +27,7 @@ from opd.metrics import (
     summarize,
 )
 from opd.models.load import ModelError, VideoLM, load_model, load_processor, place, resolve
-from opd.prefix import encode, prefill
+from opd.prefix import forward
 from opd.rollout import Policy, decode_answers, sample, uniforms
 
 # In the place of a step number: evaluation draws its own numbers, the same before and after.
@@ -93,7 +93,7 @@ def evaluate(
     plan = split(list(range(len(prompts))), size)
     rows = []
     for batch in batches(prompts, plan, lm.device, [lm]):
-        prefix = prefill(lm, batch, encode(lm, batch))
+        prefix = forward(lm, batch)
         length = config.sample.max_completion_length
         greedy = decode_answers(sample(lm, prefix, policy, length, None), prompts.tokenizer)
         sampled: list[list[str]] = [[] for _ in batch.examples]

@@ -135,6 +135,11 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
             if lm in prompt.features:
                 prompt.features[lm] = video
         videos.append(video)
+    return join(videos)
+
+
+def join(videos: Sequence[Video]) -> Video:
+    """The vision tokens of several, one after the other."""
     embeds, levels = zip(*videos, strict=True)
     return torch.cat(embeds), [torch.cat(level) for level in zip(*levels, strict=True)]
 
@@ -152,12 +157,14 @@ def prefill(
     recompute: str = "none",
     counter: LayerCounter | None = None,
 ) -> Prefix:
-    """One forward of a prompt batch. Under autograd the graph is kept, for `extend` to continue.
+    """One forward of prompts of one length (`PromptBatch.parts`). Under autograd the graph is kept,
+    for `extend` to continue.
 
     Args: video: what `encode` made of the batch's frames. recompute: none, all, or how
         many layers drop their activations and run again in backward; keys and values stay on the
         graph in every mode.
     """
+    assert batch.input_ids.numel() == batch.num_tokens, "padded prompts"
     counter = counter or LayerCounter()
     language_model = lm.language_model
     embeds, deepstack = video
@@ -169,13 +176,10 @@ def prefill(
         for d in deepstack
     ]
     rotary = language_model.rotary_emb(hidden, batch.position_ids)
-    attention_mask = None if batch.mask.all() else _prompt_mask(batch.mask)
 
     def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         slot = _Slot()
-        out = layer(
-            hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=slot
-        )
+        out = layer(hidden, attention_mask=None, position_embeddings=rotary, past_key_values=slot)
         return out, slot.key, slot.value
 
     def contexts() -> tuple[Any, Any]:
@@ -201,13 +205,10 @@ def prefill(
     return Prefix(keys, values, batch.mask, last_hidden, batch.next_position)
 
 
-def _prompt_mask(mask: torch.Tensor) -> torch.Tensor:
-    """`[B, 1, P, P]`: causal, no padding; padding rows see themselves, because an empty softmax is
-    NaN."""
-    length = mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    diagonal = torch.eye(length, dtype=torch.bool, device=mask.device)
-    return ((causal & mask[:, None]) | diagonal)[:, None]
+@torch.no_grad()
+def forward(lm: VideoLM, batch: PromptBatch) -> Prefix:
+    """The prefix of a batch of any lengths, without a graph."""
+    return Prefix.join([prefill(lm, part, encode(lm, part)) for part in batch.parts()])
 
 
 def extend(

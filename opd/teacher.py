@@ -7,7 +7,7 @@ import torch
 
 from opd.data.batch import PromptBatch
 from opd.models.load import VideoLM
-from opd.prefix import Prefix, encode, extend, prefill
+from opd.prefix import Prefix, extend, forward
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,9 @@ class Teacher:
     def __post_init__(self) -> None:
         self.lm.model.requires_grad_(False)
 
-    @torch.no_grad()
     def prefill(self, batch: PromptBatch) -> Prefix:
         """Forward the prompt once; keys and values only."""
-        return prefill(self.lm, batch, encode(self.lm, batch))
+        return forward(self.lm, batch)
 
     @torch.no_grad()
     def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,9 @@ class Trainer:
         """Prompt once, sample, score, train: adds the gradient of one micro-batch. With what an
         `earlier` epoch returned, train on its rollouts again."""
         config, student, phase = self.config, self.student, self.ledger.phase
-        parts = self.parts(batch)
+        # Where rollouts are routed every prompt has its own graph, so that a backward walks those
+        # alone that are trained on.
+        parts = batch.parts(alone=config.routes)
         with phase("vision"):
             videos = [encode(student, part) for part in parts]
         with phase("prefill"):
@@ -113,14 +115,8 @@ class Trainer:
         again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
         drawn = None if config.on_references or earlier else rollouts.completion_mask
         flops = step_flops(self.costs, parts, drawn, trained, answers.completion_mask, again)
-        prompt_tokens = sum(part.num_tokens for part in parts)
-        self.ledger.count(prompt_tokens + int(rollouts.completion_mask.sum()), flops)
+        self.ledger.count(batch.num_tokens + int(rollouts.completion_mask.sum()), flops)
         return result, rollouts
-
-    def parts(self, batch: PromptBatch) -> list[PromptBatch]:
-        """What is forwarded at once; where rollouts are routed every prompt has its own graph, so
-        that a backward walks those alone that are trained on."""
-        return batch.alone() if self.config.routes else [batch]
 
     @property
     def known_denominator(self) -> int | None:
@@ -197,7 +193,7 @@ class Trainer:
         drawn = [] if self.config.on_references else rollouts
         self.progress.count(
             finite,
-            prompt_tokens=sum(p.num_tokens for batch in micro_batches for p in self.parts(batch)),
+            prompt_tokens=sum(batch.num_tokens for batch in micro_batches),
             rollouts=sum(r.truncated.numel() for r in drawn),
             generated_tokens=sum(int(r.completion_mask.sum()) for r in drawn),
             trained_rollouts=sum(int(r.loss_mask.any(2).sum()) for r in drawn),

@@ -148,7 +148,12 @@ def batch_of(prompts: Sequence[Prompt], extra_padding: int = 0) -> PromptBatch:
 
 
 def prefill_of(lm: VideoLM, batch: PromptBatch, recompute: str = "none") -> Prefix:
-    return prefill(lm, batch, lm.encode_video(batch.pixel_values, batch.video_grid_thw), recompute)
+    return Prefix.join(
+        [
+            prefill(lm, part, lm.encode_video(part.pixel_values, part.video_grid_thw), recompute)
+            for part in batch.parts()
+        ]
+    )
 
 
 def random_completions(batch: int, rollouts: int, length: int = 5) -> Completions:

@@ -90,14 +90,15 @@ def test_vision_tokens_are_made_once_and_kept_up_to_the_limit(
         for batch in batches(mine, plan, models=[frozen], ahead=1):
             embeds, levels = encode(frozen, batch)
             results[room] += [embeds, *levels]
-            without_frames += [p.pixel_values is None for p in batch.prompts]
+            by_id = sorted(batch.prompts, key=lambda p: p.example.id)
+            without_frames += [p.pixel_values is None for p in by_id]
         expected = [False] * 5 + ([True] * 3 if room else [False] * 3) + [False] * 3
         assert without_frames == expected, "videos 0 to 3 fit, 4 and 5 do not"
         assert not mine._frames
     assert all(map(torch.equal, results[0], results[room_for_four]))
+    first = sorted((prompts[i] for i in plan[0]), key=lambda p: len(p.input_ids))
     together, _ = frozen.encode_video(
-        torch.cat([prompts[i].pixel_values for i in plan[0]]),
-        torch.tensor([prompts[i].grid_thw for i in plan[0]]),
+        torch.cat([p.pixel_values for p in first]), torch.tensor([p.grid_thw for p in first])
     )
     torch.testing.assert_close(results[0][0], together, atol=1e-5, rtol=1e-5)
 
@@ -155,3 +156,15 @@ def test_an_empty_annotation_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(DataError, match=r"none\.json"):
         load_examples(str(tmp_path / "none.json"), DataConfig(video_root=str(tmp_path)), None)
+
+
+def test_prompts_of_one_length_come_side_by_side(prompts: Prompts) -> None:
+    (batch,) = batches(prompts, [list(range(6))])
+    lengths = [len(p.input_ids) for p in batch.prompts]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    parts = batch.parts()
+    assert len(parts) == len(set(lengths))
+    assert sum((part.prompts for part in parts), ()) == batch.prompts
+    for part in parts:
+        assert part.mask.all() and part.num_tokens == part.input_ids.numel()
+    assert [len(part.prompts) for part in batch.parts(alone=True)] == [1] * 6

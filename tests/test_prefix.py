@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd.decode import Decoder
 from opd.models.load import VideoLM
 from opd.objectives import Targets
-from opd.prefix import LayerCounter, Prefix, extend, prefill
+from opd.prefix import LayerCounter, Prefix, encode, extend, prefill
 from opd.rollout import Policy, Rollouts, sample, uniforms
 from opd.teacher import Teacher
 from tests.helpers import (
@@ -189,9 +189,9 @@ def test_a_prompt_is_forwarded_once(recompute):
     batch = batch_of(unequal_prompts(lm))
     counter = LayerCounter().attach(lm)
     layers = counter.num_layers
-    prefix = prefill(
-        lm, batch, lm.encode_video(batch.pixel_values, batch.video_grid_thw), recompute, counter
-    )
+    parts = batch.parts()
+    made = [prefill(lm, part, encode(lm, part), recompute, counter) for part in parts]
+    prefix = Prefix.join(made)
     policy = replace(policy_of(lm), eos_token_ids=())
     made = sample(lm, prefix.detach(), policy, 4, uniforms(0, 0, ["a", "b", "c"], 2, 4), counter)
     extend(lm, prefix, made.completion_ids, counter).sum().backward()

@@ -75,7 +75,7 @@ def test_prompts_forwarded_alone_and_joined_are_the_batch():
     lm = ours("student", layers=2)
     batch = batch_of(unequal_prompts(lm), extra_padding=3)
     ids, mask = random_completions(3, 2)
-    alone = batch.alone()
+    alone = batch.parts(alone=True)
     assert [part.mask.all() and part.num_tokens for part in alone] == [
         len(prompt.input_ids) for prompt in batch.prompts
     ]
@@ -152,7 +152,7 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     assert sorted(walked) == ["a", "c"]
     rows, answers = whole.routed
     assert rows == [0, 2]
-    alone = made.parts(batch)
+    alone = batch.parts(alone=True)
     trained = [alone[i] for i in rows]
     wanted = step_flops(
         made.costs, alone, whole.completion_mask, trained, answers.completion_mask, 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class PromptBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt tokens as the layers see them, padding included."""
-        return self.input_ids.numel()
+        """Tokens of the prompts, without padding."""
+        return sum(len(prompt.input_ids) for prompt in self.prompts)
 
     @property
     def pixels(self) -> tuple[torch.Tensor, ...]:
@@ -60,23 +61,25 @@ class PromptBatch:
         patches = [0 if p.pixel_values is None else len(p.pixel_values) for p in self.prompts]
         return self.pixel_values.split(patches)
 
-    def alone(self) -> "list[PromptBatch]":
-        """Every prompt as a batch of its own, without padding."""
-        parts = []
-        for row, (prompt, pixels) in enumerate(zip(self.prompts, self.pixels, strict=True)):
-            one, length = slice(row, row + 1), len(prompt.input_ids)
-            parts.append(
-                PromptBatch(
-                    prompts=(prompt,),
-                    input_ids=self.input_ids[one, -length:],
-                    mask=self.mask[one, -length:],
-                    position_ids=self.position_ids[:, one, -length:],
-                    next_position=self.next_position[one],
-                    pixel_values=pixels,
-                    video_grid_thw=self.video_grid_thw[one],
-                )
+    def parts(self, alone: bool = False) -> "list[PromptBatch]":
+        """Neighbours of one length together, or every prompt alone: batches without padding, whose
+        attention needs no mask."""
+        lengths = [len(prompt.input_ids) for prompt in self.prompts]
+        edges = [i for i, n in enumerate(lengths) if alone or i == 0 or n != lengths[i - 1]]
+        found = []
+        for start, end in pairwise([*edges, len(lengths)]):
+            rows, columns = slice(start, end), slice(-lengths[start], None)
+            part = PromptBatch(
+                prompts=self.prompts[rows],
+                input_ids=self.input_ids[rows, columns],
+                mask=self.mask[rows, columns],
+                position_ids=self.position_ids[:, rows, columns],
+                next_position=self.next_position[rows],
+                pixel_values=torch.cat(self.pixels[rows]),
+                video_grid_thw=self.video_grid_thw[rows],
             )
-        return parts
+            found.append(part)
+        return found
 
     def references(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference completions, right-padded: ids and mask `[B, 1, T]`."""

@@ -185,6 +185,7 @@ def batches(
                 f"no video of {len(prompts)} decodes; {next(iter(prompts.broken.values()))}"
             )
         found = [prompt for prompt in found if prompt is not None]
+        found.sort(key=lambda prompt: len(prompt.input_ids))  # those of one length side by side
         return collate(found, pad) if found else None
 
     threads = torch.get_num_threads()
