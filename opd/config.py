@@ -9,7 +9,15 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 
 from opd.options import ConfigError, check, describe, merge, option, require, shown
-from opd.settings import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig
+from opd.settings import (
+    CurriculumConfig,
+    EngineConfig,
+    EvalConfig,
+    GRPOConfig,
+    OPDConfig,
+    PrefixConfig,
+    RewardConfig,
+)
 
 __all__ = ["Config", "ConfigError", "command_line", "fail", "load_config", "to_yaml"]
 
@@ -93,34 +101,6 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixConfig:
-    """The prompt's forward."""
-
-    recompute: str = option(
-        "none", "layers whose activations are computed again in backward: none, all or a number"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Who shards: plain torch on one device, or (not in this version) DeepSpeed ZeRO."""
-
-    kind: str = option("torch", "who holds the weights and steps", choices=("torch",))
-    zero_stage: int = option(0, "what DeepSpeed shards", least=0, most=3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluation on `data.eval`, before and after training."""
-
-    draws: int = option(4, "sampled answers per query, beside the greedy one", least=0)
-    batch_size: int = option(32, "prompts", least=1)
-    teacher: bool = option(True, "evaluate the teacher too (method opd)")
-    before: bool = option(True, "evaluate the student before training too")
-    every: int | None = option(None, "steps between evaluations on the way", least=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. The defaults are the embedded one: minutes on two CPU cores."""
 
@@ -183,6 +163,20 @@ class Config:
         """Whether rollouts that are good enough are suspended."""
         chosen = self.curriculum
         return chosen.routing == "on" or (chosen.routing == "auto" and chosen.kind == "scc")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a training example must have, one of these at least."""
+        if self.on_references:
+            return "spans", "answer"
+        if self.compares or self.routes:
+            reward = self.reward
+            timed = reward.tiou or reward.threshold or reward.boundary or reward.format
+            return ("spans",) * bool(timed) + ("options",) * bool(reward.choice)
+        kind = self.curriculum.kind
+        if kind == "variance":
+            return "spans", "options"
+        return ("spans",) if kind in ("tvdf", "scc") else ()
 
     def __post_init__(self) -> None:
         check(self)

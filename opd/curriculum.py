@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,12 @@ import torch
 from opd.answers import parse_span
 from opd.checkpoint import read_rows, write_rows
 from opd.config import Config
-from opd.data.examples import DataError
+from opd.data.examples import DataError, Example
 from opd.data.loader import Prompts, batches, split
 from opd.metrics import best_tiou
 from opd.models.load import VideoLM
 from opd.prefix import forward
+from opd.rewards import is_right
 from opd.rollout import Policy, decode_answers, sample, uniforms
 from opd.settings import CurriculumConfig
 from opd.teacher import Teacher
@@ -42,13 +44,19 @@ SCORING_STEP = -2  # of the draws; evaluation has -1, training 0 and above
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of an example: mean tIoUs, None where it was not asked for or the video does
-    not decode, and the standard deviation of the student's."""
+    """What is known of an example: mean tIoUs, None where it was not asked for, has no true span or
+    the video does not decode, the standard deviation of the student's, and the share of its answers
+    that choose the right option."""
 
     id: str
     teacher_tiou: float | None = None
     student_tiou: float | None = None
     student_std: float | None = None
+    student_right: float | None = None
+
+    def varies(self, min_std: float) -> bool:
+        """Whether the student's answers do: in tIoU, or neither always right nor always wrong."""
+        return (self.student_std or 0.0) > min_std or 0 < (self.student_right or 0.0) < 1
 
 
 def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: int) -> list[int]:
@@ -61,7 +69,7 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
     places, rule = list(range(len(scores))), config.select
     told = "the pool is empty"
     if config.kind == "variance":
-        places = [i for i in places if (scores[i].student_std or 0.0) > config.min_std]
+        places = [i for i in places if scores[i].varies(config.min_std)]
         told = f"the student's tIoU varies by more than {config.min_std} on none of {len(scores)}"
         rule = "random"
     elif config.kind in ("tvdf", "scc"):
@@ -150,17 +158,21 @@ def weights_digest(lm: VideoLM) -> str:
     return digest.hexdigest()
 
 
-def answer_tious(
+def score_answers(
     lm: VideoLM,
     prompts: Prompts,
     policy: Policy,
     config: Config,
     folder: Path,
     progress: Callable[[int], object] = lambda _: None,
-) -> dict[str, list[float]]:
-    """tIoUs of `curriculum.answers` sampled answers to each example that decodes: from the file
-    that the same question left in `folder`, or asked and stored there."""
-    data = [(e.id, str(e.video), e.query, e.spans) for e in prompts.examples]
+) -> dict[str, dict[str, Any]]:
+    """`tious` and `rights` of `curriculum.answers` sampled answers to each example that decodes,
+    empty where it has no true span or no options: from the file that the same question left in
+    `folder`, or asked and stored there."""
+    data = [
+        (e.id, str(e.video), e.query, e.spans, e.question, e.options, e.answer)
+        for e in prompts.examples
+    ]
     settings = asdict(config.data)
     asked = {k: settings[k] for k in ("fps", "max_frames", "prompt", "backend")}
     number = config.curriculum.answers
@@ -168,7 +180,7 @@ def answer_tious(
     text = json.dumps([data, asked, sampling, policy.allowed_columns.tolist()], default=str)
     path = folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.jsonl"
     if path.is_file():
-        return {row["id"]: row["tious"] for row in read_rows(path)}
+        return {row["id"]: row for row in read_rows(path)}
     size, rows = config.eval.batch_size, []
     plan = split(list(range(len(prompts))), size)
     length = config.sample.max_completion_length
@@ -180,12 +192,16 @@ def answer_tious(
             batch.examples, decode_answers(made, prompts.tokenizer), strict=True
         ):
             spans = [parse_span(answer, example.duration_s) for answer in answers]
-            tious = [best_tiou(span, example.spans) for span in spans]
-            rows.append({"id": example.id, "tious": tious, "answers": answers})
+            row: dict[str, Any] = {"id": example.id, "answers": answers, "tious": [], "rights": []}
+            if example.spans:
+                row["tious"] = [best_tiou(span, example.spans) for span in spans]
+            if example.options:
+                row["rights"] = [is_right(answer, example) for answer in answers]
+            rows.append(row)
         progress(len(batch.examples))
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(path, rows)
-    return {row["id"]: row["tious"] for row in rows}
+    return {row["id"]: row for row in rows}
 
 
 def choose(
@@ -207,28 +223,32 @@ def choose(
     if path.is_file():
         rows = read_rows(path)
         return [i for _, i in sorted((r["rank"], i) for i, r in enumerate(rows) if r["selected"])]
-    judged: dict[str, list[float]] = {}
-    answered: dict[str, list[float]] = {}
+    judged: dict[str, dict[str, Any]] = {}
+    answered: dict[str, dict[str, Any]] = {}
     asked = prompts, policy, config, folder / "scores", progress
     if settings.kind in ("tvdf", "scc"):
         assert teacher is not None
-        judged = answer_tious(teacher.lm, *asked)
-        if not any(any(tious) for tious in judged.values()):
+        judged = score_answers(teacher.lm, *asked)
+        if not any(any(row["tious"]) for row in judged.values()):
             raise DataError(
                 f"curriculum.kind={settings.kind}: no answer of the teacher to {len(judged)} fits"
             )
     if settings.kind in ("tvdf", "scc", "variance"):
-        answered = answer_tious(student, *asked)
+        answered = score_answers(student, *asked)
 
-    def mean(tious: list[float] | None) -> float | None:
-        return None if not tious else float(np.mean(tious))
+    def of(rows: dict[str, dict[str, Any]], example: Example, name: str) -> list[float]:
+        return rows.get(example.id, {}).get(name, [])
+
+    def mean(values: list[float]) -> float | None:
+        return float(np.mean(values)) if values else None
 
     scores = [
         Score(
             example.id,
-            mean(judged.get(example.id)),
-            mean(answered.get(example.id)),
-            float(np.std(answered[example.id])) if answered.get(example.id) else None,
+            mean(of(judged, example, "tious")),
+            mean(tious := of(answered, example, "tious")),
+            float(np.std(tious)) if tious else None,
+            mean(of(answered, example, "rights")),
         )
         for example in prompts.examples
     ]

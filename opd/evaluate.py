@@ -21,13 +21,16 @@ from opd.engine import set_up
 from opd.metrics import (
     Summary,
     best_constant,
+    best_iop,
     best_tiou,
     miou,
     nearest_representable,
     summarize,
+    summarize_choices,
 )
 from opd.models.load import ModelError, VideoLM, load_model, load_processor, place, resolve
 from opd.prefix import forward
+from opd.rewards import is_right, readable
 from opd.rollout import Policy, decode_answers, sample, uniforms
 
 # In the place of a step number: evaluation draws its own numbers, the same before and after.
@@ -36,17 +39,19 @@ EVALUATION_STEP = -1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The summary; per query the tIoU of the greedy answer and the mean tIoU of the sampled ones.
+    """The summary; per query with a true span the tIoU of the greedy answer and the mean tIoU of
+    the sampled ones.
 
-    `ceiling` is the mIoU of the best answers that name two timestamps of the prompt, `constant`
-    that of the best single answer to all queries.
+    The summary holds what `summarize` and `summarize_choices` say, None where no query is of the
+    kind. `ceiling` is the mIoU of the best answers that name two timestamps of the prompt,
+    `constant` that of the best single answer to all queries.
     """
 
-    summary: Summary
+    summary: dict[str, Any]
     greedy_tious: list[float]
     sampled_tious: list[float]
-    ceiling: float
-    constant: float
+    ceiling: float | None
+    constant: float | None
 
     @classmethod
     def of(cls, rows: list[dict[str, Any]]) -> "Evaluation":
@@ -55,17 +60,31 @@ class Evaluation:
         def span(value: Any) -> Any:
             return None if value is None else tuple(value)
 
-        truth = [tuple(tuple(s) for s in row["truth"]) for row in rows]
-        sampled = [[span(s) for s in row["sampled_predicted"]] for row in rows]
-        _, constant = best_constant([spans[0] for spans in truth])
+        timed = [row for row in rows if row["truth"]]
+        asked = [row for row in rows if row.get("right") is not None]
+        truth = [tuple(tuple(s) for s in row["truth"]) for row in timed]
+        summary: dict[str, Any] = dict.fromkeys(Summary.__annotations__)
+        if timed:
+            sampled = [[span(s) for s in row["sampled_predicted"]] for row in timed]
+            summary |= summarize([span(row["predicted"]) for row in timed], sampled, truth)
+        if asked:
+            iops = [
+                best_iop(span(row["predicted"]), row["truth"]) if row["truth"] else None
+                for row in asked
+            ]
+            sampled = [row["sampled_right"] for row in asked]
+            summary |= summarize_choices([row["right"] for row in asked], sampled, iops)
+        unread = sum(not row["readable"] for row in rows if "readable" in row)
         return cls(
-            summary=summarize([span(row["predicted"]) for row in rows], sampled, truth),
-            greedy_tious=[row["tiou"] for row in rows],
+            summary=summary
+            | {"queries": len(rows)}
+            | ({"parse_failures": unread} if asked else {}),
+            greedy_tious=[row["tiou"] for row in timed],
             sampled_tious=[
-                sum(row["sampled_tious"]) / max(1, len(row["sampled_tious"])) for row in rows
+                sum(row["sampled_tious"]) / max(1, len(row["sampled_tious"])) for row in timed
             ],
-            ceiling=miou([row["ceiling"] for row in rows]),
-            constant=constant,
+            ceiling=miou([row["ceiling"] for row in timed]) if timed else None,
+            constant=best_constant([spans[0] for spans in truth])[1] if timed else None,
         )
 
     @classmethod
@@ -86,8 +105,8 @@ def evaluate(
     """Answer every query once greedily and `eval.draws` times sampled; write a row a query to
     `path`.
 
-    A row holds `id`, `answer`, `predicted`, `truth` (spans in seconds), `tiou`, and the sampled
-    answers and their spans.
+    A row holds `id`, `answer`, `predicted`, `truth` (spans in seconds), `tiou` where there is a
+    true span, `right` where there are options, and the same of the sampled answers.
     """
     size, draws = config.eval.batch_size, config.eval.draws
     plan = split(list(range(len(prompts))), size)
@@ -106,21 +125,25 @@ def evaluate(
             example = prompt.example
             predicted = parse_span(answer, example.duration_s)
             spans = [parse_span(other, example.duration_s) for other in others]
-            rows.append(
-                {
-                    "id": example.id,
-                    "answer": answer,
-                    "predicted": predicted,
-                    "truth": example.spans,
-                    "tiou": best_tiou(predicted, example.spans),
-                    "sampled_answers": others,
-                    "sampled_predicted": spans,
-                    "sampled_tious": [best_tiou(span, example.spans) for span in spans],
-                    "ceiling": max(
-                        nearest_representable(span, prompt.timestamps_s) for span in example.spans
-                    ),
-                }
-            )
+            row = {
+                "id": example.id,
+                "answer": answer,
+                "readable": readable(answer, example),
+                "predicted": predicted,
+                "truth": example.spans,
+                "sampled_answers": others,
+                "sampled_predicted": spans,
+            }
+            if example.spans:
+                row["tiou"] = best_tiou(predicted, example.spans)
+                row["sampled_tious"] = [best_tiou(span, example.spans) for span in spans]
+                row["ceiling"] = max(
+                    nearest_representable(span, prompt.timestamps_s) for span in example.spans
+                )
+            if example.options:
+                row["right"] = is_right(answer, example)
+                row["sampled_right"] = [is_right(other, example) for other in others]
+            rows.append(row)
         progress(len(batch.examples))
     write_rows(path, rows)
     return Evaluation.of(rows)
@@ -156,7 +179,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
     resolve(config.model.student)
     left_out: list[str] = []
-    examples = load_split(config.data, "eval", ["spans"], left_out)
+    examples = load_split(config.data, "eval", ["spans", "options"], left_out)
     device = set_up(config.threads, config.seed)
     processor = load_processor(config.model.student)
     lm = load_model(config.model.student, seed=config.seed, **place(config.model.dtype, device))

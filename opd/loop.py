@@ -37,12 +37,8 @@ def train(config: Config) -> dict[str, Any]:
     device = set_up(config.threads, config.seed)
     left_out: dict[str, list[str]] = {"train": [], "eval": []}
     data = config.data
-    needs = ("spans", "answer") if config.on_references else ()
-    scores = config.curriculum.kind in ("tvdf", "scc", "variance")
-    if config.compares or config.routes or scores:
-        needs = ("spans",)  # answers are compared with them
-    train_examples = load_split(data, "train", needs, left_out["train"])
-    eval_examples = load_split(data, "eval", ["spans"], left_out["eval"])
+    train_examples = load_split(data, "train", config.needs, left_out["train"])
+    eval_examples = load_split(data, "eval", ["spans", "options"], left_out["eval"])
     trainer = Trainer.of(config, device)
     pool = Prompts(train_examples, data, trainer.processor, trainer.student)
     held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)

@@ -27,6 +27,13 @@ Summary = TypedDict(
         "queries": int,
     },
 )
+"""Of the queries with a true span."""
+
+Choices = TypedDict(
+    "Choices",
+    {"accuracy": float, "sampled_accuracy": float | None, "acc@gqa": float | None},
+)
+"""Of the multiple-choice questions."""
 
 
 def tiou(a: Span, b: Span) -> float:
@@ -46,6 +53,16 @@ def best_tiou(predicted: Span | None, truth: Sequence[Span]) -> float:
     if not truth:
         raise ValueError("a query has no true span")
     return 0.0 if predicted is None else max(tiou(predicted, span) for span in truth)
+
+
+def best_iop(predicted: Span | None, truth: Sequence[Span]) -> float:
+    """Share of a prediction that the best matching true span covers (NExT-GQA's IoP); 0 for None.
+    It is no reward: nothing is easier to cover than a very short answer."""
+    if predicted is None:
+        return 0.0
+    start, end = predicted
+    covered = (min(end, b) - max(start, a) for a, b in truth)
+    return max(0.0, *covered) / (end - start)
 
 
 def miou(tious: Sequence[float]) -> float:
@@ -116,6 +133,35 @@ def summarize(
         "recall@0.7": recall_at(tious, 0.7, strict),
         "parse_failures": sum(span is None for span in greedy),
         "queries": len(tious),
+    }
+
+
+def summarize_choices(
+    right: Sequence[bool],
+    sampled: Sequence[Sequence[bool]],
+    iops: Sequence[float | None],
+) -> Choices:
+    """Score the answers to multiple-choice questions.
+
+    Args:
+        right: whether each greedy answer is; sampled: the same of the sampled ones.
+        iops: IoP of each greedy answer's span; None for questions without a true span.
+
+    Returns:
+        shares of right answers, and of those with a true span the share that is right and has an
+        IoP of 0.5 (Acc@GQA).
+
+    Raises:
+        ValueError: where there are no questions.
+    """
+    if not right:
+        raise ValueError("no questions to average")
+    means = [sum(answers) / len(answers) for answers in sampled if answers]
+    grounded = [r and p >= 0.5 for r, p in zip(right, iops, strict=True) if p is not None]
+    return {
+        "accuracy": sum(right) / len(right),
+        "sampled_accuracy": sum(means) / len(means) if means else None,
+        "acc@gqa": sum(grounded) / len(grounded) if grounded else None,
     }
 
 

@@ -47,6 +47,18 @@ def has_form(answer: str, form: str) -> bool:
     return FORMS[form].fullmatch(answer.strip()) is not None
 
 
+def is_right(answer: str, example: Example) -> bool:
+    """Whether the right one of the example's options is chosen."""
+    return parse_choice(answer, example.options or ()) == example.answer
+
+
+def readable(answer: str, example: Example) -> bool:
+    """Whether the answer names a moment, an option or both, as the example asks for."""
+    if example.options and parse_choice(answer, example.options) is None:
+        return False
+    return not example.spans or parse_span(answer, example.duration_s) is not None
+
+
 def reward(answer: str, example: Example, config: RewardConfig) -> float:
     """The weighted sum of the terms that this example can have; no string makes it raise."""
     terms: dict[str, float] = {}
@@ -59,7 +71,7 @@ def reward(answer: str, example: Example, config: RewardConfig) -> float:
             terms["boundary"] = boundary_tiou(predicted, example.spans, example.duration_s)
         terms["format"] = float(has_form(answer, config.form))
     if example.options:
-        terms["choice"] = float(parse_choice(answer, example.options) == example.answer)
+        terms["choice"] = float(is_right(answer, example))
     return sum(getattr(config, name) * value for name, value in terms.items())
 
 

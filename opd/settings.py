@@ -1,4 +1,5 @@
-"""Settings of the methods; `opd.config` puts them together with all others."""
+"""Settings of the methods, of evaluation and of the machinery; `opd.config` puts them together with
+all others."""
 
 from dataclasses import dataclass
 
@@ -101,3 +102,31 @@ class CurriculumConfig:
     min_std: float = option(
         0.1, "of the student's tIoUs (kind variance; our choice)", least=0, most=1
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """The prompt's forward."""
+
+    recompute: str = option(
+        "none", "layers whose activations are computed again in backward: none, all or a number"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Who shards: plain torch on one device, or (not in this version) DeepSpeed ZeRO."""
+
+    kind: str = option("torch", "who holds the weights and steps", choices=("torch",))
+    zero_stage: int = option(0, "what DeepSpeed shards", least=0, most=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on `data.eval`, before and after training."""
+
+    draws: int = option(4, "sampled answers per query, beside the greedy one", least=0)
+    batch_size: int = option(32, "prompts", least=1)
+    teacher: bool = option(True, "evaluate the teacher too (method opd)")
+    before: bool = option(True, "evaluate the student before training too")
+    every: int | None = option(None, "steps between evaluations on the way", least=1)

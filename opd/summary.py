@@ -18,7 +18,7 @@ from opd.evaluate import Evaluation
 from opd.ledger import mfu
 from opd.metrics import paired_interval
 from opd.objectives import Loss
-from opd.rewards import all_equal
+from opd.rewards import all_equal, readable
 from opd.rollout import Rollouts, decode_answers
 
 COLUMNS = (
@@ -27,6 +27,8 @@ COLUMNS = (
     "recall@0.3",
     "recall@0.5",
     "recall@0.7",
+    "accuracy",
+    "acc@gqa",
     "parse_failures",
     "queries",
 )
@@ -95,17 +97,18 @@ def signals(
             number = torch.tensor(digits, device=kl.device)
             row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
         answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
-        spans = [
-            [parse_span(answer, example.duration_s) for answer in found]
+        failures = [
+            not readable(answer, example)
             for found, example in zip(answers, examples, strict=True)
+            for answer in found
         ]
-        row["parse_failures"] = sum(s is None for found in spans for s in found) / completions
+        row["parse_failures"] = sum(failures) / completions
         row["sample"] = {
             "id": examples[0].id,
             "query": examples[0].query,
             "answer": answers[0][0],
-            "predicted": spans[0][0],
-            "annotated": examples[0].spans,
+            "predicted": parse_span(answers[0][0], examples[0].duration_s),
+            "annotated": examples[0].reference,
         }
     return row
 
@@ -176,10 +179,12 @@ def comparison(
 
 def table(summary: dict[str, Any]) -> str:
     """The evaluations side by side, then where the time went."""
-    lines = [" " * 9 + "".join(f"{c:>15}" for c in COLUMNS)]
+    found = [summary[name] for name in ("before", "after", "teacher") if summary[name]]
+    columns = [c for c in COLUMNS if any(scores.get(c) is not None for scores in found)]
+    lines = [" " * 9 + "".join(f"{c:>15}" for c in columns)]
     for name in ("before", "after", "teacher"):
         if summary[name]:
-            cells = [summary[name][c] for c in COLUMNS]
+            cells = [summary[name].get(c) for c in columns]
             shown = [
                 "-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells
             ]
@@ -191,10 +196,11 @@ def table(summary: dict[str, Any]) -> str:
             f"{name}: {mean:+.3f} (95% {low:+.3f} to {high:+.3f}), "
             f"{share:.0%} of the gap to the teacher closed"
         )
-    lines.append(
-        f"greedy mIoU of the best answer in timestamps {summary['ceiling']:.3f}, "
-        f"of the best constant answer {summary['best_constant']:.3f}"
-    )
+    if summary["ceiling"] is not None:
+        lines.append(
+            f"greedy mIoU of the best answer in timestamps {summary['ceiling']:.3f}, "
+            f"of the best constant answer {summary['best_constant']:.3f}"
+        )
     hours = summary["device_hours"]
     total = hours["total"] or 1.0
     shares = sorted(((h / total, n) for n, h in hours.items() if n != "total"), reverse=True)

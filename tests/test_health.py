@@ -87,7 +87,7 @@ def test_signals_by_hand() -> None:
         "query": "q",
         "answer": "1 to 2 s",
         "predicted": (1.0, 2.0),
-        "annotated": ((1.0, 2.0),),
+        "annotated": "From 1.0 to 2.0 seconds.",
     }
 
 

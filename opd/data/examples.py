@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.answers import Span
+from opd.answers import Span, format_span
 
 
 class DataError(ValueError):
@@ -23,7 +23,8 @@ class Example:
         query: the sentence to localise.
         spans: true `(start, end)` moments in seconds, `0 <= start < end`; empty where unknown.
         duration_s: length of the video in seconds, where the annotation tells it.
-        question, options, answer: multiple-choice or grounded QA; None for plain grounding.
+        question, options, answer: of a question, the answer among the options if there are any;
+            with spans it is grounded QA; None for plain grounding.
         difficulty: the data set's own score; its scale is the data set's.
         source: where it was read, `file:line` or `file:index`, for messages.
 
@@ -47,6 +48,8 @@ class Example:
             raise ValueError("the id is empty")
         if not self.query:
             raise ValueError("the query is empty")
+        if self.options is not None and (len(self.options) < 2 or self.answer not in self.options):
+            raise ValueError(f"answer {self.answer!r} is not among the options {self.options}")
         for start_s, end_s in self.spans:
             if not 0 <= start_s < end_s < math.inf:
                 raise ValueError(f"span {start_s:g} to {end_s:g} is not 0 <= start < end")
@@ -59,3 +62,13 @@ class Example:
                     raise ValueError(
                         f"a span starts at {start_s:g} s in a video of {self.duration_s:g} s"
                     )
+
+    @property
+    def reference(self) -> str:
+        """What a model is to answer: the answer in words, the first span, or one after the other;
+        empty where neither is known."""
+        parts = [self.answer] if self.answer else []
+        if self.answer and self.options:
+            parts = [f"{self.answer}."]
+        parts += [format_span(*span) for span in self.spans[:1]]
+        return " ".join(parts)

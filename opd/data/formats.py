@@ -97,11 +97,13 @@ def write_timerft(
 ) -> None:
     """Write examples as TimeRFT JSON, one record a line, as `read_examples` reads it back.
 
-    An example with an `answer` in words has that in place of a time (an addition to the format).
+    An example with an `answer` in words has that and its `options` beside the time or in place of
+    it (an addition to the format).
 
     Args:
         path: file to write.
-        examples: each with one span or an answer, a duration and a video under `video_root`.
+        examples: each with one span, an answer or both, a duration and a video under
+            `video_root`.
         video_root: what `video` is stored relative to; default the folder of `path`.
 
     Raises:
@@ -111,13 +113,14 @@ def write_timerft(
     root = path.parent if video_root is None else Path(video_root)
     lines = []
     for example in examples:
-        if len(example.spans) != (example.answer is None) or example.duration_s is None:
+        spans = len(example.spans)
+        if spans > 1 or not (spans or example.answer) or example.duration_s is None:
             raise ValueError(f"example {example.id!r} needs one span and a duration for timerft")
-        known = (
-            {"timestamp": list(example.spans[0])}
-            if example.answer is None
-            else {"answer": example.answer}
-        )
+        known: dict[str, Any] = {"timestamp": list(example.spans[0])} if spans else {}
+        if example.answer is not None:
+            known["answer"] = example.answer
+        if example.options is not None:
+            known["options"] = list(example.options)
         record = {
             "video": example.video.relative_to(root).as_posix(),
             "duration": example.duration_s,
@@ -236,10 +239,14 @@ def _qvhighlights(place: int | str, record: Any) -> _Fields:
 
 
 def _timerft(place: int | str, record: Any) -> _Fields:
-    """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`, or
-    with "answer" for "timestamp" a question answered in words."""
+    """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`;
+    with "answer", and "options" if it has any, the sentence is a question."""
     query = _get(record, "sentence", str).strip()
     answered = "answer" in record
+    timed = not answered or "timestamp" in record
+    options = _get(record, "options", list) if answered and "options" in record else None
+    if options is not None and not all(isinstance(o, str) and o.strip() for o in options):
+        raise ValueError(f'"options" is {options!r:.60}')
     graded = record.get("difficulty") is not None
     return {
         "id": _id(record),
@@ -247,7 +254,8 @@ def _timerft(place: int | str, record: Any) -> _Fields:
         "query": query,
         "question": query if answered else None,
         "answer": _get(record, "answer", str) if answered else None,
-        "spans": () if answered else (_span(_get(record, "timestamp", list)),),
+        "options": None if options is None else tuple(options),
+        "spans": (_span(_get(record, "timestamp", list)),) if timed else (),
         "duration_s": _number(record, "duration"),
         "difficulty": _number(record, "difficulty") if graded else None,
     }

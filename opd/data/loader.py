@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from opd.answers import format_span
 from opd.config import DataConfig
 from opd.data.batch import Prompt, PromptBatch, collate, to_device
 from opd.data.examples import DataError, Example
@@ -58,7 +57,10 @@ class Prompts:
         """The prompt as the chat template writes it, up to where the assistant speaks."""
         template, words = self.config.prompt, example.query
         if example.question is not None:
-            template, words = "{query}?{video}", example.question
+            words = example.question
+            if example.options:
+                words += ": " + ", ".join(example.options)
+            template = "{query}? When?{video}" if example.spans else "{query}?{video}"
         before, after = (part.replace("{query}", words) for part in template.split("{video}"))
         content = [
             {"type": "text", "text": before},
@@ -118,7 +120,7 @@ class Prompts:
         times = decoded.times_s
         spacing = (times[-1] - times[0]) / max(1, len(times) - 1)
         positions, next_position = self.lm.positions(ids, grid, TEMPORAL_PATCH * spacing)
-        answer = example.answer or "".join(format_span(*span) for span in example.spans[:1])
+        answer = example.reference
         completion = self.tokenizer(answer + self.end_token).input_ids if answer else []
         return Prompt(
             example=example,

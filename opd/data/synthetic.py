@@ -11,7 +11,9 @@ levels:
 
 Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
 span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
-`eval` and `tune` are held out and clean, the latter to choose settings on. The shipped models were
+`eval` and `tune` are held out and clean, the latter to choose settings on. `mixed`, `mixed_eval`
+and `mixed_tune` are the same for three tasks at once (grounding, VideoQA, grounded QA);
+`mixed_first` teaches their forms to a student that knows grounding alone. The shipped models were
 made from the others, which go from seeing to telling times: `names` (clips of 1 s: what is
 visible), `words` (also: is a red circle visible), `short` (clips of 4 s: when), all asked about one
 or each of few shapes; then `teacher` (clean) for the teacher and `student` (jittered labels) for
@@ -30,11 +32,10 @@ import numpy as np
 from opd.data.clips import COLOURS, Clip, Shape, render, write_video
 from opd.data.examples import DataError, Example
 from opd.data.formats import write_timerft
+from opd.data.questions import SHAPES, WHAT, WHETHER, mixed, words
 
-SHAPES = ("circle", "square", "triangle", "cross")
 NOVEL_SHAPES = ("ring", "star")  # in a fifth of the training pool, and nowhere else
 PHRASES = ("the {} is visible", "a {} appears", "the {} can be seen", "a {} is on the screen")
-WHAT, WHETHER = "what is visible", "is a {} visible"
 CELLS = ((17, 17), (17, 47), (47, 17), (47, 47))
 
 
@@ -49,7 +50,9 @@ class Split:
     wrong: float = 0.0
     novel: float = 0.0
     solo: float = 0.0  # share of clips that show the target alone
-    ask: str = "target"  # when it is visible | all: when each shape is | names, words: what is
+    # target: when it is visible | all: when each shape is | names, words: what is | mixed: one of
+    # grounding, VideoQA and grounded QA
+    ask: str = "target"
     duration_s: float = 12.0
     spans_s: tuple[float, float] = (1.5, 6.0)  # shortest and longest
 
@@ -58,6 +61,10 @@ SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=512),
     "tune": Split(seed=3, clips=256),
+    "mixed": Split(seed=9, clips=1024, jitter_s=0.5, wrong=0.2, ask="mixed"),
+    "mixed_eval": Split(seed=10, clips=512, ask="mixed"),
+    "mixed_tune": Split(seed=11, clips=256, ask="mixed"),
+    "mixed_first": Split(seed=12, clips=1024, jitter_s=0.5, ask="mixed"),
     "names": Split(seed=7, clips=6144, solo=1.0, ask="names", duration_s=1.0, spans_s=(1.0, 1.0)),
     "words": Split(seed=8, clips=12288, solo=0.5, ask="words", duration_s=1.0, spans_s=(1.0, 1.0)),
     "short": Split(seed=5, clips=12288, solo=0.5, ask="all", duration_s=4.0, spans_s=(0.5, 1.5)),
@@ -207,9 +214,20 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_clip(name, index) for index in range(count)]
+
+    def source(clip: Clip, number: int) -> np.random.Generator:
+        return np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), number])
+
+    asked: list[Clip] = []
     if split.ask in ("names", "words"):
-        asked = []
-        examples = [example for clip in drawn for example in _word_questions(root, clip, split)]
+        found = (words(c, _example(root, c), source(c, 1), split.ask == "words") for c in drawn)
+        examples = [example for several in found for example in several]
+    elif split.ask == "mixed":
+
+        def annotate(rng: np.random.Generator, truth: tuple[float, float]) -> tuple[float, float]:
+            return _annotate(rng, truth, split)
+
+        examples = [mixed(c, _example(root, c), source(c, 2), split.wrong, annotate) for c in drawn]
     else:
         asked = [
             asked_about(clip, position, split)
@@ -235,35 +253,6 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     write_timerft(part, examples, root)
     part.replace(annotations)  # last: the file's presence means that the split is whole
     return annotations
-
-
-def _word_questions(root: Path, clip: Clip, split: Split) -> list[Example]:
-    """What is visible, where that is one shape; then, for `words`, whether one of the shapes is,
-    and whether one is that shares its colour or its kind with one of them."""
-    rng = np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), 1])
-    shown = [(s.colour, s.kind) for s in clip.shapes]
-    questions = [(WHAT, f"{shown[0][0]} {shown[0][1]}.")] if len(shown) == 1 else []
-    if split.ask == "words":
-        absent = [
-            (c, k)
-            for c in COLOURS
-            for k in SHAPES
-            if (c, k) not in shown and any(c == colour or k == kind for colour, kind in shown)
-        ]
-        for pairs, answer in ((shown, "yes."), (absent, "no.")):
-            colour, kind = pairs[rng.integers(len(pairs))]
-            questions.append((WHETHER.format(f"{colour} {kind}"), answer))
-    return [
-        replace(
-            _example(root, clip),
-            id=f"{clip.id}.{number}",
-            query=question,
-            question=question,
-            answer=answer,
-            spans=(),
-        )
-        for number, (question, answer) in enumerate(questions)
-    ]
 
 
 def _example(root: Path, clip: Clip) -> Example:
