@@ -1,9 +1,9 @@
-"""The methods against each other on the embedded task: python -m bench.methods [--jobs 2] [ARM ...]
+"""The methods against each other on the embedded task: python -m bench.methods [PROTOCOL.yaml]
 
-Runs what is left of the protocol `bench/methods.yaml` (of the named arms, or of all), each run a
-single-threaded `python -m opd.train`; keeps a result file a run below `bench/results/methods`, and
-makes `bench/results/methods.json` and `methods.png` of all there are. Stopped, it goes on where it
-was.
+Runs what is left of a protocol (`bench/methods.yaml`, or `bench/rlt.yaml`), or of the arms that are
+named, each run a single-threaded `python -m opd.train`; keeps a result file a run below
+`bench/results/PROTOCOL/`, and makes `PROTOCOL.json` and `PROTOCOL.png` beside it of all there are.
+Stopped, it goes on where it was.
 """
 
 import argparse
@@ -20,51 +20,69 @@ import yaml
 
 from bench.record import hardware
 from opd.checkpoint import read_rows
-from opd.report import NOT_TRAINING, SCORES, Curve, plot, thresholds
+from opd.report import NOT_TRAINING, Curve, plot, thresholds
 
-PROTOCOL = Path("bench/methods.yaml")
-RESULTS = Path("bench/results/methods")
-RUNS = Path("runs/methods")
+RESULTS, RUNS = Path("bench/results"), Path("runs/bench")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the protocol: the keys of its command line, and where its result is kept."""
+    """One run of a protocol: the keys of its command line, and where its result is kept."""
 
     arm: str
     name: str
     keys: tuple[str, ...]
+    result: Path
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What it came to; None before it is made."""
+        return json.loads(self.result.read_text()) if self.result.is_file() else None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What was fixed before the first run; the fields are those of the file."""
+
+    name: str
+    common: list[str]
+    rates: list[str]
+    tuning: list[str]
+    seeds: list[int]
+    scores: list[str]
+    arms: dict[str, list[str]]
+    first: dict[str, Any] | None = None
+    teacher_training: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Protocol":
+        return cls(name=path.stem, **yaml.safe_load(path.read_text()))
 
     @property
-    def result(self) -> Path:
-        return RESULTS / self.arm / f"{self.name}.json"
+    def results(self) -> Path:
+        return RESULTS / self.name
 
+    def _run(self, arm: str, name: str, *more: str) -> Run:
+        keys = (*self.common, *self.arms[arm], *more)
+        return Run(arm, name, keys, self.results / arm / f"{name}.json")
 
-def tuning(protocol: dict[str, Any], arm: str) -> list[Run]:
-    """The arm at every rate."""
-    keys = (*protocol["common"], *protocol["arms"][arm], *protocol["tuning"])
-    rates = protocol["rates"]
-    return [Run(arm, f"rate-{rate}", (*keys, f"optim.lr={rate}")) for rate in rates]
+    def tuned(self, arm: str) -> list[Run]:
+        """The arm at every rate."""
+        rates = self.rates
+        return [self._run(arm, f"rate-{r}", *self.tuning, f"optim.lr={r}") for r in rates]
 
+    def final(self, arm: str) -> list[Run]:
+        """The arm at its best rate, on every seed; none before every rate is measured."""
+        rate = self.best_rate(arm)
+        seeds = self.seeds if rate else []
+        return [self._run(arm, f"seed-{s}", f"optim.lr={rate}", f"seed={s}") for s in seeds]
 
-def final(protocol: dict[str, Any], arm: str, rate: str) -> list[Run]:
-    """The arm at its best rate, on every seed."""
-    keys = (*protocol["common"], *protocol["arms"][arm], f"optim.lr={rate}")
-    return [Run(arm, f"seed-{seed}", (*keys, f"seed={seed}")) for seed in protocol["seeds"]]
-
-
-def score(result: dict[str, Any]) -> float:
-    """What a rate is chosen by: the mean of greedy and sampled mIoU at the end."""
-    return sum(result["curve"][-1][name] for name in SCORES) / len(SCORES)
-
-
-def best_rate(protocol: dict[str, Any], arm: str) -> str | None:
-    """The rate with the highest score; None where one is not measured yet."""
-    runs = tuning(protocol, arm)
-    if not all(run.result.is_file() for run in runs):
-        return None
-    scores = [score(json.loads(run.result.read_text())) for run in runs]
-    return protocol["rates"][scores.index(max(scores))]
+    def best_rate(self, arm: str) -> str | None:
+        """The rate with the highest mean of the scores at the end."""
+        ends = [outcome["curve"][-1] for run in self.tuned(arm) if (outcome := run.outcome())]
+        if len(ends) < len(self.rates):
+            return None
+        means = [sum(end[score] for score in self.scores) for end in ends]
+        return self.rates[means.index(max(means))]
 
 
 def train(keys: list[str], run_dir: Path) -> None:
@@ -78,25 +96,16 @@ def train(keys: list[str], run_dir: Path) -> None:
         raise RuntimeError(f"{run_dir}: exit code {code}: {' '.join(told)}")
 
 
-def carry_out(run: Run) -> None:
-    """Run it, unless its result is there, and keep that."""
+def carry_out(run: Run, folder: Path) -> None:
+    """Run it below `folder`, unless its result is there, and keep that."""
     if run.result.is_file():
         return
-    run_dir = RUNS / run.arm / run.name
+    run_dir = folder / run.arm / run.name
     if not (run_dir / "summary.json").is_file():
         train(list(run.keys), run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     environments = read_rows(run_dir / "environment.jsonl")
-    rows = read_rows(run_dir / "metrics.jsonl")
-    kept = (
-        "curve",
-        "gain",
-        "flops",
-        "equal_groups",
-        "trained_share",
-        "left_out",
-        "peak_memory_mib",
-    )
+    kept = ("curve", "gain", "flops", "equal_groups", "trained_share", "left_out")
     result = {
         "arm": run.arm,
         "keys": list(run.keys),
@@ -104,21 +113,22 @@ def carry_out(run: Run) -> None:
         "versions": {k: v for k, v in environments[-1]["versions"].items() if v},
         "commit": sorted({str(e["commit"]) for e in environments}),
         "date": datetime.date.today().isoformat(),
-        "tokens": sum(row["tokens"] for row in rows),
+        "tokens": sum(row["tokens"] for row in read_rows(run_dir / "metrics.jsonl")),
         **{name: summary.get(name) for name in kept},
     }
     run.result.parent.mkdir(parents=True, exist_ok=True)
     run.result.write_text(json.dumps(result, indent=1) + "\n")
-    end = result["curve"][-1]
-    print(f"{run.arm} {run.name}: {end['miou']:.3f} {end['sampled_miou']:.3f}", flush=True)
+    end = {k: f"{v:.3f}" for k, v in result["curve"][-1].items() if "miou" in k or "accuracy" in k}
+    print(f"{run.arm} {run.name}: {end}", flush=True)
 
 
-def teacher(protocol: dict[str, Any]) -> dict[str, Any]:
+def teacher(protocol: Protocol) -> dict[str, Any]:
     """The teacher's scores, and the device seconds that its last stage takes."""
-    path = RESULTS / "teacher.json"
+    path, timed = protocol.results / "teacher.json", protocol.teacher_training
+    assert timed is not None
     if not path.is_file():
-        folder, timed = RUNS / "teacher", protocol["teacher_training"]
-        keys = ["run_dir=" + str(folder / "scores"), "overwrite=true", "threads=1"]
+        folder = RUNS / protocol.name / "teacher"
+        keys = [f"run_dir={folder / 'scores'}", "overwrite=true", "threads=1"]
         command = [sys.executable, "-m", "opd.evaluate", "embedded:teacher", *keys]
         told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         steps = timed["timed_steps"]
@@ -153,128 +163,136 @@ def published_style_s(result: dict[str, Any]) -> float:
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:
-    """Mean, lowest and highest; None where a seed has no value."""
+    """Mean, lowest and highest; no mean where a seed has no value."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+    if len(known) < len(values):
         return {"mean": None, "seeds": values}
     return {"mean": sum(known) / len(known), "low": min(known), "high": max(known), "seeds": values}
 
 
-def report(protocol: dict[str, Any]) -> dict[str, Any]:
+def report(protocol: Protocol) -> dict[str, Any]:
     """Everything measured so far, side by side."""
-    known = teacher(protocol)
-    results: dict[str, list[dict[str, Any]]] = {}
     arms: dict[str, Any] = {}
-    for arm in protocol["arms"]:
-        rates = {}
-        for rate, run in zip(protocol["rates"], tuning(protocol, arm), strict=True):
-            if run.result.is_file():
-                end = json.loads(run.result.read_text())["curve"][-1]
-                rates[rate] = {name: end[name] for name in SCORES}
-        best = best_rate(protocol, arm)
-        inside = None if best is None else best not in (protocol["rates"][0], protocol["rates"][-1])
-        arms[arm] = {"rates": rates, "best_rate": best, "inside_grid": inside}
-        runs = final(protocol, arm, best) if best else []
-        if runs and all(run.result.is_file() for run in runs):
-            results[arm] = [json.loads(run.result.read_text()) for run in runs]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for arm in protocol.arms:
+        tuned = zip(protocol.rates, protocol.tuned(arm), strict=True)
+        measured = {rate: outcome for rate, run in tuned if (outcome := run.outcome())}
+        best = protocol.best_rate(arm)
+        arms[arm] = {
+            "rates": {
+                rate: {score: outcome["curve"][-1][score] for score in protocol.scores}
+                for rate, outcome in measured.items()
+            },
+            "best_rate": best,
+            "inside_grid": best and best not in (protocol.rates[0], protocol.rates[-1]),
+        }
+        finals = [run.outcome() for run in protocol.final(arm)]
+        if finals and all(finals):
+            results[arm] = [outcome for outcome in finals if outcome]
+    told: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
     if not results:
-        return {"arms": arms, "teacher": known}
-    curves = {arm: [Curve(r["curve"]) for r in found] for arm, found in results.items()}
-    begun = [c.points[0] for c in next(iter(curves.values()))]
-    start = {name: sum(point[name] for point in begun) / len(begun) for name in SCORES}
-    plot(curves, RESULTS.with_suffix(".png"))
-    steps = min(c.along("step")[-1] for found in curves.values() for c in found)
+        return told
+    known = teacher(protocol) if protocol.teacher_training else None
+    curves = {arm: [Curve(outcome["curve"]) for outcome in found] for arm, found in results.items()}
+    plot(curves, protocol.results.with_suffix(".png"))
+    every = [curve for found in curves.values() for curve in found]
+    begun = [curve.points[0] for curve in next(iter(curves.values()))]
+    start = {s: sum(point[s] for point in begun) / len(begun) for s in protocol.scores}
+    steps = min(curve.along("step")[-1] for curve in every)
     budget = {
-        told: min(c.seconds(scoring)[-1] for found in curves.values() for c in found)
-        for told, scoring in (("with_scoring", True), ("without_scoring", False))
+        "with_scoring": min(curve.seconds()[-1] for curve in every),
+        "without_scoring": min(curve.seconds(scoring=False)[-1] for curve in every),
     }
     for arm, found in curves.items():
-        with_training = [Curve(c.points, known["training_s"]) for c in found]
-        for name in SCORES:
-            levels = thresholds(start[name], known[name])
-            arms[arm][name] = {
-                "end": spread([c.points[-1][name] for c in found]),
-                "at_equal_steps": spread([c.at(steps, name, "step") for c in found]),
+        entry = arms[arm]
+        for score in protocol.scores:
+            entry[score] = {
+                "end": spread([c.points[-1][score] for c in found]),
+                "at_equal_steps": spread([c.at(steps, score, "step") for c in found]),
                 "at_equal_device_s": {
-                    told: spread([c.at(s, name, "device_s", told == "with_scoring") for c in found])
-                    for told, s in budget.items()
+                    name: spread(
+                        [c.at(s, score, "device_s", name == "with_scoring") for c in found]
+                    )
+                    for name, s in budget.items()
                 },
-                "device_s_to": [
-                    {
-                        "score": level,
-                        "without_scoring": spread(
-                            [c.reaches(level, name, "device_s", False) for c in found]
-                        ),
-                        "with_scoring": spread([c.reaches(level, name, "device_s") for c in found]),
-                        "with_teacher_training": spread(
-                            [c.reaches(level, name, "device_s") for c in with_training]
-                        )
-                        if _has_teacher(results[arm][0])
-                        else None,
-                    }
-                    for level in levels
-                ],
             }
-        arms[arm]["gain"] = [r["gain"] for r in results[arm]]
-        arms[arm]["device_s"] = {
+            if known:
+                levels = thresholds(start[score], known[score])
+                entry[score]["device_s_to"] = [
+                    {"score": level} | _seconds_to(found, level, score, known["training_s"])
+                    for level in levels
+                ]
+        entry["gain"] = [outcome["gain"] for outcome in results[arm]]
+        entry["trained_share"] = spread([outcome["trained_share"] for outcome in results[arm]])
+        entry["device_s"] = {
             "own_loop": spread([c.seconds()[-1] for c in found]),
             "of_it_scoring": spread([c.seconds()[-1] - c.seconds(False)[-1] for c in found]),
-            "published_style_estimate": spread([published_style_s(r) for r in results[arm]]),
+            "published_style_estimate": spread([published_style_s(o) for o in results[arm]]),
         }
-    return {
-        "protocol": protocol,
-        "hardware": sorted({r["hardware"] for found in results.values() for r in found}),
-        "commits": sorted({c for found in results.values() for r in found for c in r["commit"]}),
+    outcomes = [outcome for found in results.values() for outcome in found]
+    return told | {
+        "hardware": sorted({outcome["hardware"] for outcome in outcomes}),
+        "commits": sorted({commit for outcome in outcomes for commit in outcome["commit"]}),
         "teacher": known,
         "start": start,
         "equal_steps": steps,
         "equal_device_s": budget,
         "valid": _valid(arms, start, known),
-        "arms": arms,
     }
 
 
-def _has_teacher(result: dict[str, Any]) -> bool:
-    return not any(key in ("method=sft", "method=grpo") for key in result["keys"])
-
-
-def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any]) -> dict[str, Any]:
-    """The protocol's conditions, each true, false or not known yet."""
-    gains = [gain for found in arms.get("grpo", {}).get("gain", []) for gain in found.values()]
+def _seconds_to(found: list[Curve], level: float, score: str, training_s: float) -> dict[str, Any]:
+    """Device seconds to a score: training alone, with the teacher's and the curriculum's scoring,
+    and with the teacher's training too."""
+    taught = [c.points[-1]["device_s"]["teacher"] > 0 for c in found]
+    behind = [Curve(c.points, training_s if t else 0.0) for c, t in zip(found, taught, strict=True)]
     return {
-        "best_rates_inside": {arm: entry["inside_grid"] for arm, entry in arms.items()},
-        "grpo_gains": bool(gains)
-        and all(g["mean"] >= 0.05 and g["interval"][0] > 0 for g in gains),
-        "teacher_ahead": all(known[name] - start[name] >= 0.15 for name in SCORES),
+        "without_scoring": spread([c.reaches(level, score, "device_s", False) for c in found]),
+        "with_scoring": spread([c.reaches(level, score, "device_s") for c in found]),
+        "with_teacher_training": spread([c.reaches(level, score, "device_s") for c in behind]),
     }
+
+
+def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The protocol's conditions, as far as they are known."""
+    told: dict[str, Any] = {"best_rates_inside": {a: e["inside_grid"] for a, e in arms.items()}}
+    if known:
+        gains = [gain for found in arms["grpo"].get("gain", []) for gain in found.values()]
+        enough = all(gain["mean"] >= 0.05 and gain["interval"][0] > 0 for gain in gains)
+        told["grpo_gains"] = enough if gains else None
+        told["teacher_ahead"] = all(known[score] - start[score] >= 0.15 for score in start)
+    return told
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="bench.methods", description=__doc__)
-    parser.add_argument("arms", nargs="*", metavar="ARM")
+    parser.add_argument("protocol", nargs="?", type=Path, default=Path("bench/methods.yaml"))
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of the protocol; default all")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
-    protocol = yaml.safe_load(PROTOCOL.read_text())
-    unknown = [arm for arm in given.arms if arm not in protocol["arms"]]
+    if not given.protocol.is_file():
+        parser.error(f"{given.protocol}: no such file")
+    protocol = Protocol.read(given.protocol)
+    unknown = [arm for arm in given.arms or [] if arm not in protocol.arms]
     if unknown:
-        parser.error(f"{', '.join(unknown)}: no such arm (known: {', '.join(protocol['arms'])})")
-    failed = []
+        parser.error(f"{', '.join(unknown)}: no such arm (known: {', '.join(protocol.arms)})")
+    first, failed = protocol.first, []
+    if first and not Path(first["run_dir"], "summary.json").is_file():
+        train(first["keys"], Path(first["run_dir"]))
 
     def attempt(run: Run) -> None:
         try:
-            carry_out(run)
+            carry_out(run, RUNS / protocol.name)
         except RuntimeError as error:
             failed.append(run)
             print(error, file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        for arm in given.arms or protocol["arms"]:
-            list(pool.map(attempt, tuning(protocol, arm)))
-            rate = best_rate(protocol, arm)
-            if rate is not None:
-                list(pool.map(attempt, final(protocol, arm, rate)))
-    target = RESULTS.with_suffix(".json")
+        for arm in given.arms or protocol.arms:
+            list(pool.map(attempt, protocol.tuned(arm)))
+            list(pool.map(attempt, protocol.final(arm)))
+    target = protocol.results.with_suffix(".json")
     target.write_text(json.dumps(report(protocol), indent=1) + "\n")
     print(target)
     raise SystemExit(1 if failed else 0)

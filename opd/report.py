@@ -9,7 +9,7 @@ the curriculum's included, evaluations and checkpoints left out.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,13 @@ import numpy as np
 
 from opd.config import ConfigError, fail
 
-SCORES = {"miou": "greedy mIoU", "sampled_miou": "sampled mIoU"}
+SCORES = {
+    "miou": "greedy mIoU",
+    "sampled_miou": "sampled mIoU",
+    "accuracy": "greedy accuracy",
+    "sampled_accuracy": "sampled accuracy",
+    "acc@gqa": "Acc@GQA",
+}
 AXES = {
     "step": "optimizer steps",
     "rollouts": "rollouts",
@@ -91,6 +97,12 @@ def read(run: Path) -> Curve:
     return Curve(points)
 
 
+def shared(curves: Iterable[Curve]) -> list[str]:
+    """The scores that every evaluation of every run has."""
+    points = [point for curve in curves for point in curve.points]
+    return [s for s in SCORES if all(point.get(s) is not None for point in points)]
+
+
 def thresholds(low: float, high: float, number: int = 5) -> list[float]:
     """Evenly between two scores, neither of them included."""
     return [low + (high - low) * (i + 1) / (number + 1) for i in range(number)]
@@ -101,14 +113,12 @@ def table(curves: Mapping[str, Curve]) -> str:
     of all."""
     steps = min(curve.along("step")[-1] for curve in curves.values())
     seconds = min(curve.along("device_s")[-1] for curve in curves.values())
-    width = max(map(len, curves))
+    width = max(map(len, [*curves, *SCORES.values()]))
     lines = []
-    for score, told in SCORES.items():
-        if any(point[score] is None for curve in curves.values() for point in curve.points):
-            continue
+    for score in shared(curves.values()):
         at = f"step {steps:.0f}", f"{seconds:.0f} s"
         head = ["start", "end", *at, "device s", "of it scoring"]
-        lines.append(f"{told:<{width}}" + "".join(f"{cell:>15}" for cell in head))
+        lines.append(f"{SCORES[score]:<{width}}" + "".join(f"{cell:>15}" for cell in head))
         for name, curve in curves.items():
             spent = curve.seconds()[-1]
             cells = [curve.points[0][score], curve.points[-1][score]]
@@ -122,20 +132,20 @@ def table(curves: Mapping[str, Curve]) -> str:
 def plot(groups: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Scores against steps, rollouts, generated tokens and device seconds; a line a group is the
     mean of its curves, the band from the lowest to the highest."""
-    figure, axes = plt.subplots(2, len(AXES), figsize=(20, 9), sharey="row", layout="constrained")
-    for row, (score, told) in zip(axes, SCORES.items(), strict=True):
+    scores = shared(curve for curves in groups.values() for curve in curves)
+    size = {"figsize": (20, 4.5 * len(scores)), "squeeze": False}
+    figure, axes = plt.subplots(len(scores), len(AXES), sharey="row", layout="constrained", **size)
+    for row, score in zip(axes, scores, strict=True):
         for panel, (axis, unit) in zip(row, AXES.items(), strict=True):
             for name, curves in groups.items():
-                scores = [[point[score] for point in curve.points] for curve in curves]
-                if any(None in values for values in scores):
-                    continue
+                values = [[point[score] for point in curve.points] for curve in curves]
                 places = np.mean([curve.along(axis) for curve in curves], axis=0)
-                if places[-1] == places[0]:  # a method without rollouts has no place among them
-                    continue
-                (line,) = panel.plot(places, np.mean(scores, axis=0), marker=".", label=name)
-                band = np.min(scores, axis=0), np.max(scores, axis=0)
+                if len(places) > 1 and places[-1] == places[0]:
+                    continue  # a method without rollouts has no place among them
+                (line,) = panel.plot(places, np.mean(values, axis=0), marker=".", label=name)
+                band = np.min(values, axis=0), np.max(values, axis=0)
                 panel.fill_between(places, *band, alpha=0.15, color=line.get_color())
-            panel.set(xlabel=unit, ylabel=told)
+            panel.set(xlabel=unit, ylabel=SCORES[score])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -100,7 +100,7 @@ def test_a_video_that_cannot_be_used(
 
 def edited(root: Path, tmp_path: Path, **fields: Any) -> list[str]:
     records = json.loads((root / "eval-5.json").read_text())
-    records[2] |= fields
+    records[2] = {k: v for k, v in (records[2] | fields).items() if v is not None}
     path = tmp_path / "edited.json"
     path.write_text(json.dumps(records))
     left_out: list[str] = []
@@ -116,7 +116,7 @@ def edited(root: Path, tmp_path: Path, **fields: Any) -> list[str]:
         ({"timestamp": [-1.0, 2.0]}, "span -1 to 2 is not 0 <= start < end"),
         ({"timestamp": [13.0, 14.0]}, "a span starts at 13 s in a video of 12 s"),
         ({"timestamp": [13.0, 14.0], "duration": 20}, "a span starts at 13 s in a video of 12 s"),
-        ({"answer": "yes"}, "no spans in it"),
+        ({"answer": "yes", "timestamp": None}, "no spans in it"),
         ({"qid": "eval-00000"}, "id 'eval-00000' was used at {path}:0 already"),
         ({"sentence": "  "}, "the query is empty"),
     ],
