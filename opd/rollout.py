@@ -94,9 +94,8 @@ class Rollouts:
         rows = self.trained.any(1).nonzero().flatten()
         trained = self.trained[rows]
         width = int(trained.sum(1).max()) if len(rows) else 0
-        first = (
-            (~trained).byte().argsort(dim=1, stable=True)[:, :width]
-        )  # the trained ones, in order
+        # The trained ones of each prompt come first, in their order.
+        first = (~trained).byte().argsort(dim=1, stable=True)[:, :width]
         trained = trained.gather(1, first)
         lengths = (self.completion_mask[rows[:, None], first] & trained[..., None]).sum(2)
         length = int(lengths.max()) if len(rows) else 0

@@ -91,8 +91,11 @@ class Trainer:
                 for part, video in zip(parts, videos, strict=True)
             ]
         with phase("sample"):
-            prefix = Prefix.join([p.detach() for p in prefixes])
-            rollouts = earlier[1] if earlier else self.rollouts(batch, prefix, step)
+            if earlier:
+                rollouts = earlier[1]
+            else:
+                prefix = Prefix.join([part.detach() for part in prefixes])
+                rollouts = self.rollouts(batch, prefix, step)
         trained, answers = parts, rollouts
         if config.routes:  # the others cost neither teacher nor backward
             rows, answers = rollouts.routed
