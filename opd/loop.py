@@ -19,6 +19,7 @@ from opd.data.sources import check_sources, load_split
 from opd.engine import set_up
 from opd.evaluate import Evaluation, evaluate
 from opd.models.load import VideoLM, resolve
+from opd.models.pair import check_pair
 from opd.summary import plot_curves, summarise
 from opd.train import Trainer
 
@@ -33,6 +34,7 @@ def train(config: Config) -> dict[str, Any]:
     resolve(config.model.student, "model.student")
     if config.method == "opd":
         resolve(config.model.teacher, "model.teacher")
+        check_pair(config.model.student, config.model.teacher)
     check_sources(config.data)
     device = set_up(config.threads, config.seed)
     left_out: dict[str, list[str]] = {"train": [], "eval": []}

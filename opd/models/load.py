@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -154,9 +155,17 @@ def load_model(spec: str, *, dtype: torch.dtype, device: torch.device, seed: int
                 raise ModelError(
                     f"{spec}: family {family} is not supported (known: {', '.join(FAMILIES)})"
                 )
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except OSError as error:
+            load: Any = AutoModelForImageTextToText.from_pretrained
+            model, found = load(
+                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"{spec}: {str(error).splitlines()[0]}") from error
+        for told in ("missing", "unexpected", "mismatched"):
+            keys = [k if isinstance(k, str) else k[0] for k in found[f"{told}_keys"]]
+            if keys:  # else they would be random, or left out, without a word
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                raise ModelError(f"{spec}: {told} weights: {min(keys)}{more}")
     return prepare(model.to(device))
 
 
