@@ -15,8 +15,8 @@ alike. Each objective runs inside the forward of the student's head, which owns 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,10 +32,9 @@ from opd.config import Config
 from opd.rollout import Policy
 
 
-@dataclass(frozen=True, eq=False)
-class Loss:
+class Loss(NamedTuple):
     """`loss` is a differentiable scalar, a sum over tokens. The rest is detached, fp32 `[N]`, one
-    value per valid token."""
+    value per valid token. A tuple, because sharding engines look for tensors in tuples alone."""
 
     loss: torch.Tensor
     token_kl: torch.Tensor | None = None
@@ -99,14 +98,14 @@ class Targets:
             allowed_columns=self.policy.allowed_columns,
             temperature=self.policy.temperature,
         )
-        return replace(exact, loss=out.loss)
+        return exact._replace(loss=out.loss)
 
     def with_reward(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
         """The configured objective plus `opd.reward_coef` times the group's policy gradient."""
         sides = student_hidden, student_lm_head
         distilled = getattr(self, self.config.objective)(*sides)
         rewarded = self.grpo(*sides)
-        return replace(distilled, loss=distilled.loss + self.config.opd.reward_coef * rewarded.loss)
+        return distilled._replace(loss=distilled.loss + self.config.opd.reward_coef * rewarded.loss)
 
     def _divergence(
         self,

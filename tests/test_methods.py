@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import methods
-from bench.methods import Protocol, carry_out, published_style_s, report
+from bench import protocol as protocols
+from bench.methods import carry_out
+from bench.methods_report import published_style_s, report, table, write
+from bench.protocol import Protocol, Run
 from opd.config import load_config
 from opd.report import Curve, main, shared, thresholds
 
@@ -87,8 +89,7 @@ def test_what_is_no_run_is_one_line(
 
 @pytest.fixture
 def protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
-    monkeypatch.setattr(methods, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(methods, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(protocols, "RESULTS", tmp_path / "results")
     return Protocol(
         name="small",
         common=["steps=30"],
@@ -101,7 +102,7 @@ def protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     )
 
 
-def keep(run: methods.Run, points: Any, **more: Any) -> None:
+def keep(run: Run, points: Any, **more: Any) -> None:
     run.result.parent.mkdir(parents=True, exist_ok=True)
     gain = {"miou": {"mean": 0.3, "interval": [0.2, 0.4]}}
     common = {"hardware": "h", "commit": ["c"], "gain": gain, "trained_share": 1.0, "tokens": 9999}
@@ -125,18 +126,16 @@ def test_the_best_rate_needs_all_and_is_the_mean_of_the_scores(protocol: Protoco
 
 def test_the_report_by_hand(protocol: Protocol) -> None:
     known = {"miou": 1.0, "sampled_miou": 0.9, "training_s": 100.0}
-    (protocol.results).mkdir(parents=True)
-    (protocol.results / "teacher.json").write_text(json.dumps(known))
     for arm in ("opd", "grpo"):
         for run, greedy in zip(protocol.tuned(arm), (0.5, 0.6, 0.55), strict=True):
             keep(run, [point(30, greedy, 0.3)])
     own = [dict(p, device_s=p["device_s"] | {"teacher": 0.0}) for p in CURVE.points[:3]]
     for run in protocol.final("opd"):
         keep(run, CURVE.points)
-    assert set(report(protocol)["arms"]["grpo"]) == {"rates", "best_rate", "inside_grid"}
+    assert set(report(protocol, known)["arms"]["grpo"]) == {"rates", "best_rate", "inside_grid"}
     for run in protocol.final("grpo"):
         keep(run, own)
-    found = report(protocol)
+    found = report(protocol, known)
     assert found["start"] == {"miou": 0.4, "sampled_miou": pytest.approx(0.3)}
     assert found["equal_steps"] == 20
     assert found["equal_device_s"] == {"with_scoring": 45, "without_scoring": 40}
@@ -158,7 +157,14 @@ def test_the_report_by_hand(protocol: Protocol) -> None:
         keep(run, [point(30, float(run.keys[-1].removeprefix("optim.lr=")) / 10, 0.3)])
     for run in protocol.final("opd"):
         keep(run, CURVE.points)
-    assert report(protocol)["valid"]["best_rates_inside"] == {"grpo": True, "opd": False}
+    assert report(protocol, known)["valid"]["best_rates_inside"] == {"grpo": True, "opd": False}
+    rows = table(found, protocol.scores).splitlines()
+    (line,) = (row for row in rows if row.startswith("| opd | 2 |") and "0.700 (" in row)
+    assert "| 0.450 (0.450 to 0.450) | 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |" in line
+    assert "| opd | 95 (95 to 95) | 35 (35 to 35) |" in "\n".join(rows)
+    (protocol.results / "grpo" / "seed-1.json").unlink()
+    text = write(protocol, known).with_suffix(".md").read_text()
+    assert "| grpo | not measured |" in text and "| opd | 4 |" in text
 
 
 def test_the_published_loop_forwards_every_rollout_with_its_prompt() -> None:
@@ -175,7 +181,7 @@ def test_the_published_loop_forwards_every_rollout_with_its_prompt() -> None:
 def test_a_run_is_made_once_and_a_failed_one_is_named(
     protocol: Protocol, videos: Path, tmp_path: Path
 ) -> None:
-    run = methods.Run("opd", "bad", ("steps=0",), protocol.results / "opd" / "bad.json")
+    run = Run("opd", "bad", ("steps=0",), protocol.results / "opd" / "bad.json")
     with pytest.raises(RuntimeError, match=r"bad: exit code 2: error: steps=0"):
         carry_out(run, tmp_path / "runs")
     assert run.outcome() is None

@@ -1,0 +1,199 @@
+"""What the runs of a protocol come to, side by side: a JSON file, a table, a plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.protocol import Protocol
+from opd.report import NOT_TRAINING, SCORES, Curve, plot, thresholds
+
+
+def published_style_s(result: dict[str, Any]) -> float:
+    """An estimate of the device seconds of the same steps in the published loop, from the seconds
+    of this one: n rollouts are n sequences, each of them forwarded once to generate and three times
+    beside (for the old log-probabilities, for nothing, to train), every forward with its prompt."""
+    end = result["curve"][-1]
+    spent = {k: v for k, v in end["device_s"].items() if k not in NOT_TRAINING}
+    if not end["rollouts"]:
+        return sum(spent.values())
+    generated, prompts = end["generated_tokens"], result["tokens"] - end["generated_tokens"]
+    options = dict(key.split("=", 1) for key in result["keys"])
+    repeated = int(options.get("num_rollouts", 1)) * prompts
+    longer = (repeated + generated) / (prompts + generated)  # than what is forwarded here
+    forward = spent["prefill"] + spent["extend"]
+    generating = forward * repeated / (prompts + generated)
+    grown = longer * (3 * forward + spent["teacher"] + spent["backward"])
+    apart = ("prefill", "extend", "teacher", "backward")
+    return generating + grown + sum(s for name, s in spent.items() if name not in apart)
+
+
+def spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean, lowest and highest; no mean where a seed has no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"mean": None, "seeds": values}
+    return {"mean": sum(known) / len(known), "low": min(known), "high": max(known), "seeds": values}
+
+
+def report(protocol: Protocol, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything measured so far, side by side; `known` is the teacher."""
+    arms: dict[str, Any] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for arm in protocol.arms:
+        tuned = zip(protocol.rates, protocol.tuned(arm), strict=True)
+        measured = {rate: outcome for rate, run in tuned if (outcome := run.outcome())}
+        best = protocol.best_rate(arm)
+        arms[arm] = {
+            "rates": {
+                rate: {score: outcome["curve"][-1][score] for score in protocol.scores}
+                for rate, outcome in measured.items()
+            },
+            "best_rate": best,
+            "inside_grid": best and best not in (protocol.rates[0], protocol.rates[-1]),
+        }
+        finals = [run.outcome() for run in protocol.final(arm)]
+        if finals and all(finals):
+            results[arm] = [outcome for outcome in finals if outcome]
+    told: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
+    if not results:
+        return told
+    curves = {arm: [Curve(outcome["curve"]) for outcome in found] for arm, found in results.items()}
+    plot(curves, protocol.results.with_suffix(".png"))
+    every = [curve for found in curves.values() for curve in found]
+    begun = [curve.points[0] for curve in next(iter(curves.values()))]
+    start = {s: sum(point[s] for point in begun) / len(begun) for s in protocol.scores}
+    steps = min(curve.along("step")[-1] for curve in every)
+    budget = {
+        "with_scoring": min(curve.seconds()[-1] for curve in every),
+        "without_scoring": min(curve.seconds(scoring=False)[-1] for curve in every),
+    }
+    for arm, found in curves.items():
+        entry = arms[arm]
+        for score in protocol.scores:
+            entry[score] = {
+                "end": spread([c.points[-1][score] for c in found]),
+                "at_equal_steps": spread([c.at(steps, score, "step") for c in found]),
+                "at_equal_device_s": {
+                    name: spread(
+                        [c.at(s, score, "device_s", name == "with_scoring") for c in found]
+                    )
+                    for name, s in budget.items()
+                },
+            }
+            if known:
+                levels = thresholds(start[score], known[score])
+                entry[score]["device_s_to"] = [
+                    {"score": level} | _seconds_to(found, level, score, known["training_s"])
+                    for level in levels
+                ]
+        entry["gain"] = [outcome["gain"] for outcome in results[arm]]
+        entry["trained_share"] = spread([outcome["trained_share"] for outcome in results[arm]])
+        entry["device_s"] = {
+            "own_loop": spread([c.seconds()[-1] for c in found]),
+            "of_it_scoring": spread([c.seconds()[-1] - c.seconds(False)[-1] for c in found]),
+            "published_style_estimate": spread([published_style_s(o) for o in results[arm]]),
+        }
+    outcomes = [outcome for found in results.values() for outcome in found]
+    return told | {
+        "hardware": sorted({outcome["hardware"] for outcome in outcomes}),
+        "commits": sorted({commit for outcome in outcomes for commit in outcome["commit"]}),
+        "teacher": known,
+        "start": start,
+        "equal_steps": steps,
+        "equal_device_s": budget,
+        "valid": _valid(arms, start, known),
+    }
+
+
+def _seconds_to(found: list[Curve], level: float, score: str, training_s: float) -> dict[str, Any]:
+    """Device seconds to a score: training alone, with the teacher's and the curriculum's scoring,
+    and with the teacher's training too."""
+    taught = [c.points[-1]["device_s"]["teacher"] > 0 for c in found]
+    behind = [Curve(c.points, training_s if t else 0.0) for c, t in zip(found, taught, strict=True)]
+    return {
+        "without_scoring": spread([c.reaches(level, score, "device_s", False) for c in found]),
+        "with_scoring": spread([c.reaches(level, score, "device_s") for c in found]),
+        "with_teacher_training": spread([c.reaches(level, score, "device_s") for c in behind]),
+    }
+
+
+def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The protocol's conditions, as far as they are known."""
+    told: dict[str, Any] = {"best_rates_inside": {a: e["inside_grid"] for a, e in arms.items()}}
+    if known:
+        gains = [gain for found in arms["grpo"].get("gain", []) for gain in found.values()]
+        enough = all(gain["mean"] >= 0.05 and gain["interval"][0] > 0 for gain in gains)
+        told["grpo_gains"] = enough if gains else None
+        told["teacher_ahead"] = all(known[score] - start[score] >= 0.15 for score in start)
+    return told
+
+
+def table(told: dict[str, Any], scores: list[str]) -> str:
+    """The report as Markdown: a section a score, a row an arm; what was not measured says so."""
+
+    def cell(entry: Any, digits: int = 3) -> str:
+        if entry is None or entry["mean"] is None:
+            return "-"
+        low, high = f"{entry['low']:.{digits}f}", f"{entry['high']:.{digits}f}"
+        return f"{entry['mean']:.{digits}f} ({low} to {high})"
+
+    lines = [f"# {told['protocol']}", ""]
+    if "start" not in told:
+        return "\n".join([*lines, "No arm is measured to its end yet.", ""])
+    steps, budget = told["equal_steps"], told["equal_device_s"]
+    lines += [
+        f"Mean (lowest to highest) of the seeds; equal steps: {steps:.0f}; equal device time: "
+        f"{budget['with_scoring']:.0f} s of one CPU thread, or {budget['without_scoring']:.0f} s "
+        "where the teacher's and the curriculum's scoring is left out.",
+        "",
+    ]
+    for score in scores:
+        known = f", teacher {told['teacher'][score]:.3f}" if told["teacher"] else ""
+        lines += [f"## {SCORES[score]} (start {told['start'][score]:.3f}{known})", ""]
+        head = ["arm", "rate", "end", "equal steps", "equal time", "without scoring"]
+        levels = [f"{level:.3f}" for level in _levels(told, score)]
+        head += [f"s to {level}" for level in levels]
+        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for arm, entry in told["arms"].items():
+            found = entry.get(score)
+            if found is None:
+                lines.append(f"| {arm} | not measured |" + " |" * (len(head) - 2))
+                continue
+            times = found["at_equal_device_s"]
+            cells = [arm, entry["best_rate"], cell(found["end"]), cell(found["at_equal_steps"])]
+            cells += [cell(times["with_scoring"]), cell(times["without_scoring"])]
+            cells += [cell(row["with_scoring"], 0) for row in found.get("device_s_to", [])]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        "## Device seconds",
+        "",
+        "| arm | own loop | of it scoring | published loop, estimated |",
+    ]
+    lines.append("|---|---|---|---|")
+    for arm, entry in told["arms"].items():
+        if "device_s" in entry:
+            lines.append(
+                f"| {arm} | {' | '.join(cell(s, 0) for s in entry['device_s'].values())} |"
+            )
+    lines += ["", "## Rates tried", "", f"| arm | {' | '.join(SCORES[s] for s in scores)} |"]
+    lines.append("|---|" + "---|" * len(scores))
+    for arm, entry in told["arms"].items():
+        for rate, ends in entry["rates"].items():
+            name = f"**{rate}**" if rate == entry["best_rate"] else rate
+            lines.append(f"| {arm}, {name} | {' | '.join(f'{ends[s]:.3f}' for s in scores)} |")
+    return "\n".join([*lines, ""])
+
+
+def _levels(told: dict[str, Any], score: str) -> list[float]:
+    if not told["teacher"]:
+        return []
+    return thresholds(told["start"][score], told["teacher"][score])
+
+
+def write(protocol: Protocol, known: dict[str, Any] | None) -> Path:
+    """Write the report beside the results, and return the JSON file."""
+    told, target = report(protocol, known), protocol.results.with_suffix(".json")
+    target.write_text(json.dumps(told, indent=1) + "\n")
+    target.with_suffix(".md").write_text(table(told, protocol.scores))
+    return target

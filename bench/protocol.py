@@ -1,0 +1,70 @@
+"""A protocol: what a comparison runs, fixed before its first run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RESULTS = Path("bench/results")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a protocol: the keys of its command line, and where its result is kept."""
+
+    arm: str
+    name: str
+    keys: tuple[str, ...]
+    result: Path
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What it came to; None before it is made."""
+        return json.loads(self.result.read_text()) if self.result.is_file() else None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What was fixed before the first run; the fields are those of the file."""
+
+    name: str
+    common: list[str]
+    rates: list[str]
+    tuning: list[str]
+    seeds: list[int]
+    scores: list[str]
+    arms: dict[str, list[str]]
+    first: dict[str, Any] | None = None
+    teacher_training: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Protocol":
+        return cls(name=path.stem, **yaml.safe_load(path.read_text()))
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.name
+
+    def _run(self, arm: str, name: str, *more: str) -> Run:
+        keys = (*self.common, *self.arms[arm], *more)
+        return Run(arm, name, keys, self.results / arm / f"{name}.json")
+
+    def tuned(self, arm: str) -> list[Run]:
+        """The arm at every rate."""
+        rates = self.rates
+        return [self._run(arm, f"rate-{r}", *self.tuning, f"optim.lr={r}") for r in rates]
+
+    def final(self, arm: str) -> list[Run]:
+        """The arm at its best rate, on every seed; none before every rate is measured."""
+        rate = self.best_rate(arm)
+        seeds = self.seeds if rate else []
+        return [self._run(arm, f"seed-{s}", f"optim.lr={rate}", f"seed={s}") for s in seeds]
+
+    def best_rate(self, arm: str) -> str | None:
+        """The rate with the highest mean of the scores at the end."""
+        ends = [outcome["curve"][-1] for run in self.tuned(arm) if (outcome := run.outcome())]
+        if len(ends) < len(self.rates):
+            return None
+        means = [sum(end[score] for score in self.scores) for end in ends]
+        return self.rates[means.index(max(means))]
