@@ -21,6 +21,8 @@ VISION_TOKENS = (
     "<|video_pad|>",
 )
 
+CHECK_EVERY = {"cuda": 8}  # tokens: asking whether all have ended waits for the device
+
 
 @dataclass(frozen=True, eq=False)
 class Policy:
@@ -187,6 +189,7 @@ def sample(
     hidden = prefix.last_hidden[:, None].expand(-1, num_rollouts, -1)
     done = torch.zeros(batch, num_rollouts, dtype=torch.bool, device=device)
     ids, masks, logprobs = [], [], []
+    every = CHECK_EVERY.get(device.type, 1)
     for position in range(max_completion_length):
         log_probs = policy.log_probs(lm.head(hidden))
         token = choose(log_probs, None if draws is None else draws[:, :, position])
@@ -194,7 +197,12 @@ def sample(
         ids.append(torch.where(done, policy.pad_token_id, token))
         logprobs.append(log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0))
         done = done | torch.isin(token, ends)
-        if position + 1 == max_completion_length or done.all():
+        if position + 1 == max_completion_length:
+            break
+        if (position + 1) % every == 0 and done.all():
             break
         hidden = decoder.step(ids[-1], counter)
-    return Rollouts(torch.stack(ids, 2), torch.stack(masks, 2), torch.stack(logprobs, 2), ~done)
+    mask = torch.stack(masks, 2)
+    length = int(mask.any(1).any(0).sum())  # without what came after the last end token
+    tokens, drawn = (torch.stack(values, 2)[..., :length] for values in (ids, logprobs))
+    return Rollouts(tokens, mask[..., :length], drawn, ~done)

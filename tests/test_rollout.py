@@ -11,7 +11,7 @@ from opd.data.batch import Prompt
 from opd.models import tiny
 from opd.models.load import VideoLM
 from opd.prefix import extend
-from opd.rollout import VISION_TOKENS, Policy, Rollouts, choose, sample, uniforms
+from opd.rollout import CHECK_EVERY, VISION_TOKENS, Policy, Rollouts, choose, sample, uniforms
 from tests.helpers import (
     END,
     FAMILIES,
@@ -277,6 +277,19 @@ def test_sampling_stops_when_every_rollout_has_ended():
     made = rollouts_of(lm, prompts, with_ends(policy_of(lm), *range(384)), length=9)
     assert made.completion_ids.shape == (1, 2, 1)
     assert made.completion_mask.all() and not made.truncated.any()
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 100])
+def test_how_often_is_asked_changes_nothing(every, monkeypatch):
+    lm = ours("student", layers=1)
+    for ends in (tuple(range(0, 384, 3)), tuple(range(0, 384, 40)), ()):
+        policy = with_ends(policy_of(lm), *ends)
+        truth = rollouts_of(lm, unequal_prompts(lm), policy, length=9)
+        monkeypatch.setitem(CHECK_EVERY, "cpu", every)
+        found = rollouts_of(lm, unequal_prompts(lm), policy, length=9)
+        monkeypatch.undo()
+        for name in ("completion_ids", "completion_mask", "rollout_logprobs", "truncated"):
+            assert torch.equal(getattr(found, name), getattr(truth, name)), (name, ends)
 
 
 def test_an_end_token_in_the_last_place_is_not_truncated():
