@@ -1,7 +1,7 @@
 """A protocol: what a comparison runs, fixed before its first run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Protocol:
     seeds: list[int]
     scores: list[str]
     arms: dict[str, list[str]]
+    chosen_by: dict[str, list[str]] = field(default_factory=dict)
     first: dict[str, Any] | None = None
     teacher_training: dict[str, Any] | None = None
 
@@ -58,13 +59,16 @@ class Protocol:
     def final(self, arm: str) -> list[Run]:
         """The arm at its best rate, on every seed; none before every rate is measured."""
         rate = self.best_rate(arm)
-        seeds = self.seeds if rate else []
-        return [self._run(arm, f"seed-{s}", f"optim.lr={rate}", f"seed={s}") for s in seeds]
+        return [
+            self._run(arm, f"rate-{rate}-seed-{seed}", f"optim.lr={rate}", f"seed={seed}")
+            for seed in (self.seeds if rate else [])
+        ]
 
     def best_rate(self, arm: str) -> str | None:
-        """The rate with the highest mean of the scores at the end."""
+        """The rate with the highest mean, at the end, of the scores that the arm is chosen by."""
         ends = [outcome["curve"][-1] for run in self.tuned(arm) if (outcome := run.outcome())]
         if len(ends) < len(self.rates):
             return None
-        means = [sum(end[score] for score in self.scores) for end in ends]
+        scores = self.chosen_by.get(arm, self.scores)
+        means = [sum(end[score] for score in scores) for end in ends]
         return self.rates[means.index(max(means))]

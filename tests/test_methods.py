@@ -1,6 +1,7 @@
 """Comparing runs: what is read off curves, and the runner of the comparison."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ def test_the_best_rate_needs_all_and_is_the_mean_of_the_scores(protocol: Protoco
         assert protocol.best_rate("opd") is None and protocol.final("opd") == []
         keep(run, [point(30, greedy, sampled)])
     assert protocol.best_rate("opd") == "2"
+    other = replace(protocol, chosen_by={"opd": ["miou"]})
+    assert other.best_rate("opd") == "4", "an arm may be chosen by its own scores"
+    assert other.final("opd")[0].result != protocol.final("opd")[0].result
     runs = protocol.final("opd")
     assert [run.keys for run in runs] == [
         ("steps=30", "optim.lr=2", f"seed={seed}") for seed in (0, 1)
@@ -162,7 +166,7 @@ def test_the_report_by_hand(protocol: Protocol) -> None:
     (line,) = (row for row in rows if row.startswith("| opd | 2 |") and "0.700 (" in row)
     assert "| 0.450 (0.450 to 0.450) | 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |" in line
     assert "| opd | 95 (95 to 95) | 35 (35 to 35) |" in "\n".join(rows)
-    (protocol.results / "grpo" / "seed-1.json").unlink()
+    protocol.final("grpo")[1].result.unlink()
     text = write(protocol, known).with_suffix(".md").read_text()
     assert "| grpo | not measured |" in text and "| opd | 4 |" in text
 
