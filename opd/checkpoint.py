@@ -32,6 +32,7 @@ WRITTEN = (  # by a run, into its folder
     "curve.jsonl",
     "evaluation.jsonl",
     "student",
+    "adapter",
     "curriculum/round_*.jsonl",  # scores stay: they are stored by what they are scores of
     "state.pt",
     "curve.png",

@@ -17,6 +17,7 @@ from opd.settings import (
     OPDConfig,
     PrefixConfig,
     RewardConfig,
+    SampleConfig,
 )
 
 __all__ = ["Config", "ConfigError", "command_line", "fail", "load_config", "to_yaml"]
@@ -36,6 +37,10 @@ class ModelConfig:
         "language, or all: with the vision tower and its merger",
         choices=("language", "all"),
     )
+    lora_rank: int | None = option(
+        None, "of adapters on the language model, trained in its place; null trains it", least=1
+    )
+    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", above=0)
     dtype: str = option(
         "auto",
         "of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU",
@@ -90,14 +95,6 @@ class OptimConfig:
     beta1: float = option(0.9, "decay of the gradient's mean, a step", least=0, below=1)
     beta2: float = option(0.95, "decay of its square's mean, a step", least=0, below=1)
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to it", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Decoding of rollouts and of sampled evaluation answers."""
-
-    temperature: float = option(1.0, "of the policy: sampler and loss alike", above=0)
-    max_completion_length: int = option(20, "tokens, the end token included", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +189,11 @@ class Config:
                 f"micro_batch_size={self.micro_batch_size}: "
                 f"must divide batch_size={self.batch_size}",
             )
+        require(
+            self.model.lora_rank is None or self.model.trainable == "language",
+            f"model.trainable={self.model.trainable}: model.lora_rank trains adapters on the "
+            "language model alone",
+        )
         method, default = self.method, ModelConfig().teacher
         require(
             not self.on_references or self.num_rollouts == 1,

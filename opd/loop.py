@@ -19,6 +19,7 @@ from opd.data.sources import check_sources, load_split
 from opd.engine import set_up
 from opd.evaluate import Evaluation, evaluate
 from opd.models.load import VideoLM, resolve
+from opd.models.lora import merge_lora, save_adapter
 from opd.models.pair import check_pair
 from opd.summary import plot_curves, summarise
 from opd.train import Trainer
@@ -147,6 +148,11 @@ def run(
     if teacher is not None and config.method == "opd" and config.eval.teacher:
         scored_teacher = score("teacher", teacher.lm)
     with ledger.phase("checkpoint"):
+        model = config.model
+        if model.lora_rank is not None:
+            settings = model.lora_rank, model.lora_alpha, model.student
+            save_adapter(student, folder.path / "adapter", *settings)
+            merge_lora(student)
         if config.model.save_dtype != "auto":
             student.model.to(getattr(torch, config.model.save_dtype))
         student.model.save_pretrained(folder.path / "student")

@@ -130,3 +130,11 @@ class EvalConfig:
     teacher: bool = option(True, "evaluate the teacher too (method opd)")
     before: bool = option(True, "evaluate the student before training too")
     every: int | None = option(None, "steps between evaluations on the way", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Decoding of rollouts and of sampled evaluation answers."""
+
+    temperature: float = option(1.0, "of the policy: sampler and loss alike", above=0)
+    max_completion_length: int = option(20, "tokens, the end token included", least=1)

@@ -27,6 +27,7 @@ from opd.data.examples import DataError
 from opd.engine import TorchEngine
 from opd.ledger import Cost, Ledger, step_flops
 from opd.models.load import ModelError, VideoLM, load_model, load_processor, place
+from opd.models.lora import add_lora
 from opd.objectives import Loss, Targets
 from opd.prefix import LayerCounter, Prefix, encode, extend, prefill, recomputed_layers
 from opd.rewards import advantages, all_equal, grade
@@ -47,6 +48,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.student.train_only(self.config.model.trainable)
+        if self.config.model.lora_rank is not None:
+            add_lora(self.student, self.config.model.lora_rank, self.config.model.lora_alpha)
         updates = self.config.steps * self.epochs
         self.engine = TorchEngine(self.student.model, self.config.optim, updates)
         self.ledger = Ledger(self.student.device)
