@@ -34,8 +34,8 @@ def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     trainer = Trainer.of(config, device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, trainer.processor, trainer.student)
-    batch = collate([pool[i] for i in range(len(pool))], trainer.policy.pad_token_id, device)
-    return trainer, batch
+    prompts = sorted((pool[i] for i in range(len(pool))), key=lambda p: len(p.input_ids))
+    return trainer, collate(prompts, trainer.policy.pad_token_id, device)  # as the loader does
 
 
 def single_pass_step(trainer: Trainer, batch: PromptBatch, step: int) -> None:
