@@ -19,7 +19,7 @@ from bench.methods_report import write
 from bench.protocol import Protocol, Run
 from bench.record import hardware
 from opd.checkpoint import read_rows
-from opd.report import NOT_TRAINING
+from opd.report import read
 
 RUNS = Path("runs/bench")
 
@@ -73,8 +73,7 @@ def teacher(protocol: Protocol) -> dict[str, Any]:
         steps = timed["timed_steps"]
         short = [*timed["keys"], f"steps={steps}", "eval.draws=0", "data.limit_eval=2"]
         train(short, folder / "timed")
-        spent = json.loads((folder / "timed" / "summary.json").read_text())["device_hours"]
-        seconds = 3600 * sum(h for k, h in spent.items() if k not in ("total", *NOT_TRAINING))
+        seconds = read(folder / "timed").seconds()[-1]
         result = json.loads(told) | {"training_s": seconds * timed["steps"] / steps}
         result.pop("answers")
         path.parent.mkdir(parents=True, exist_ok=True)

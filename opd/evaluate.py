@@ -74,11 +74,9 @@ class Evaluation:
             ]
             sampled = [row["sampled_right"] for row in asked]
             summary |= summarize_choices([row["right"] for row in asked], sampled, iops)
-        unread = sum(not row["readable"] for row in rows if "readable" in row)
+            summary["parse_failures"] = sum(not row["readable"] for row in rows)
         return cls(
-            summary=summary
-            | {"queries": len(rows)}
-            | ({"parse_failures": unread} if asked else {}),
+            summary=summary | {"queries": len(rows)},
             greedy_tious=[row["tiou"] for row in timed],
             sampled_tious=[
                 sum(row["sampled_tious"]) / max(1, len(row["sampled_tious"])) for row in timed

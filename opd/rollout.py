@@ -10,7 +10,7 @@ import torch
 
 from opd.data.batch import PromptBatch
 from opd.decode import Decoder
-from opd.models.load import VideoLM
+from opd.models.load import VideoLM, end_token_ids
 from opd.prefix import LayerCounter, Prefix
 
 VISION_TOKENS = (
@@ -48,11 +48,8 @@ class Policy:
         allowed[
             [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
         ] = False
-        ends = lm.model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        return cls(
-            allowed, temperature, tuple({tokenizer.eos_token_id, *ends}), tokenizer.pad_token_id
-        )
+        ends = end_token_ids(tokenizer, lm.model.generation_config)
+        return cls(allowed, temperature, ends, tokenizer.pad_token_id)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """fp32 log-probabilities `[..., V]` of logits; -inf at columns that are not allowed."""
@@ -94,25 +91,21 @@ class Rollouts:
         narrow and as short as they fit. The tokens of the loss keep their order."""
         assert self.trained is not None
         rows = self.trained.any(1).nonzero().flatten()
-        trained = self.trained[rows]
-        width = int(trained.sum(1).max()) if len(rows) else 0
+        width = int(self.trained[rows].sum(1).max()) if len(rows) else 0
         # The trained ones of each prompt come first, in their order.
-        first = (~trained).byte().argsort(dim=1, stable=True)[:, :width]
-        trained = trained.gather(1, first)
-        lengths = (self.completion_mask[rows[:, None], first] & trained[..., None]).sum(2)
+        first = (~self.trained[rows]).byte().argsort(dim=1, stable=True)[:, :width]
+        kept = rows[:, None], first
+        lengths = (self.completion_mask[kept] & self.trained[kept][..., None]).sum(2)
         length = int(lengths.max()) if len(rows) else 0
-
-        def of(values: torch.Tensor) -> torch.Tensor:
-            return values[rows[:, None], first][..., :length]
 
         return rows.tolist(), replace(
             self,
-            completion_ids=of(self.completion_ids),
-            completion_mask=of(self.completion_mask),
-            rollout_logprobs=of(self.rollout_logprobs),
-            truncated=self.truncated[rows[:, None], first],
-            rewards=None if self.rewards is None else self.rewards[rows[:, None], first],
-            trained=trained,
+            completion_ids=self.completion_ids[kept][..., :length],
+            completion_mask=self.completion_mask[kept][..., :length],
+            rollout_logprobs=self.rollout_logprobs[kept][..., :length],
+            truncated=self.truncated[kept],
+            rewards=None if self.rewards is None else self.rewards[kept],
+            trained=self.trained[kept],
         )
 
     @classmethod

@@ -18,6 +18,7 @@ from opd.evaluate import Evaluation
 from opd.ledger import mfu
 from opd.metrics import paired_interval
 from opd.objectives import Loss
+from opd.report import NOT_TRAINING
 from opd.rewards import all_equal, readable
 from opd.rollout import Rollouts, decode_answers
 
@@ -121,7 +122,7 @@ def summarise(
     before, after, teacher = (evaluations[name] for name in ("before", "after", "teacher"))
     assert after is not None
     hours = ledger.device_hours()
-    outside = ("total", "idle", "evaluate", "checkpoint")
+    outside = ("total", *NOT_TRAINING)
     busy_s = 3600 * sum(h for name, h in hours.items() if name not in outside)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():

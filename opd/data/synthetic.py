@@ -25,6 +25,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -223,10 +224,7 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
         found = (words(c, _example(root, c), source(c, 1), split.ask == "words") for c in drawn)
         examples = [example for several in found for example in several]
     elif split.ask == "mixed":
-
-        def annotate(rng: np.random.Generator, truth: tuple[float, float]) -> tuple[float, float]:
-            return _annotate(rng, truth, split)
-
+        annotate = partial(_annotate, split=split)
         examples = [mixed(c, _example(root, c), source(c, 2), split.wrong, annotate) for c in drawn]
     else:
         asked = [

@@ -132,6 +132,20 @@ def place(dtype: str, device: torch.device) -> dict[str, Any]:
     return {"dtype": getattr(torch, dtype), "device": device}
 
 
+def require_family(told: str, family: str) -> None:
+    """Raise ModelError, `told` first, for a family that is not one of `FAMILIES`."""
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"{told}: family {family} is not supported (known: {known})")
+
+
+def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+    """The tokenizer's end token and those of a checkpoint's generation config, if it has one."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return tuple({tokenizer.eos_token_id, *ends})
+
+
 def load_processor(spec: str) -> Any:
     """The processor (chat template, tokenizer, video processor) of a checkpoint."""
     if spec.startswith("tiny:"):
@@ -150,11 +164,7 @@ def load_model(spec: str, *, dtype: torch.dtype, device: torch.device, seed: int
     else:
         path = resolve(spec)
         try:
-            family = AutoConfig.from_pretrained(path).model_type
-            if family not in FAMILIES:
-                raise ModelError(
-                    f"{spec}: family {family} is not supported (known: {', '.join(FAMILIES)})"
-                )
+            require_family(spec, AutoConfig.from_pretrained(path).model_type)
             load: Any = AutoModelForImageTextToText.from_pretrained
             model, found = load(
                 path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True

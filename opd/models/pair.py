@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from opd.models.load import FAMILIES, ModelError, load_processor, resolve
+from opd.models.load import ModelError, end_token_ids, load_processor, require_family, resolve
 
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 FRAMES = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
@@ -26,21 +26,19 @@ class Described:
         path = resolve(spec, key)
         try:
             config: Any = AutoConfig.from_pretrained(path)
-            if config.model_type not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                told = f"family {config.model_type} is not supported (known: {known})"
-                raise ModelError(f"{key}={spec}: {told}")
+            require_family(f"{key}={spec}", config.model_type)
             processor = load_processor(spec)
             try:
-                ends = GenerationConfig.from_pretrained(path).eos_token_id
+                generation = GenerationConfig.from_pretrained(path)
             except OSError:  # a checkpoint need not have one
-                ends = None
+                generation = None
+        except ModelError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, ModelError):
-                raise
             raise ModelError(f"{key}={spec}: {str(error).splitlines()[0]}") from error
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        return cls(spec, config, processor, frozenset({processor.tokenizer.eos_token_id, *ends}))
+        return cls(
+            spec, config, processor, frozenset(end_token_ids(processor.tokenizer, generation))
+        )
 
 
 def check_pair(student: str, teacher: str) -> None:
