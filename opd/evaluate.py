@@ -87,6 +87,8 @@ def run(target: str, config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
     stored = Path(target) if Path(target).is_file() else None
     if stored is None:
+        if target.endswith(".jsonl"):
+            raise DataError(f"{target}: no such file of answers")
         resolve(config.model.student)
     device = set_up(config.threads, config.seed)
     world.start()

@@ -139,6 +139,9 @@ def test_stored_answers(annotations, tmp_path, capsys):
     answers.write_text('{"id": "other", "answer": "x"}\n')
     told = refused(capsys, str(answers), *keys, "overwrite=true")
     assert told == f"{answers}: none of its 1 ids is among data.eval's"
+    answers.unlink()
+    told = refused(capsys, str(answers), *keys, "overwrite=true")
+    assert told == f"{answers}: no such file of answers"
 
 
 def test_targets_side_by_side(annotations, tmp_path, capsys):

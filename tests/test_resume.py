@@ -250,17 +250,23 @@ def test_the_last_states_are_kept(videos: Path, tmp_path: Path) -> None:
     assert names == ["step_3", "step_4", "step_5"]
 
 
+@pytest.fixture(scope="module")
+def crashed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("crashed") / "run"
+    crash(videos, run_dir, 3, "save_every=1", "keep_last=2")
+    return run_dir
+
+
 @pytest.fixture
-def stopped(videos: Path, tmp_path: Path) -> Path:
+def stopped(crashed: Path, tmp_path: Path) -> Path:
     """A run with the states of steps 2 and 3."""
-    crash(videos, tmp_path / "run", 3, "save_every=1", "keep_last=2")
-    return tmp_path / "run"
+    return shutil.copytree(crashed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("file", ["engine.pt", "rank_0.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_a_damaged_state_is_named_and_never_used(
-    file: str, damage: str, stopped: Path, whole: list[Any], videos: Path
+    file: str, damage: str, stopped: Path, videos: Path
 ) -> None:
     last = stopped / "checkpoints" / "step_3"
     content = bytearray((last / file).read_bytes())
@@ -275,8 +281,13 @@ def test_a_damaged_state_is_named_and_never_used(
     told = str(caught.value)
     assert told.startswith(f"{last}: ") and told.endswith("; delete it to go on from step_2")
     assert file in told or (file == "manifest.json" and damage == "flipped")
-    shutil.rmtree(last)
-    run(videos, stopped, *keys)
+
+
+def test_without_the_damaged_state_a_run_goes_on_from_the_one_before(
+    stopped: Path, whole: list[Any], videos: Path
+) -> None:
+    shutil.rmtree(stopped / "checkpoints" / "step_3")
+    run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
     assert outcome(stopped) == whole
 
 
