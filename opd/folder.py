@@ -1,5 +1,6 @@
 """The folder that a run writes."""
 
+import fcntl
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -17,8 +18,7 @@ from opd import world
 from opd.checkpoint import Checkpoints, read_rows, write_rows
 from opd.config import Config, ConfigError, load_config, to_yaml
 
-WRITTEN = (  # by a run, into its folder
-    "config.yaml",
+WRITTEN = (  # by a run, into its folder, beside config.yaml
     "environment.jsonl",
     "left_out.txt",
     "metrics.jsonl",
@@ -94,6 +94,8 @@ class RunFolder:
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise ConfigError(f"run_dir={self.path}: {above} is no folder that can be written")
         ours = (self.path / "config.yaml").is_file()
+        if ours:
+            self._claim().close()
         known = ours and config.resume == "auto"  # even if it was stopped before its first state
         finished = known and (self.path / "summary.json").exists()
         if resumed or finished:
@@ -111,12 +113,24 @@ class RunFolder:
                     f"resume=auto: {new.strip()!r} here, {old.strip()!r} in {self.path}/config.yaml"
                 )
 
+    def _claim(self) -> IO[str]:
+        """`config.yaml`, locked until it is closed: the rows of two runs would mix. ConfigError
+        where another run has it."""
+        held = (self.path / "config.yaml").open("a")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise ConfigError(f"run_dir={self.path}: another run is writing there") from None
+        return held
+
     def open(self, first_step: int) -> None:
         """Make the folder, or go on in it from a step: later rows are dropped. What no run wrote
         stays."""
         if not world.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._held = self._claim()
         for written in (w for name in WRITTEN for w in self.path.glob(name) if not self.resumed):
             shutil.rmtree(written) if written.is_dir() else written.unlink()
         (self.path / "config.yaml").write_text(to_yaml(self.config))
@@ -180,3 +194,4 @@ class RunFolder:
             self._metrics.close()
             self._samples.close()
             self._board.close()
+            self._held.close()

@@ -1,5 +1,6 @@
 """Stopped runs: the step is finished, the state saved, and going on changes nothing."""
 
+import fcntl
 import json
 import os
 import random
@@ -132,6 +133,13 @@ def crash(videos: Path, run_dir: Path, at: int, *keys: str) -> None:
         run(videos, run_dir, *SHORT, *keys)
 
 
+@pytest.fixture(scope="module")
+def crashed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("crashed") / "run"
+    crash(videos, run_dir, 3, "save_every=1", "keep_last=2")
+    return run_dir
+
+
 def test_rows_after_the_saved_state_are_dropped(
     whole: list[Any], videos: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +179,39 @@ def test_resuming_asks_for_the_same_run(
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == files
     with pytest.raises(ConfigError, match="resume=auto: 'seed: 1' here"):
         run(videos, run_dir, *SHORT, "resume=auto", "seed=1")
+
+
+@pytest.mark.parametrize("key", ["resume=auto", "overwrite=true"])
+def test_two_runs_in_one_folder_are_refused(
+    key: str, crashed: Path, tmp_path: Path, videos: Path
+) -> None:
+    run_dir = shutil.copytree(crashed, tmp_path / "run")
+    rows = metric_rows(run_dir)
+    with (run_dir / "config.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a run in another process does
+        with pytest.raises(ConfigError, match=f"^run_dir={run_dir}: another run is writing there$"):
+            run(videos, run_dir, *SHORT, key)
+    assert metric_rows(run_dir) == rows
+
+
+def test_a_run_holds_its_folder_to_its_end(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[str] = []
+    step = Trainer.step
+
+    def second_run(self: Trainer, micro_batches: Any, number: int) -> Any:
+        monkeypatch.setattr(Trainer, "step", step)
+        with pytest.raises(ConfigError) as caught:
+            run(videos, tmp_path / "run", *SHORT, "overwrite=true")
+        again.append(str(caught.value))
+        return step(self, micro_batches, number)
+
+    monkeypatch.setattr(Trainer, "step", second_run)
+    keys = ["steps=1", "batch_size=2", "data.limit_train=2", "data.limit_eval=2", "eval.draws=0"]
+    run(videos, tmp_path / "run", *keys, "eval.teacher=false", "overwrite=true")
+    assert again == [f"run_dir={tmp_path / 'run'}: another run is writing there"]
+    run(videos, tmp_path / "run", *keys, "eval.teacher=false", "overwrite=true")
 
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
@@ -250,16 +291,9 @@ def test_the_last_states_are_kept(videos: Path, tmp_path: Path) -> None:
     assert names == ["step_3", "step_4", "step_5"]
 
 
-@pytest.fixture(scope="module")
-def crashed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("crashed") / "run"
-    crash(videos, run_dir, 3, "save_every=1", "keep_last=2")
-    return run_dir
-
-
 @pytest.fixture
 def stopped(crashed: Path, tmp_path: Path) -> Path:
-    """A run with the states of steps 2 and 3."""
+    """A run with the states of steps 2 and 3, of one's own."""
     return shutil.copytree(crashed, tmp_path / "run")
 
 
