@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.methods_report import write
 from bench.protocol import Protocol, Run
-from bench.record import hardware
+from bench.record import commit, hardware
 from opd.checkpoint import read_rows
 from opd.report import read
 
@@ -50,7 +50,7 @@ def carry_out(run: Run, folder: Path) -> None:
         "keys": list(run.keys),
         "hardware": hardware(),
         "versions": {k: v for k, v in environments[-1]["versions"].items() if v},
-        "commit": sorted({str(e["commit"]) for e in environments}),
+        "commit": sorted({e["commit"] or commit() for e in environments}),
         "date": datetime.date.today().isoformat(),
         "tokens": sum(row["tokens"] for row in read_rows(run_dir / "metrics.jsonl")),
         **{name: summary.get(name) for name in kept},

@@ -1,6 +1,7 @@
 """What the runs of a protocol come to, side by side: a JSON file, a table, a plot."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ def published_style_s(result: dict[str, Any]) -> float:
     return generating + grown + sum(s for name, s in spent.items() if name not in apart)
 
 
-def spread(values: list[float | None]) -> dict[str, Any]:
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean, lowest and highest; no mean where a seed has no value."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    if len(known) < len(values) or not known:
         return {"mean": None, "seeds": values}
     return {"mean": sum(known) / len(known), "low": min(known), "high": max(known), "seeds": values}
 
@@ -57,63 +58,127 @@ def report(protocol: Protocol, known: dict[str, Any] | None = None) -> dict[str,
     told: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
     if not results:
         return told
-    curves = {arm: [Curve(outcome["curve"]) for outcome in found] for arm, found in results.items()}
-    plot(curves, protocol.results.with_suffix(".png"))
+    plot(_curves(results), protocol.results.with_suffix(".png"))
+    figures = side_by_side(results, protocol.scores, known)
+    for arm, found in figures.pop("arms").items():
+        arms[arm] |= found
+    outcomes = [outcome for found in results.values() for outcome in found]
+    return told | {
+        "hardware": "; ".join(sorted({outcome["hardware"] for outcome in outcomes})),
+        "commit": ", ".join(sorted({_short(c) for outcome in outcomes for c in outcome["commit"]})),
+        "date": max(outcome["date"] for outcome in outcomes),
+        "teacher": known,
+        **figures,
+        "valid": _valid(arms, figures["start"], known),
+    }
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + ("+" if commit.endswith(("-dirty", "+")) else "")
+
+
+def _curves(results: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[Curve]]:
+    return {arm: [Curve(outcome["curve"]) for outcome in found] for arm, found in results.items()}
+
+
+def side_by_side(
+    results: Mapping[str, Sequence[dict[str, Any]]],
+    scores: Sequence[str],
+    known: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Scores at the end, at equal steps and at equal device time, device seconds to fixed scores
+    and to GRPO's best, and totals, of the runs of each arm, a run a seed.
+
+    GRPO's best is the highest score on the way of each of its runs, and their mean is what the
+    other arms have to reach. `known` is the teacher: its `training_s`, and its scores if any.
+    """
+    curves = _curves(results)
     every = [curve for found in curves.values() for curve in found]
     begun = [curve.points[0] for curve in next(iter(curves.values()))]
-    start = {s: sum(point[s] for point in begun) / len(begun) for s in protocol.scores}
+    start = {s: sum(point[s] for point in begun) / len(begun) for s in scores}
     steps = min(curve.along("step")[-1] for curve in every)
     budget = {
         "with_scoring": min(curve.seconds()[-1] for curve in every),
         "without_scoring": min(curve.seconds(scoring=False)[-1] for curve in every),
     }
+    best = {
+        score: [max(point[score] for point in curve.points) for curve in curves.get("grpo", ())]
+        for score in scores
+    }
+    training_s = known["training_s"] if known else None
+    arms: dict[str, Any] = {}
     for arm, found in curves.items():
-        entry = arms[arm]
-        for score in protocol.scores:
-            entry[score] = {
+        entry = arms[arm] = {}
+        for score in scores:
+            entry[score] = told = {
                 "end": spread([c.points[-1][score] for c in found]),
                 "at_equal_steps": spread([c.at(steps, score, "step") for c in found]),
                 "at_equal_device_s": {
                     name: spread(
-                        [c.at(s, score, "device_s", name == "with_scoring") for c in found]
+                        [c.at(s, score, "device_s", scoring=name == "with_scoring") for c in found]
                     )
                     for name, s in budget.items()
                 },
             }
-            if known:
-                levels = thresholds(start[score], known[score])
-                entry[score]["device_s_to"] = [
-                    {"score": level} | _seconds_to(found, level, score, known["training_s"])
-                    for level in levels
+            if known and score in known:
+                told["device_s_to"] = [
+                    {"score": level} | _seconds_to(found, [level] * len(found), score, training_s)
+                    for level in thresholds(start[score], known[score])
                 ]
-        entry["gain"] = [outcome["gain"] for outcome in results[arm]]
-        entry["trained_share"] = spread([outcome["trained_share"] for outcome in results[arm]])
-        entry["device_s"] = {
-            "own_loop": spread([c.seconds()[-1] for c in found]),
-            "of_it_scoring": spread([c.seconds()[-1] - c.seconds(False)[-1] for c in found]),
-            "published_style_estimate": spread([published_style_s(o) for o in results[arm]]),
-        }
-    outcomes = [outcome for found in results.values() for outcome in found]
-    return told | {
-        "hardware": sorted({outcome["hardware"] for outcome in outcomes}),
-        "commits": sorted({commit for outcome in outcomes for commit in outcome["commit"]}),
-        "teacher": known,
+            if best[score]:
+                mean = sum(best[score]) / len(best[score])
+                levels = best[score] if arm == "grpo" else [mean] * len(found)
+                told["device_s_to_grpo_best"] = _seconds_to(found, levels, score, training_s)
+        entry |= _spent(results[arm], found, training_s)
+    return {
+        "arms": arms,
         "start": start,
         "equal_steps": steps,
         "equal_device_s": budget,
-        "valid": _valid(arms, start, known),
+        "grpo_best": {score: spread(found) for score, found in best.items() if found},
     }
 
 
-def _seconds_to(found: list[Curve], level: float, score: str, training_s: float) -> dict[str, Any]:
-    """Device seconds to a score: training alone, with the teacher's and the curriculum's scoring,
-    and with the teacher's training too."""
-    taught = [c.points[-1]["device_s"]["teacher"] > 0 for c in found]
-    behind = [Curve(c.points, training_s if t else 0.0) for c, t in zip(found, taught, strict=True)]
+def _spent(
+    outcomes: Sequence[dict[str, Any]], found: Sequence[Curve], training_s: float | None
+) -> dict[str, Any]:
+    """What an arm gained, what it trained on, and its totals of device seconds."""
     return {
-        "without_scoring": spread([c.reaches(level, score, "device_s", False) for c in found]),
-        "with_scoring": spread([c.reaches(level, score, "device_s") for c in found]),
-        "with_teacher_training": spread([c.reaches(level, score, "device_s") for c in behind]),
+        "gain": [outcome["gain"] for outcome in outcomes],
+        "trained_share": spread([outcome["trained_share"] for outcome in outcomes]),
+        "device_s": {
+            "own_loop": spread([c.seconds()[-1] for c in found]),
+            "of_it_scoring": spread([c.seconds()[-1] - c.seconds(False)[-1] for c in found]),
+            "with_teacher_training": spread([c.seconds()[-1] for c in _taught(found, training_s)]),
+            "published_style_estimate": spread([published_style_s(o) for o in outcomes]),
+        },
+    }
+
+
+def _taught(found: Sequence[Curve], training_s: float | None) -> list[Curve]:
+    """The curves with the teacher's training before them, where a teacher was used; none where its
+    seconds are not known."""
+    if training_s is None:
+        return []
+    taught = [c.points[-1]["device_s"]["teacher"] > 0 for c in found]
+    return [Curve(c.points, training_s if t else 0.0) for c, t in zip(found, taught, strict=True)]
+
+
+def _seconds_to(
+    found: Sequence[Curve], levels: Sequence[float], score: str, training_s: float | None
+) -> dict[str, Any]:
+    """Device seconds to a score, each curve's own: training alone, with the teacher's and the
+    curriculum's scoring, and with the teacher's training too."""
+
+    def spent(curves: Sequence[Curve], scoring: bool = True) -> dict[str, Any]:
+        pairs = zip(curves, levels, strict=True)
+        return spread([c.reaches(level, score, "device_s", scoring) for c, level in pairs])
+
+    behind = _taught(found, training_s)
+    return {
+        "without_scoring": spent(found, False),
+        "with_scoring": spent(found),
+        "with_teacher_training": spent(behind) if behind else None,
     }
 
 
@@ -128,15 +193,56 @@ def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any] | None) -> di
     return told
 
 
+def cell(entry: Any, digits: int = 3) -> str:
+    """A spread in words: its mean, and its ends where it has several seeds."""
+    if entry is None or entry["mean"] is None:
+        return "-"
+    mean, low, high = (f"{entry[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return mean if len(entry["seeds"]) == 1 else f"{mean} ({low} to {high})"
+
+
+def headline(told: dict[str, Any], scores: Sequence[str]) -> list[str]:
+    """The lines of a table a score: what each arm needs to GRPO's best, and where it is at equal
+    device time and at equal steps. None without GRPO."""
+    steps, budget = told["equal_steps"], told["equal_device_s"]["with_scoring"]
+    lines: list[str] = []
+    for score in scores if told.get("grpo_best") else ():
+        level = cell(told["grpo_best"][score])
+        head = ["device s to it", "without scoring", "with the teacher's training"]
+        head += [f"score at {budget:.0f} device s", f"at step {steps:.0f}"]
+        lines += [f"{SCORES[score]}: GRPO's best is {level}, the start {told['start'][score]:.3f}."]
+        lines += ["", f"| arm | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+        for arm, entry in told["arms"].items():
+            if score not in entry:
+                continue
+            found = entry[score]
+            to = found["device_s_to_grpo_best"]
+            names = ("with_scoring", "without_scoring", "with_teacher_training")
+            cells = [cell(to[name], 0) for name in names]
+            cells += [cell(found["at_equal_device_s"]["with_scoring"])]
+            cells += [cell(found["at_equal_steps"])]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def totals(told: dict[str, Any]) -> list[str]:
+    """The lines of the table of each arm's device seconds."""
+    lines = [
+        "| arm | own loop | of it scoring | with the teacher's training | "
+        "published loop, estimated |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, entry in told["arms"].items():
+        if "device_s" in entry:
+            lines.append(
+                f"| {arm} | {' | '.join(cell(s, 0) for s in entry['device_s'].values())} |"
+            )
+    return lines
+
+
 def table(told: dict[str, Any], scores: list[str]) -> str:
     """The report as Markdown: a section a score, a row an arm; what was not measured says so."""
-
-    def cell(entry: Any, digits: int = 3) -> str:
-        if entry is None or entry["mean"] is None:
-            return "-"
-        low, high = f"{entry['low']:.{digits}f}", f"{entry['high']:.{digits}f}"
-        return f"{entry['mean']:.{digits}f} ({low} to {high})"
-
     lines = [f"# {told['protocol']}", ""]
     if "start" not in told:
         return "\n".join([*lines, "No arm is measured to its end yet.", ""])
@@ -165,17 +271,9 @@ def table(told: dict[str, Any], scores: list[str]) -> str:
             cells += [cell(row["with_scoring"], 0) for row in found.get("device_s_to", [])]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += [
-        "## Device seconds",
-        "",
-        "| arm | own loop | of it scoring | published loop, estimated |",
-    ]
-    lines.append("|---|---|---|---|")
-    for arm, entry in told["arms"].items():
-        if "device_s" in entry:
-            lines.append(
-                f"| {arm} | {' | '.join(cell(s, 0) for s in entry['device_s'].values())} |"
-            )
+    if told["grpo_best"]:
+        lines += ["## To GRPO's best", "", *headline(told, scores)]
+    lines += ["## Device seconds", "", *totals(told)]
     lines += ["", "## Rates tried", "", f"| arm | {' | '.join(SCORES[s] for s in scores)} |"]
     lines.append("|---|" + "---|" * len(scores))
     for arm, entry in told["arms"].items():

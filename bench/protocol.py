@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path("bench/results")
+RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from bench import protocol as protocols
+from bench.bench_convergence import compared, short_runs
 from bench.methods import carry_out
-from bench.methods_report import published_style_s, report, table, write
+from bench.methods_report import headline, published_style_s, report, side_by_side, table, write
 from bench.protocol import Protocol, Run
+from bench.record import hardware
 from opd.config import load_config
 from opd.report import Curve, main, shared, thresholds
 
@@ -106,7 +108,8 @@ def protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
 def keep(run: Run, points: Any, **more: Any) -> None:
     run.result.parent.mkdir(parents=True, exist_ok=True)
     gain = {"miou": {"mean": 0.3, "interval": [0.2, 0.4]}}
-    common = {"hardware": "h", "commit": ["c"], "gain": gain, "trained_share": 1.0, "tokens": 9999}
+    common = {"hardware": "h", "commit": ["0123456789-dirty"], "date": "2026-11-21"}
+    common |= {"gain": gain, "trained_share": 1.0, "tokens": 9999}
     run.result.write_text(json.dumps({"curve": points, "keys": list(run.keys)} | common | more))
 
 
@@ -154,6 +157,16 @@ def test_the_report_by_hand(protocol: Protocol) -> None:
     assert first["with_teacher_training"]["mean"] == pytest.approx(135)
     assert grpo["device_s_to"][0]["with_teacher_training"]["mean"] == pytest.approx(25)
     assert grpo["device_s_to"][1]["with_scoring"]["mean"] is None
+    assert (found["hardware"], found["commit"], found["date"]) == ("h", "0123456+", "2026-11-21")
+    # GRPO's runs are the first 20 steps of the other's: its best on the way is 0.5, at step 10.
+    assert found["grpo_best"]["miou"]["mean"] == 0.5
+    to = opd["device_s_to_grpo_best"]
+    assert [to[name]["mean"] for name in to] == pytest.approx([20, 35, 135])
+    assert list(to) == ["without_scoring", "with_scoring", "with_teacher_training"]
+    assert grpo["device_s_to_grpo_best"]["with_teacher_training"]["mean"] == pytest.approx(25)
+    spent = found["arms"]["opd"]["device_s"]
+    assert spent["with_teacher_training"]["mean"] == 195 and spent["own_loop"]["mean"] == 95
+    assert found["arms"]["grpo"]["device_s"]["with_teacher_training"]["mean"] == 45
     valid = found["valid"]
     assert valid["best_rates_inside"] == {"grpo": True, "opd": True}
     assert valid["grpo_gains"] and valid["teacher_ahead"]
@@ -165,7 +178,12 @@ def test_the_report_by_hand(protocol: Protocol) -> None:
     rows = table(found, protocol.scores).splitlines()
     (line,) = (row for row in rows if row.startswith("| opd | 2 |") and "0.700 (" in row)
     assert "| 0.450 (0.450 to 0.450) | 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |" in line
-    assert "| opd | 95 (95 to 95) | 35 (35 to 35) |" in "\n".join(rows)
+    assert "| opd | 95 (95 to 95) | 35 (35 to 35) | 195 (195 to 195) |" in "\n".join(rows)
+    assert "greedy mIoU: GRPO's best is 0.500 (0.500 to 0.500), the start 0.400." in rows
+    (line,) = (
+        row for row in rows if row.startswith("| opd | 35 (35 to 35) | 20 (20 to 20) | 135 ")
+    )
+    assert line.endswith("| 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |")
     protocol.final("grpo")[1].result.unlink()
     text = write(protocol, known).with_suffix(".md").read_text()
     assert "| grpo | not measured |" in text and "| opd | 4 |" in text
@@ -216,3 +234,56 @@ def test_every_run_of_the_protocols_is_a_configuration(name: str) -> None:
     rates = [float(rate) for rate in text["rates"]]
     assert len(seen) == len(protocol.arms) * (len(rates) + 1)
     assert rates == sorted(rates) and {1e-4, 3e-4, 1e-3, 3e-3} <= set(rates)
+
+
+def test_the_short_form_is_the_full_one_cut_short() -> None:
+    full = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())
+    full["arms"]["grpo"]["best_rate"] = "7e-5"
+    long = load_config(list(Protocol.read(ROOT / "bench" / "methods.yaml").common))
+    for run, rate in zip(short_runs(Path("x"), full), (7e-5, 1e-3), strict=True):
+        config = load_config(list(run.keys))
+        assert config.optim.lr == rate, "that which won, wherever it is"
+        assert (config.method, config.num_rollouts) == (
+            ("grpo", 8) if run.arm == "grpo" else ("opd", 1)
+        )
+        assert config.steps * config.optim.warmup == pytest.approx(long.steps * long.optim.warmup)
+        assert config.batch_size == long.batch_size and config.optim.schedule == "constant"
+
+
+def test_the_short_form_makes_real_runs(videos: Path, tmp_path: Path) -> None:
+    full = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())
+    full["hardware"] = hardware()
+    cut = ("steps=2", "eval.every=1", "batch_size=2", "data.limit_train=4", "data.limit_eval=2")
+    runs = short_runs(tmp_path, full, *cut, "eval.draws=1", f"data.video_root={videos}")
+    found = compared(runs, tmp_path, full)
+    assert found["equal_steps"] == 2 and set(found["arms"]) == {"grpo", "reverse_kl"}
+    spent = {arm: entry["device_s"] for arm, entry in found["arms"].items()}
+    assert (
+        spent["grpo"]["of_it_scoring"]["mean"] < spent["reverse_kl"]["of_it_scoring"]["mean"] / 10
+    )
+    own, with_teacher = (
+        spent["reverse_kl"][name]["mean"] for name in ("own_loop", "with_teacher_training")
+    )
+    assert with_teacher - own == pytest.approx(full["teacher"]["training_s"]) and own > 0
+    assert "num_rollouts=8" in found["arms"]["grpo"]["keys"]
+    for arm in found["arms"]:
+        assert any(line.startswith(f"| {arm} | ") for line in headline(found, ["miou"]))
+
+
+def test_grpo_is_measured_against_each_runs_own_best() -> None:
+    """Two runs of GRPO with bests of 0.5 and 0.7; the mean of them is what the other must reach."""
+
+    def outcome(points: Any) -> dict[str, Any]:
+        return {"curve": points, "gain": {}, "trained_share": None, "tokens": 9999, "keys": []}
+
+    grpo = [outcome(CURVE.points[:3]), outcome(CURVE.points)]
+    found = side_by_side({"grpo": grpo, "opd": [outcome(CURVE.points)]}, ["miou"], None)
+    assert found["grpo_best"]["miou"]["seeds"] == [0.5, 0.7]
+    to = found["arms"]["grpo"]["miou"]["device_s_to_grpo_best"]
+    assert to["with_scoring"]["seeds"] == pytest.approx([35, 95])
+    to = found["arms"]["opd"]["miou"]["device_s_to_grpo_best"]
+    assert to["with_scoring"]["seeds"] == pytest.approx([65 + 30 * 0.15 / 0.25])
+    assert to["with_teacher_training"] is None, "the teacher is not known"
+    lines = headline(found, ["miou"])
+    assert any(line.startswith("| opd | 83 | 52 | - | 0.450 | 0.450 |") for line in lines)
+    assert headline(side_by_side({"opd": grpo}, ["miou"], None), ["miou"]) == []

@@ -1,0 +1,202 @@
+"""bench/results/README.md says what the result files say, all of it, and each thing where it
+belongs."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import report
+from bench.protocol import RESULTS
+from bench.tables import NOT_MEASURED, benchmark, cell
+
+CPU = {"hardware": "2 cores of X, no GPU", "commit": "0ab", "date": "2026-11-21", "versions": {}}
+GPU = CPU | {"hardware": "NVIDIA H200"}
+PAIR = "Qwen3-VL 2B from 8B, 16384 tokens"
+
+
+def node(ratio: float, **more: Any) -> dict[str, Any]:
+    found = {"rounds": 9, "first_ms": 10 * ratio, "second_ms": 10.0, "ratio": ratio}
+    return found | {"ratio_interval": [ratio - 0.01, ratio + 0.01]} | more
+
+
+def kernel(shape: str, **ratios: float) -> dict[str, Any]:
+    providers = {
+        name: node(ratio, over_fast=ratio / ratios["fast"], over_fast_interval=[0.9, 0.95])
+        for name, ratio in ratios.items()
+    }
+    return {"shape": shape, "providers": providers, "skipped": {"trl": "not installed (pip …)"}}
+
+
+def suite(origin: dict[str, Any], **benchmarks: Any) -> dict[str, Any]:
+    return origin | {"benchmarks": {f"bench_x.py::test_{n}": b for n, b in benchmarks.items()}}
+
+
+def row(text: str, first: str) -> list[str]:
+    """The cells of the first row that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return line[2:-2].split(" | ")
+
+
+def part(text: str, title: str) -> str:
+    """What stands below a heading, up to the next of its rank."""
+    rank = title.split()[0]
+    return re.split(rf"\n{rank} ", text.partition(f"\n{title}\n")[2])[0]
+
+
+def test_the_page_is_up_to_date() -> None:
+    """If this fails: python -m bench.report"""
+    results = report.read_all(RESULTS)
+    page = (RESULTS / "README.md").read_text()
+    assert report.document(results) == page
+    linked = re.findall(r"\]\(([^)]*)\)", page)
+    assert {f"{name}.json" for name in results} <= set(linked)
+    assert all((RESULTS / name).is_file() for name in linked)
+    for name, result in results.items():
+        assert set(report.plots(name, result).values()) <= set(linked)
+
+
+def test_a_cpu_is_never_in_a_gpu_table() -> None:
+    """Names and shapes of a GPU do not make one; only what the file says of its hardware does."""
+    results = {
+        "gpu_kernels": suite(CPU, reverse_kl=kernel(PAIR, fast=1.11)),
+        "cpu_kernels": suite(GPU, reverse_kl=kernel(PAIR, fast=1.22)),
+    }
+    text = report.document(results)
+    on_gpu, on_cpu = part(text, "## On a GPU"), part(text, "## On a CPU")
+    assert "1.11 [" not in on_gpu and "### gpu_kernels" not in on_gpu
+    assert "1.11 [1.1, 1.12]" in on_cpu and "### gpu_kernels" in on_cpu
+    assert "### cpu_kernels" in on_gpu and "1.22" not in on_cpu
+    cells = row(part(on_gpu, "### Kernels on a GPU, seconds by those of the bare products"), PAIR)
+    assert cells[1] == "1.22 [1.21, 1.23]" and cells[-1] == "cpu_kernels"
+
+
+def test_what_was_not_measured_says_so() -> None:
+    text = part(report.document({"a": suite(CPU, y=node(1.0))}), "## On a GPU")
+    rows = [line for line in text.splitlines() if line.startswith("| Qwen")]
+    assert len(rows) == 3 * 3 * 3, "pairs, token counts, losses"
+    for line in rows:
+        assert set(line[2:-2].split(" | ")[1:]) == {NOT_MEASURED, ""}
+    for method in ("OPD", "GRPO"):
+        assert row(text, f"{method}, Qwen3-VL 2B from 8B")[1:] == [*[NOT_MEASURED] * 12, ""]
+    asked = row(text, f"fast, x bare products, {PAIR}")
+    assert asked[1:] == ["at most 1.2", NOT_MEASURED, "", ""]
+
+
+def test_a_gpu_fills_its_cells() -> None:
+    phases = {name: float(i) for i, name in enumerate(report.STEP_PHASES, 10)}
+    modes = {
+        "8": {"step_s": 9.5, "seconds": phases, "mfu": 0.31, "peak_gib": 61.25},
+        "none": {"failed": "needs 200 GiB by the memory plan"},
+    }
+    step = {"method": "opd", "auto": "8", "recompute": modes}
+    kernels = kernel(PAIR, fast=1.25, lowmem=2.0)
+    kernels["providers"]["dense"] = {"failed": "out of memory at 16384 x 151936"}
+    text = report.document({"g": suite(GPU, reverse_kl=kernels, step=step)})
+    steps = part(text, "### Steps on a GPU, 8,192 video tokens")
+    cells = row(steps, "OPD, Qwen3-VL 2B from 8B")
+    assert cells[1:] == ["8, auto", "9.5", *map(str, range(10, 18)), "0.31", "61.2", "g"]
+    assert "| OPD, Qwen3-VL 2B from 8B | none | needs 200 GiB by the memory plan |" in steps
+    assert "| GRPO, Qwen3-VL 2B from 8B | not measured |" in steps
+    table = part(text, "### Kernels on a GPU, seconds by those of the bare products")
+    first = next(line for line in table.splitlines() if line.startswith(f"| {PAIR}"))
+    assert "| 1.25 [1.24, 1.26] | 2 [1.99, 2.01] | not measured | out of memory at" in first
+    assert "| trl | skipped: not installed (pip …) |" in text
+    asked = row(text, f"fast, x bare products, {PAIR}")
+    assert asked[1:] == ["at most 1.2", "1.25", "g", "**no**"]
+    assert f"- fast, x bare products, {PAIR}: 1.25, asked at most 1.2. (g)" in text
+
+
+def test_negative_results_are_told() -> None:
+    routed = node(0.9, suspended_share=0.5, analytic_ratio=0.7)
+    results = {
+        "slow": suite(
+            CPU,
+            reverse_kl=kernel("512 from 1024, 32 tokens", fast=1.1, compiled=1.0),
+            routed=routed,
+            step=node(0.95, target=0.9, analytic_ratio=0.8, flops=node(0.9)),
+            fine=node(0.85, target=0.9),
+            decode={"a / b": node(0.8, better="higher"), "c / d": node(1.2, better="higher")},
+        )
+    }
+    text = part(report.document(results), "## What does not pay, and what is missed")
+    lines = [line for line in text.splitlines() if line.startswith("- ")]
+    assert len(lines) == 5
+    assert "compiled takes 0.909 [0.9, 0.95] of ours at 512 from 1024, 32 tokens." in text
+    assert "Suspending 50% of the rollouts takes 0.9 [0.89, 0.91] of a plain step" in text
+    assert "test_step, seconds: 0.95, asked at most 0.9. (slow)" in text
+    assert "test_step, FLOPs by those of the shapes: 1.12, asked 0.95 to 1.05. (slow)" in text
+    assert "Slower: bench_x.py::test_decode / a / b, 0.8 [0.79, 0.81]" in text
+    results["slow"]["benchmarks"]["bench_x.py::test_routed"]["analytic_ratio"] = 0.89
+    text = part(report.document(results), "## What does not pay, and what is missed")
+    assert "Suspending" not in text
+
+
+def test_the_comparison_says_what_is_behind() -> None:
+    told = json.loads((RESULTS / "methods.json").read_text())
+    entry = copy.deepcopy(told["arms"]["grpo"])
+    told["arms"] = {"random": told["arms"]["random"], "tvdf": told["arms"]["tvdf"], "grpo": entry}
+    text = report.document({"m": told})
+    assert "- tvdf is not ahead of random at 133 device seconds: greedy mIoU 0.560 (" in text
+    told["arms"]["tvdf"] = told["arms"]["random"]
+    assert "tvdf is not ahead" not in report.document({"m": told})
+    del told["grpo_best"]
+    assert "| tvdf | 0.675 (0.669 to 0.682) | 0.682" in report.document({"m": told})
+    told["valid"] = {"best_rates_inside": {"grpo": False}}
+    assert "A condition of the protocol is not met: best_rates_inside, grpo." in report.document(
+        {"m": told}
+    )
+
+
+def test_any_benchmark_has_a_table() -> None:
+    info = {
+        "opd / sft": node(1.5, target=2.0, flops={"first": 3_000_000, "ratio": 0.5}),
+        "grpo / sft": node(1.7),
+        "phases_ms": {"opd": {"vision": 1.25, "loss": 0.0001}, "sft": {"vision": 2.0, "loss": 0.0}},
+        "rows": [{"case": 1, "error": None}, {"case": 2, "error": 0.5}],
+        "threads": 1,
+    }
+    text = "\n".join(benchmark("b", info))
+    assert row(text, "opd / sft") == ["opd / sft", "1.5 [1.49, 1.51]", "2", "15", "10", "9", ""]
+    assert row(text, "opd / sft / flops")[1:] == ["0.5", "", "", "", "", "3,000,000"]
+    assert row(text, "phases_ms / opd")[1:] == ["1.25", "1.0e-04"]
+    assert row(text, "phases_ms / sft")[1:] == ["2", "0"]
+    assert row(text, "1") == ["1", "-"] and row(text, "2") == ["2", "0.5"]
+    assert "Threads 1" in text
+    assert [cell(v) for v in (True, "a|b", 12345, 12345.6, 0.05, None)] == [
+        *("True", "a\\|b", "12,345", "12,346", "0.05", "-")
+    ]
+
+
+@pytest.mark.parametrize("missing", ["hardware", "commit", "date"])
+def test_a_result_that_does_not_say_where_it_is_from(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fine.json").write_text(json.dumps(suite(CPU, y=node(1.0))))
+    (tmp_path / "bad.json").write_text(json.dumps(suite(CPU, y=node(1.0)) | {missing: ""}))
+    with pytest.raises(SystemExit) as error:
+        report.main([str(tmp_path)])
+    told = capsys.readouterr().err
+    assert error.value.code == 2 and told.count("\n") == 1
+    assert told.endswith(f"bad.json: does not say its {missing}\n")
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"logit_std": 3.0, "gap": gap, "fast": gap, "dense": None} for gap in (1.0, 0.1)]
+    both = suite(CPU, reverse_kl=kernel("s", fast=1.1), precision={"dtype": "bf16", "rows": rows})
+    (tmp_path / "all.json").write_text(json.dumps(both))
+    (tmp_path / "alone.json").write_text(json.dumps(CPU | {"torch.bfloat16": rows}))
+    report.main([str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n"
+    text = (tmp_path / "README.md").read_text()
+    for name in ("all-kernels.png", "all-precision.png", "alone.png"):
+        assert (tmp_path / name).stat().st_size > 5000 and f"]({name})" in text
+    report.main([str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == text
+    with pytest.raises(SystemExit) as error:
+        report.main([str(tmp_path / "gone")])
+    assert error.value.code == 2 and "usage" in capsys.readouterr().err

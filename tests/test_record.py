@@ -1,0 +1,116 @@
+"""A result says what it was measured on, of what and when, or it is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import record
+
+ORIGIN = {"hardware": "2 cores of X, no GPU", "versions": {}, "date": "2026-11-21", "commit": "0ab"}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def report(**origin: Any) -> dict[str, Any]:
+    return {
+        "machine_info": {"origin": ORIGIN | origin},
+        "benchmarks": [{"fullname": "bench/bench_x.py::test_y[1]", "extra_info": {"ratio": 0.5}}],
+    }
+
+
+def test_records_are_kept(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    record.main([str(write(tmp_path / "run.json", report())), str(target)])
+    kept = record.read(target)
+    assert kept == {**ORIGIN, "benchmarks": {"bench_x.py::test_y[1]": {"ratio": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "no report of pytest-benchmark"),
+        ("[]", "no report of pytest-benchmark"),
+        ({"machine_info": {}, "benchmarks": []}, "it does not say its hardware"),
+        (report(commit=""), "does not say its commit; without git, set BENCH_COMMIT"),
+        (None, "No such file"),
+    ],
+)
+def test_what_says_nothing_of_itself_is_not_kept(
+    content: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "run.json", tmp_path / "result.json"
+    if content is not None:
+        write(source, content)
+    with pytest.raises(SystemExit) as error:
+        record.main([str(source), str(target)])
+    found = capsys.readouterr().err
+    assert error.value.code == 2 and found.count("\n") == 1 and not target.exists()
+    assert found.startswith(f"error: {source}: ") and told in found
+
+
+@pytest.mark.parametrize("key", ["hardware", "commit", "date"])
+@pytest.mark.parametrize("value", [None, "", 7])
+def test_a_result_without_its_origin_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", ORIGIN | {key: value})
+    with pytest.raises(record.Refused, match=rf"x\.json: does not say its {key}"):
+        record.read(path)
+
+
+def test_a_run_says_where_it_ran(tmp_path: Path) -> None:
+    """The suite's own conftest, in a real run of pytest with one trivial benchmark beside it."""
+    (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
+    (tmp_path / "test_x.py").write_text(
+        "def test_x(benchmark):\n"
+        "    benchmark.pedantic(sum, ([1],), rounds=1)\n"
+        "    benchmark.extra_info['ratio'] = 0.5\n"
+    )
+    source, target = tmp_path / "run.json", tmp_path / "result.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(record.ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(tmp_path), f"--benchmark-json={source}", str(tmp_path)]
+    command += ["-p", "no:cacheprovider"]
+    found = {**os.environ, "PYTHONPATH": str(record.ROOT)}
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=found)
+    record.main([str(source), str(target)])
+    kept = record.read(target)
+    assert kept.pop("benchmarks") == {"test_x.py::test_x": {"ratio": 0.5}}
+    assert kept == record.origin()
+    assert kept["versions"]["torch"] and kept["hardware"]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_commit_says_whether_sources_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert record.commit() == ""
+    monkeypatch.setenv("BENCH_COMMIT", "0123456")
+    assert record.commit() == "0123456"
+    git(tmp_path, "init")
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for path in (tmp_path / "a.py", results / "a.json"):
+        path.write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "a")
+    head = git(tmp_path, "rev-parse", "HEAD")[:7]
+    assert record.commit() == head
+    (tmp_path / "new.py").write_text("1")
+    (results / "a.json").write_text("2")
+    assert record.commit() == head, "neither strangers nor earlier results change what is measured"
+    (tmp_path / "a.py").write_text("2")
+    assert record.commit() == head + "+"
