@@ -1,103 +1,113 @@
-"""One loss, many implementations: the mean reverse KL of two heads, and its gradients.
+"""A loss and many implementations of it: ours, plain PyTorch and its compiler, TRL, Liger. Here the
+mean reverse KL of two heads; `bench.token_losses` has those of sampled tokens.
 
 Each provider takes the same tensors and leaves the gradients in `student_hidden.grad` and
-`student_lm_head.grad`. Those whose library is missing are left out, and said so.
+`student_lm_head.grad`. Those that this machine cannot run are named with the reason.
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fused_kl import linear_reverse_kl, reference, torch_kernels, walk
+from bench.problems import Loss, Problem, bare_gemms
+from fused_kl import (
+    chunks,
+    linear_reverse_kl,
+    logprobs,
+    reference,
+    torch_kernels,
+    walk,
+)
+
+PIP = {"trl": "trl==1.16.0", "liger_kernel": "liger-kernel==0.8.5"}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """N tokens, and the heads of a pair of models."""
+class Provider:
+    """A loss, and what it and its backward run inside of."""
+
+    loss: Loss
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def step(self, problem: Problem) -> Tensor:
+        """Forward and backward; the loss, detached."""
+        with self.around():
+            value = self.loss(problem)
+            value.backward()
+        return value.detach()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's implementation, made from a module that need not be there."""
+
+    module: str
+    make: Callable[[Any], Loss]
+    needs_gpu: bool = False
+
+    def provider(self, device: str) -> Provider | str:
+        """It, or why not."""
+        if self.needs_gpu and device != "cuda":
+            return "needs a CUDA device"
+        library = self.module.partition(".")[0]
+        if find_spec(library) is None:
+            return f"not installed (pip install {PIP[library]})"
+        try:
+            return Provider(self.make(importlib.import_module(self.module)))
+        except ImportError as error:
+            return f"cannot be imported: {error} (pip install {PIP[library]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A loss and all who compute it."""
 
     name: str
-    num_rows: int
-    vocab: int
-    student_size: int
-    teacher_size: int
+    truth: Loss  # in fp64
+    gemms: Callable[[Problem], None]
+    ours: dict[str, Loss]
+    dense: Loss
+    peers: dict[str, Peer] = field(default_factory=dict)
+    needs_tokens: bool = False
+
+    def find(self, device: str) -> tuple[dict[str, Provider], dict[str, str]]:
+        """All that this machine can run, by name, and why it cannot run the others."""
+        found = {name: Provider(loss) for name, loss in self.ours.items()}
+        found["dense"] = Provider(self.dense)
+        if device == "cuda":
+            found["torch"] = Provider(self.ours["fast"], torch_row_programs)
+        # On a GPU each shape for itself: kernels for any shape are slower. On a CPU they are as
+        # fast and take a third of the memory.
+        each_alone = False if device == "cuda" else None
+        found["compiled"] = Provider(torch.compile(self.dense, dynamic=each_alone))
+        skipped = {}
+        for name, peer in self.peers.items():
+            made = peer.provider(device)
+            if isinstance(made, str):
+                skipped[name] = made
+            else:
+                found[name] = made
+        return found, skipped
 
 
-@dataclass(eq=False)
-class Problem:
-    """Hidden states and heads whose logits have standard deviation `logit_std`; with `gap`, the
-    teacher's logits are the student's plus noise of that size."""
-
-    student_hidden: Tensor
-    student_lm_head: Tensor
-    teacher_hidden: Tensor
-    teacher_lm_head: Tensor
-
-    @staticmethod
-    def of(
-        shape: Shape,
-        *,
-        dtype: torch.dtype,
-        device: str,
-        logit_std: float = 3.0,
-        gap: float | None = None,
-    ) -> "Problem":
-        generator = torch.Generator(device).manual_seed(0)
-
-        def randn(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator, device=device)
-
-        hidden = randn(shape.num_rows, shape.student_size)
-        head = randn(shape.vocab, shape.student_size) * (logit_std / shape.student_size**0.5)
-        teacher_hidden = randn(shape.num_rows, shape.teacher_size)
-        teacher_head = randn(shape.vocab, shape.teacher_size)
-        if gap is None:
-            teacher_head *= logit_std / shape.teacher_size**0.5
-        else:
-            extra = shape.teacher_size - shape.student_size
-            teacher_hidden[:, : shape.student_size] = hidden
-            teacher_head *= gap / extra**0.5
-            teacher_head[:, : shape.student_size] = head
-        return Problem(
-            hidden.to(dtype).requires_grad_(),
-            head.to(dtype).requires_grad_(),
-            teacher_hidden.to(dtype),
-            teacher_head.to(dtype),
-        )
-
-    @property
-    def sides(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.student_hidden,
-            self.student_lm_head,
-            self.teacher_hidden,
-            self.teacher_lm_head,
-        )
-
-    def wide(self) -> "Problem":
-        """The same values in fp64, with gradients of their own."""
-        hidden, head, *teacher = (side.detach().double() for side in self.sides)
-        return Problem(hidden.requires_grad_(), head.requires_grad_(), *teacher)
-
-    def clear(self) -> None:
-        """Forget the gradients."""
-        self.student_hidden.grad = self.student_lm_head.grad = None
-
-
-Loss = Callable[[Problem], Tensor]
-
-
-def bare_gemms(problem: Problem) -> None:
-    """The four products that every exact loss needs, and nothing else."""
-    with torch.no_grad():
-        hidden, head, teacher_hidden, teacher_head = problem.sides
-        logits = torch.mm(hidden, head.T)
-        torch.mm(teacher_hidden, teacher_head.T)
-        torch.mm(logits, head)
-        torch.mm(logits.T, hidden)
+@contextmanager
+def torch_row_programs() -> Iterator[None]:
+    """Row programs in plain torch on a GPU too."""
+    users: list[Any] = [chunks, walk, logprobs]
+    kept = [user.row_programs for user in users]
+    for user in users:
+        user.row_programs = lambda like: torch_kernels
+    try:
+        yield
+    finally:
+        for user, programs in zip(users, kept, strict=True):
+            user.row_programs = programs
 
 
 def fast(problem: Problem, mode: Literal["fast", "lowmem"] = "fast") -> Tensor:
@@ -110,16 +120,6 @@ def fast(problem: Problem, mode: Literal["fast", "lowmem"] = "fast") -> Tensor:
 def lowmem(problem: Problem) -> Tensor:
     """fused_kl, mode lowmem."""
     return fast(problem, "lowmem")
-
-
-def fast_torch(problem: Problem) -> Tensor:
-    """fused_kl, mode fast, with row programs in plain torch on a GPU too."""
-    kept = walk.row_programs
-    walk.row_programs = lambda like: torch_kernels
-    try:
-        return fast(problem)
-    finally:
-        walk.row_programs = kept
 
 
 def dense(problem: Problem) -> Tensor:
@@ -135,56 +135,44 @@ def truth(problem: Problem) -> Tensor:
     return reference.linear_reverse_kl(*problem.sides)[0] / len(problem.student_hidden)
 
 
-def providers(device: str) -> dict[str, Loss]:
-    """All that this machine can run, by name."""
-    found: dict[str, Loss] = {"fast": fast, "lowmem": lowmem, "dense": dense}
-    if device == "cuda":
-        found["fast_torch"] = fast_torch
-    found["compiled"] = torch.compile(dense)
-    trl = _optional("trl.kernels.chunked_divergence")
-    if trl is not None:
-        function = trl.ChunkedDivergenceFunction
+def _trl_divergence(trl: Any) -> Loss:
+    function = trl.ChunkedDivergenceFunction
 
-        def trl_chunked(problem: Problem) -> Tensor:
-            hidden, head, teacher_hidden, teacher_head = problem.sides
-            tokens, _ = function.apply(
-                hidden, head, None, teacher_hidden, teacher_head, None, 1.0, 1.0
-            )
-            return tokens.mean()
+    def loss(problem: Problem) -> Tensor:
+        hidden, head, teacher_hidden, teacher_head = problem.sides
+        tokens, _ = function.apply(hidden, head, None, teacher_hidden, teacher_head, None, 1.0, 1.0)
+        return tokens.mean()
 
-        found["trl"] = trl_chunked
-    liger = _optional("liger_kernel.chunked_loss")
-    if liger is not None:
-        chunked = liger.LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=True
-        )
-
-        def liger_chunked(problem: Problem) -> Tensor:
-            labels = torch.zeros(
-                len(problem.student_hidden), dtype=torch.int64, device=problem.student_hidden.device
-            )
-            return chunked(*problem.sides, labels)
-
-        found["liger_chunked"] = liger_chunked
-    fused = _optional("liger_kernel.transformers.fused_linear_jsd")
-    if fused is not None and device == "cuda":
-        module = fused.LigerFusedLinearJSD(jsd_beta=1.0)
-        found["liger_fused"] = lambda problem: module(*problem.sides)
-    return found
+    return loss
 
 
-def _optional(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        print(f"{module} left out: {error}")
-        return None
+def _liger_chunked(liger: Any) -> Loss:
+    chunked = liger.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=True
+    )
+
+    def loss(problem: Problem) -> Tensor:
+        hidden = problem.student_hidden
+        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return chunked(*problem.sides, labels)
+
+    return loss
 
 
-def relative_errors(problem: Problem, exact: Problem) -> dict[str, float]:
-    """Of both gradients, against those of `exact`."""
-    errors = {}
-    for name in ("student_hidden", "student_lm_head"):
-        found, right = (getattr(p, name).grad for p in (problem, exact))
-        errors[name] = float((found.double() - right).norm() / right.norm())
-    return errors
+def _liger_fused(liger: Any) -> Loss:
+    module = liger.LigerFusedLinearJSD(jsd_beta=1.0)
+    return lambda problem: module(*problem.sides)
+
+
+REVERSE_KL = Task(
+    name="reverse_kl",
+    truth=truth,
+    gemms=bare_gemms,
+    ours={"fast": fast, "lowmem": lowmem},
+    dense=dense,
+    peers={
+        "trl": Peer("trl.kernels.chunked_divergence", _trl_divergence),
+        "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_chunked),
+        "liger_fused": Peer("liger_kernel.transformers.fused_linear_jsd", _liger_fused, True),
+    },
+)

@@ -59,18 +59,32 @@ def _status(field: str) -> int:
     return int(value) * 1024
 
 
+def held_bytes() -> int:
+    """Memory that is held now: the GPU's, or else the process's (Linux)."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Memory that a call needs at most beyond what is held before it: the GPU's, or else the
     process's resident memory (Linux)."""
     if torch.cuda.is_available():
         _wait()
-        before = torch.cuda.memory_allocated()
+        before = held_bytes()
         torch.cuda.reset_peak_memory_stats()
         call()
         _wait()
         return torch.cuda.max_memory_allocated() - before
     reuse_freed_memory(False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = held_bytes()
     call()
     return _status("VmHWM") - before
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on either device."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    told = str(error)
+    names = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(name in told for name in names)

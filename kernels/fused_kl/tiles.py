@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from fused_kl.tuned import TUNED
+
+T = TypeVar("T")
+
+# Where a table has GPU names, those are measured (`fused_kl.tuned`), and "gpu" is for all others.
 # Logits and their gradient alive at once. Larger chunks mean fewer passes over the head and over
 # its gradient; on a GPU, 2.4 GB are some 1,500 rows of 150,000 columns.
-FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000}
-LOWMEM_BYTES = {"cpu": 64_000_000, "gpu": 450_000_000}
+FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000} | {
+    name: sizes.fast_bytes for name, sizes in TUNED.items()
+}
+LOWMEM_BYTES = {"cpu": 64_000_000, "gpu": 450_000_000} | {
+    name: sizes.lowmem_bytes for name, sizes in TUNED.items()
+}
 # Tiles narrower than this waste the products; rows are cut instead.
 MIN_TILE_COLUMNS = 1024
 # Where a head has to be widened, it is widened tile by tile: no widened copy of it ever exists.
@@ -20,9 +30,22 @@ CPU_THREAD_BLOCK_BYTES = 2**20
 DEVICE_ROW_BLOCK_BYTES = 64 * 2**20
 # Columns that a Triton row program reads at once, with its warps. 4,096 would need over 100
 # registers, and JSD would spill.
-ROW_BLOCKS = {1024: 4, 2048: 8}
+ROW_BLOCKS = {"gpu": {1024: 4, 2048: 8}} | {name: sizes.row_blocks for name, sizes in TUNED.items()}
 # Programs that keep a large GPU busy; few rows are split over the vocabulary to reach them.
-GPU_PROGRAMS = 528
+GPU_PROGRAMS = {"gpu": 528} | {name: sizes.programs for name, sizes in TUNED.items()}
+
+
+@torch.compiler.assume_constant_result
+def gpu_name() -> str:
+    """Of the current device; "gpu" where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
+
+
+def entry(table: Mapping[str, T], device_type: str) -> T:
+    """What a table has for the device."""
+    if device_type == "cpu":
+        return table["cpu"]
+    return table.get(gpu_name(), table["gpu"])
 
 
 class Plan(NamedTuple):
@@ -50,19 +73,19 @@ def make_plan(
     A single chunk gives back `freed_bytes` per logit, the teacher's, before the head's gradient is
     allocated; while there are no more rows than that has, `gradient_rows`, they cost nothing.
     """
-    device = "cpu" if device_type == "cpu" else "gpu"
     rows = max(1, num_rows)
     if mode == "fast":
         if chunk_size:
             return Plan(mode, min(chunk_size, rows), num_columns)
+        budget = entry(FAST_BYTES, device_type)
         kept_bytes = bytes_per_logit - freed_bytes
-        if rows <= min(gradient_rows, FAST_BYTES[device] // (num_columns * kept_bytes)):
+        if rows <= min(gradient_rows, budget // (num_columns * kept_bytes)):
             return Plan(mode, rows, num_columns)
-        limit = max(1, FAST_BYTES[device] // (num_columns * bytes_per_logit))
+        limit = max(1, budget // (num_columns * bytes_per_logit))
         if rows > limit > 128:
             return Plan(mode, limit // 128 * 128, num_columns)  # whole tiles of the products
         return Plan(mode, -(-rows // -(-rows // limit)), num_columns)
-    budget = LOWMEM_BYTES[device] // bytes_per_logit
+    budget = entry(LOWMEM_BYTES, device_type) // bytes_per_logit
     rows = min(rows, chunk_size or max(1, budget // MIN_TILE_COLUMNS))
     columns = max(1, budget // rows)
     if columns < num_columns and columns > 128:
@@ -99,10 +122,12 @@ class RowProgram(NamedTuple):
 
 
 def row_program(num_rows: int, num_columns: int) -> RowProgram:
-    """Few rows are split until the programs are enough for a large GPU."""
-    block = min(max(ROW_BLOCKS), max(min(ROW_BLOCKS), 1 << (num_columns - 1).bit_length()))
+    """The smallest block that holds a row, or the largest; few rows are split until the programs
+    are enough for the GPU."""
+    blocks = entry(ROW_BLOCKS, "cuda")
+    block = min((known for known in blocks if known >= num_columns), default=max(blocks))
     num_blocks = -(-num_columns // block)
-    wanted = min(num_blocks, max(1, GPU_PROGRAMS // max(1, num_rows)))
+    wanted = min(num_blocks, max(1, entry(GPU_PROGRAMS, "cuda") // max(1, num_rows)))
     split_columns = -(-num_blocks // wanted) * block
     splits = -(-num_columns // split_columns)
-    return RowProgram(block, ROW_BLOCKS[block], splits, split_columns)
+    return RowProgram(block, blocks[block], splits, split_columns)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fused_kl import (
     linear_reverse_kl,
     reference,
     rows,
+    tiles,
     torch_kernels,
 )
 from fused_kl.chunks import row_programs
@@ -57,7 +59,7 @@ SHAPES = pytest.mark.parametrize(
 @pytest.fixture
 def split_rows(monkeypatch, splits):
     """How many programs share a row of 3 or 4."""
-    monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", 4 * splits)
+    monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", {"gpu": 4 * splits})
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
@@ -227,7 +229,8 @@ arch = sys.argv[1]
 amd = arch.startswith("gfx")
 target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
 found = []
-for block, warps in ROW_BLOCKS.items():
+shapes = {shape for blocks in ROW_BLOCKS.values() for shape in blocks.items()}
+for block, warps in sorted(shapes):
     for kernel, flags in programs:
         names = kernel.arg_names
         constants = {"BLOCK": block, "HAS_BANNED": True} | flags
@@ -254,8 +257,46 @@ for block, warps in ROW_BLOCKS.items():
         assert registers <= 80 and spills == 0, (found[-1], registers, spills)
         assert made.metadata.shared <= 1024
         assert uses and all("arith.extsi" in use and "i32 to i64" in use for use in uses), uses
-assert len(found) == 2 * 11
+assert len(found) == len(shapes) * 11
 """
+
+
+def test_sizes_are_those_of_the_gpu(monkeypatch):
+    monkeypatch.setattr("fused_kl.tiles.gpu_name", lambda: "GPU X")
+    rules = dict(bytes_per_logit=8, device_type="cuda", chunk_size=0)
+    for mode, name in {"fast": "FAST_BYTES", "lowmem": "LOWMEM_BYTES"}.items():
+        held = []
+        for table in ({"gpu": 800_000}, {"gpu": 800_000, "GPU X": 400_000}):
+            monkeypatch.setattr(f"fused_kl.tiles.{name}", table)
+            plan = tiles.make_plan(mode, 1000, 10_000, **rules)
+            held.append(8 * plan.rows * plan.columns)
+        assert 700_000 < held[0] <= 800_000 and 350_000 < held[1] <= 400_000
+    assert tiles.row_program(4, 100_000)[:2] == (2048, 8)
+    blocks = {"gpu": {2048: 8}, "GPU X": {1024: 2, 4096: 16}}
+    monkeypatch.setattr("fused_kl.tiles.ROW_BLOCKS", blocks)
+    monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", {"gpu": 4, "GPU X": 12})
+    assert tiles.row_program(4, 9001) == (4096, 16, 3, 4096)
+    assert tiles.row_program(4, 1025)[:2] == (4096, 16)
+    assert tiles.row_program(4, 1000)[:2] == (1024, 2)
+
+
+def test_sizes_break_no_graph(monkeypatch):
+    """A plan is made inside of what torch.compile traces, and on a GPU it asks for its name."""
+
+    def name() -> str:
+        with open(os.devnull):  # as opaque to a trace as a driver
+            return "GPU X"
+
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_name=name)
+    monkeypatch.setattr("fused_kl.tiles.torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr("fused_kl.tiles.FAST_BYTES", {"gpu": 8, "GPU X": 3 * 8 * 50})
+
+    def planned(x):
+        rules = dict(bytes_per_logit=8, device_type="cuda", chunk_size=0)
+        return x + tiles.make_plan("fast", len(x), 50, **rules).rows
+
+    compiled = torch.compile(planned, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(compiled(torch.zeros(9)), torch.full((9,), 3.0))
 
 
 @pytest.mark.parametrize("architecture", ["80", "90", "100", "gfx942"])

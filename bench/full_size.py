@@ -1,0 +1,299 @@
+"""Steps of full-size models, without their weights: random models of the published shapes, prompts
+of 8,192 synthetic video tokens, and the trainer itself.
+
+Completions have a fixed length (nothing ends them), and answers to one prompt differ in reward by
+chance, so that GRPO trains on all of them. Seconds are by phase; the share of the device's peak
+leaves recomputation out.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from bench.timing import held_bytes, out_of_memory, peak_bytes
+from opd.config import Config, load_config
+from opd.data.batch import Prompt, PromptBatch, collate
+from opd.data.examples import Example
+from opd.engine import set_up
+from opd.forms import format_spans
+from opd.ledger import mfu
+from opd.memory import STAMP, TEXT, Plan, Shapes, capacity_of, settled
+from opd.models import liger, tiny
+from opd.models.load import VideoLM, place, prepare
+from opd.rollout import Policy
+from opd.teacher import Teacher
+from opd.train import Trainer
+
+GIB = 2**30
+WORDS = 1000  # of the vocabulary, in prompts
+NEVER = -1  # an end token that is never drawn
+DURATION_S = 128.0
+TRUTH = (20.0, 120.0)  # in seconds
+WARM_UP = 2  # steps: allocators, kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Models, by folders with a `config.json` each, and what they are asked."""
+
+    student: str
+    teacher: str
+    pairs: int = 128  # of frames
+    rows: int = 8  # of vision tokens in a pair
+    columns: int = 8
+    prompts: int = 4  # in a batch, one at a time
+    length: int = 32  # tokens of a completion
+    rollouts: int = 8  # of GRPO
+    steps: int = 10
+    short: int = 3  # steps of the other recompute modes
+
+    @property
+    def video_tokens(self) -> int:
+        return self.pairs * self.rows * self.columns
+
+
+class AnyTokens:
+    """Stands for a tokenizer: whatever the tokens, they name a part of the true moment."""
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        start, end = TRUTH
+        parts = ((1 + sum(row) % 997) / 997 for row in rows)
+        return [format_spans([(start, start + part * (end - start))]) for part in parts]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [f"<{token}>" for token in ids]
+
+
+def random_model(folder: str, config: Config, device: torch.device) -> VideoLM:
+    """A model of the folder's shapes, made where it is to be."""
+    where = place(config.model, device)
+    load: Any = AutoModelForImageTextToText.from_config
+    with torch.device(device):
+        model = load(AutoConfig.from_pretrained(folder), dtype=where["dtype"])
+    lm = prepare(model, *where["backends"])
+    if where["fused"]:
+        liger.install(lm.language_model)
+    return lm
+
+
+def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
+    """A prompt as Qwen3-VL's processor lays it out: `STAMP` tokens for each frame pair beside its
+    vision tokens, and `TEXT` in all."""
+    generator = torch.Generator().manual_seed(number)
+    config = lm.model.config
+    known = min(WORDS, config.vision_start_token_id)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(known, (count,), generator=generator).tolist()
+
+    ids = words(TEXT // 2)
+    for _ in range(scale.pairs):
+        seen = [config.video_token_id] * (scale.rows * scale.columns)
+        ids += words(STAMP - 2)
+        ids += [config.vision_start_token_id, *seen, config.vision_end_token_id]
+    tokens = torch.tensor(ids + words(TEXT - TEXT // 2))
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    grid = scale.pairs, scale.rows * merge, scale.columns * merge
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    seconds = DURATION_S / scale.pairs
+    positions, next_position = lm.positions(tokens, grid, seconds)
+    return Prompt(
+        example=Example(
+            id=str(number),
+            video=Path("none.mp4"),
+            query="q",
+            spans=(TRUTH,),
+            duration_s=DURATION_S,
+        ),
+        input_ids=tokens,
+        position_ids=positions,
+        next_position=next_position,
+        pixel_values=torch.randn(grid[0] * grid[1] * grid[2], patch, generator=generator),
+        grid_thw=grid,
+        frame_indices=tuple(range(2 * scale.pairs)),
+        timestamps_s=tuple(seconds * pair for pair in range(scale.pairs)),
+        completion_ids=torch.tensor([0]),
+    )
+
+
+def policy_of(lm: VideoLM) -> Policy:
+    """Everything but vision tokens, and no end."""
+    config = lm.model.config
+    allowed = torch.ones(len(lm.head.weight), dtype=torch.bool, device=lm.device)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    allowed[[getattr(config, name) for name in names]] = False
+    return Policy(allowed, 1.0, (NEVER,), 0)
+
+
+def configured(method: str, scale: Scale, folder: str) -> Config:
+    """The run that these steps are of."""
+    keys = [
+        f"method={method}",
+        f"model.student={scale.student}",
+        f"data.video_tokens={scale.video_tokens}",
+        f"data.max_frames={2 * scale.pairs}",
+        f"batch_size={scale.prompts}",
+        "micro_batch_size=1",
+        f"sample.max_completion_length={scale.length}",
+        "prefix.recompute=auto",
+        "optim.lr=1e-6",
+        f"run_dir={folder}",
+    ]
+    more = {
+        "opd": [f"model.teacher={scale.teacher}"],
+        "grpo": [f"num_rollouts={scale.rollouts}"],
+    }
+    return load_config(keys + more[method])
+
+
+def make_trainer(config: Config, scale: Scale, device: torch.device) -> Trainer:
+    """The trainer of random models; `config` has no `auto` left."""
+    torch.manual_seed(config.seed)
+    student = random_model(scale.student, config, device)
+    teacher = None
+    if config.method == "opd":
+        teacher = Teacher(random_model(scale.teacher, config, device))
+    processor = SimpleNamespace(tokenizer=AnyTokens())
+    return Trainer(config, processor, student, teacher, policy_of(student))
+
+
+def run_steps(
+    trainer: Trainer, batches: list[PromptBatch], first: int, steps: int
+) -> list[dict[str, Any]]:
+    """Rows of metrics with `step_s` on the clock, `seconds` by phase and `flops_by` who spent
+    them."""
+    rows = []
+    for step in range(first, first + steps):
+        before = dict(trainer.ledger.flops)
+        begun = time.perf_counter()
+        row = trainer.step(batches, step)  # ends with numbers on the host, so all is done
+        row["step_s"] = time.perf_counter() - begun
+        row["flops_by"] = {k: v - before[k] for k, v in trainer.ledger.flops.items()}
+        trainer.ledger.close_step(row)
+        rows += trainer.ledger.closed(wait=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], peak: int, plan: Plan) -> dict[str, Any]:
+    """Medians of the steps after the warm-up, and memory against its plan."""
+    seconds = [row["step_s"] for row in rows]
+    flops = rows[-1]["flops_by"]
+    share = mfu(flops, statistics.median(seconds))
+    return {
+        "steps": len(rows),
+        "step_s": statistics.median(seconds),
+        "step_s_range": [min(seconds), max(seconds)],
+        "seconds": {
+            phase: statistics.median(row["seconds"][phase] for row in rows)
+            for phase in rows[-1]["seconds"]
+        },
+        "flops": flops,
+        "mfu": share,
+        "peak_gib": peak / GIB,
+        "planned_gib": plan.total / GIB,
+        "planned_parts_gib": {name: size / GIB for name, size in plan.parts.items() if size},
+        "peak_over_plan": peak / plan.total,
+        "losses": [row["loss"] for row in rows],
+        "grad_norms": [row["grad_norm"] for row in rows],
+        "skipped": [row["step"] for row in rows if row["skipped"]],
+    }
+
+
+def measure(method: str, scale: Scale) -> dict[str, Any]:
+    """Steps in each recompute mode, the one that `auto` chooses first and longest."""
+    device = set_up(None, 0)
+    with TemporaryDirectory() as folder:
+        asked = configured(method, scale, folder)
+        config = settled(asked, device)
+        shapes = Shapes.of(asked, place(asked.model, device)["dtype"])
+    trainer = make_trainer(config, scale, device)
+    prompts = [make_prompt(trainer.student, scale, number) for number in range(scale.prompts)]
+    batches = [collate([prompt], 0, device) for prompt in prompts]
+    layers = len(trainer.student.language_model.layers)
+    auto = config.prefix.recompute
+    modes, first = {}, 0
+    for mode in dict.fromkeys((auto, "none", str(layers // 2), "all")):
+        plan = shapes.plan(1, mode, "replica")
+        if plan.total > capacity_of(device):
+            modes[mode] = {"failed": f"needs {plan.total / GIB:.0f} GiB by the memory plan"}
+            continue
+        trainer.config = replace(config, prefix=replace(config.prefix, recompute=mode))
+        modes[mode] = attempt_mode(trainer, batches, first, scale, mode == auto, plan)
+        first += WARM_UP + scale.steps
+        print(f"{method}, recompute {mode}: {told(modes[mode])}", flush=True)
+    model = config.model
+    return {
+        "method": method,
+        "student": Path(scale.student).name,
+        "teacher": Path(scale.teacher).name if method == "opd" else None,
+        "prompt_tokens": len(prompts[0].input_ids),
+        "video_tokens": scale.video_tokens,
+        "prompts": scale.prompts,
+        "prompts_at_once": 1,
+        "rollouts": config.num_rollouts,
+        "completion_tokens": scale.length,
+        "dtype": model.dtype,
+        "attention": [model.attention, model.vision_attention],
+        "liger": model.liger,
+        "auto": auto,
+        "recompute": modes,
+    }
+
+
+def attempt_mode(
+    trainer: Trainer,
+    batches: list[PromptBatch],
+    first: int,
+    scale: Scale,
+    whole: bool,
+    plan: Plan,
+) -> dict[str, Any]:
+    """One recompute mode; where memory runs out, that."""
+    rows: list[dict[str, Any]] = []
+    steps = scale.steps if whole else scale.short
+    try:
+        run_steps(trainer, batches, first, WARM_UP)
+        held = held_bytes()
+        beyond = peak_bytes(
+            lambda: rows.extend(run_steps(trainer, batches, first + WARM_UP, steps))
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    else:
+        return summary(rows, held + beyond, plan)
+    trainer.engine.skip()  # and with it the gradients of half a step
+    trainer.ledger.close_step()
+    trainer.ledger.closed(wait=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    tokens = batches[0].num_tokens
+    return {"failed": f"out of memory at {len(batches)} prompts of {tokens} tokens"}
+
+
+def told(row: dict[str, Any]) -> str:
+    """A mode in one line."""
+    if "failed" in row:
+        return row["failed"]
+    share = "" if row["mfu"] is None else f", {row['mfu']:.1%} of the peak"
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["seconds"].items())
+    return (
+        f"{row['step_s']:.2f} s a step ({phases}){share}, peak {row['peak_gib']:.1f} GiB "
+        f"of {row['planned_gib']:.1f} planned"
+    )
+
+
+def tiny_models(folder: Path) -> tuple[str, str]:
+    """Folders with the configurations of the embedded task's models."""
+    for name in ("student", "teacher"):
+        tiny.build(name, 0).config.save_pretrained(folder / name)
+    return str(folder / "student"), str(folder / "teacher")

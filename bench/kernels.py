@@ -1,0 +1,169 @@
+"""How the kernels are measured: each provider is proved to compute the loss, then its memory is
+read, then all are timed in turn.
+
+Rounds are interleaved; quoted are medians of paired ratios to the bare products of the same round,
+and to ours. A provider that runs out of memory is left with that in its row.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from bench.problems import Problem, Shape, relative_errors
+from bench.providers import REVERSE_KL, Provider, Task
+from bench.timing import interleaved, out_of_memory, peak_bytes, ratio
+from bench.token_losses import LOGPROBS, POLICY_LOSS
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+TASKS = (REVERSE_KL, POLICY_LOSS, LOGPROBS)
+ROUNDS = 25 if GPU else 7
+VOCAB = 151_936
+PAIRS = {  # hidden sizes of student and teacher
+    "Qwen3-VL 2B from 8B": (2048, 4096),
+    "Qwen3-VL 8B from 32B": (4096, 5120),
+    "Qwen2.5-VL 3B from 7B": (2048, 3584),
+}
+COUNTS = (32, 640, 16_384)  # tokens of grounding answers, and with thinking
+SMALL = 64  # rows on which equality is proved; fp64 logits of all would not fit
+
+Found = Mapping[str, Provider]
+Failures = dict[str, str]  # of providers, and why
+
+
+def shapes_of(pair: str) -> list[Shape]:
+    """A real pair of models at every token count."""
+    return [Shape(f"{pair}, {count} tokens", count, VOCAB, *PAIRS[pair]) for count in COUNTS]
+
+
+def here(task: Task) -> list[Shape]:
+    """Real pairs on a GPU; on a CPU heads and token counts shrink, the vocabulary does not."""
+    if GPU:
+        return [shape for pair in PAIRS for shape in shapes_of(pair)]
+    counts = (32, 128) if task.needs_tokens else (32, 256)
+    return [Shape(f"512 from 1024, {n} tokens", n, VOCAB, 512, 1024) for n in counts]
+
+
+def attempt(failures: Failures, name: str, shape: Shape, call: Callable[[], Any]) -> Any:
+    """What the call returns; None for who has run out of memory, now or before."""
+    if name in failures:
+        return None
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Outside of the handler, which holds the call's tensors.
+    failures[name] = f"out of memory at {shape}"
+    if GPU:
+        torch.cuda.empty_cache()
+    return None
+
+
+def prove_equal(
+    task: Task, found: Found, shape: Shape, failures: Failures | None = None
+) -> dict[str, dict[str, float]]:
+    """Loss and gradient errors on a few rows; a provider that computes something else fails."""
+    failures = {} if failures is None else failures
+    small = Shape(shape.name, SMALL, shape.vocab, 64, 96)
+    problem = Problem.of(small, dtype=DTYPE, device=DEVICE, tokens=task.needs_tokens)
+    exact = problem.wide()
+    right = task.truth(exact)
+    right.backward()
+    proof = {}
+    for name, provider in found.items():
+        problem.clear()
+        value = attempt(failures, name, small, lambda p=provider: p.step(problem))
+        if value is None:
+            continue
+        errors = relative_errors(problem, exact)
+        value_error = abs(float(value - right.detach()) / float(right.detach()))
+        # Rounding logits to bf16 costs some percent here; another loss is off by far more.
+        assert value_error < (5e-2 if GPU else 1e-4), (name, value_error)
+        assert max(errors.values()) < (0.2 if GPU else 1e-3), (name, errors)
+        proof[name] = {"loss_error": value_error, "gradient_error": max(errors.values())}
+    return proof
+
+
+def step(provider: Provider, problem: Problem) -> None:
+    """Forward and backward; the gradients are dropped."""
+    try:
+        provider.step(problem)
+    finally:
+        problem.clear()
+
+
+def peaks(task: Task, found: Found, shape: Shape, failures: Failures) -> dict[str, int]:
+    """Bytes that a step of each provider needs at most beyond what is held before it."""
+    problem = Problem.of(shape, dtype=DTYPE, device=DEVICE, tokens=task.needs_tokens)
+    needed = {}
+    for name, provider in found.items():
+
+        def one(provider: Provider = provider) -> int:
+            step(provider, problem)  # compilers and caches settle
+            return peak_bytes(lambda: step(provider, problem))
+
+        needed[name] = attempt(failures, name, shape, one)
+    return needed
+
+
+def measure(
+    task: Task,
+    found: Found,
+    shape: Shape,
+    memory: Mapping[str, int],
+    failures: Failures,
+    rounds: int = ROUNDS,
+) -> dict[str, dict[str, Any]]:
+    """The row of each provider, and of the bare products, `gemms`."""
+    proof = prove_equal(task, found, shape, failures)
+    problem = Problem.of(shape, dtype=DTYPE, device=DEVICE, tokens=task.needs_tokens)
+    head = problem.student_lm_head
+    calls = {"gemms": lambda _: task.gemms(problem)}
+    for name, provider in found.items():
+        calls[name] = lambda _, name=name, provider=provider: attempt(
+            failures, name, shape, lambda: step(provider, problem)
+        )
+    able = {name: call for name, call in calls.items() if name not in failures}
+    times = interleaved(able, rounds, warmup=1)  # the compilers'; memory was read before
+    sizes = 3 * shape.student_size + (task is REVERSE_KL) * shape.teacher_size
+    flops = 2 * shape.num_rows * shape.vocab * sizes
+    rows: dict[str, dict[str, Any]] = {}
+    for name in calls:
+        if name in failures:
+            rows[name] = {"failed": failures[name]}
+            continue
+        rows[name] = {
+            **ratio(times[name], times["gemms"]),
+            "tflops": flops / statistics.median(times[name]) / 1e12,
+            "peak_mb_beyond_head_gradient": None,
+            **proof.get(name, {}),
+        }
+        if name != "gemms":
+            beyond = memory[name] - head.numel() * head.element_size()
+            rows[name]["peak_mb_beyond_head_gradient"] = beyond / 1e6
+        if "fast" in times and "fast" not in failures:
+            over_fast = ratio(times[name], times["fast"])
+            rows[name]["over_fast"] = over_fast["ratio"]
+            rows[name]["over_fast_interval"] = over_fast["ratio_interval"]
+    return rows
+
+
+def told(task: Task, shape: Shape, rows: dict[str, dict[str, Any]], rounds: int = ROUNDS) -> str:
+    """The rows as text."""
+    threads = torch.get_num_threads()
+    lines = [f"{task.name}, {shape.name}, {DTYPE}, {threads} threads, {rounds} rounds"]
+    for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"{name:14} {row['failed']}")
+            continue
+        low, high = row["ratio_interval"]
+        lines.append(
+            f"{name:14} {row['first_ms']:9.1f} ms  {row['ratio']:5.2f} x GEMMs "
+            f"[{low:.2f}, {high:.2f}]  {row.get('over_fast', float('nan')):5.2f} x fast  "
+            f"{row['peak_mb_beyond_head_gradient'] or 0:7.0f} MB"
+        )
+    return "\n".join(lines)
