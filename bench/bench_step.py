@@ -1,83 +1,43 @@
-"""One optimizer step: this project's single pass against the conventional loop, and several
-rollouts against one.
+"""One optimizer step on the embedded task, with a teacher of twice the student's size: this
+project's single pass against conventional loops and TRL's trainer, its phases, its rollouts, its
+recompute modes, and what watching and routing cost.
 
-Both loops run on the embedded task with a teacher of twice the student's size, in turn, on the same
-batches; what is quoted is the median of the paired ratios.
+Before anything is timed, each side must give the same loss and gradient as the stock model's full
+forward and the definition of the loss. Calls are timed in turn; what is quoted is the median of the
+paired ratios.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.conventional import conventional_step
-from bench.timing import interleaved, ratio
+from bench.loops import Loop, loop_flops, loop_step, published_style, trl_style
+from bench.steps import (
+    Measured,
+    analytic_share,
+    flops,
+    ledger_flops,
+    make_trainer,
+    measure,
+    phases,
+    prove_equal,
+    stepper,
+)
+from bench.timing import peak_bytes
 from opd import train
 from opd.config import Config, load_config
-from opd.data.batch import PromptBatch, collate
-from opd.data.loader import Prompts
-from opd.data.sources import load_examples
-from opd.engine import set_up
+from opd.data.batch import PromptBatch
 from opd.folder import RunFolder
 from opd.ledger import Ledger
-from opd.train import Trainer
 
-ROUNDS = 15
-
-
-def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
-    """A trainer of the configured models, and one batch of held-out clips."""
-    device = set_up(config.threads, config.seed)
-    trainer = Trainer.of(config, device)
-    held_out = load_examples(config.data.eval, config.data, config.batch_size)
-    pool = Prompts(held_out, config.data, trainer.processor, trainer.student)
-    prompts = sorted((pool[i] for i in range(len(pool))), key=lambda p: len(p.input_ids))
-    return trainer, collate(prompts, trainer.policy.pad_token_id, device)  # as the loader does
-
-
-def single_pass_step(trainer: Trainer, batch: PromptBatch, step: int) -> None:
-    """What `opd.train` does in a step."""
-    trainer.step([batch], step)
-
-
-def flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of a call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def analytic_share(trainer: Trainer, batch: PromptBatch) -> float:
-    """(3 s + t) / (4 s + t): s and t are the student's and the teacher's forward of the prompt."""
-    assert trainer.teacher is not None
-    costs = [
-        sum(p.numel() for p in lm.language_model.layers.parameters())
-        for lm in (trainer.student, trainer.teacher.lm)
-    ]
-    return (3 * costs[0] + costs[1]) / (4 * costs[0] + costs[1])
-
-
-def paired(first: Callable[[int], object], second: Callable[[int], object]) -> dict[str, object]:
-    """Time two calls in turn; medians and the median of the paired ratios first / second."""
-    times = interleaved({"first": first, "second": second}, ROUNDS)
-    return ratio(times["first"], times["second"])
-
-
-def compare(
-    benchmark,
-    label: str,
-    first: Callable[[int], object],
-    second: Callable[[int], object],
-    **more: float,
-) -> None:
-    """Time two calls in turn, keep and print what came out, with `more` beside it."""
-    result = benchmark.pedantic(paired, (first, second), rounds=1) | more
-    benchmark.extra_info.update(result)
-    print(f"\n{label}: {result}")
+ROUNDS, FEW = 9, 6
+TRL = "pip install trl==1.16.0"
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +47,117 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "batch_size=16"])
 
 
-def test_single_pass_against_conventional(benchmark, config: Config) -> None:
-    trainer, batch = make_trainer(config)
-    share = analytic_share(trainer, batch)
-    measured = flops(lambda: single_pass_step(trainer, batch, 0)) / flops(
-        lambda: conventional_step(trainer, batch, 0)
+def shape(batch: PromptBatch, rollouts: int = 1) -> str:
+    """Of a step, in words."""
+    rows, length = batch.input_ids.shape
+    return f"{rows} prompts of {length} tokens, {rollouts} rollouts each"
+
+
+def keep(benchmark, label: str, **told: Any) -> None:
+    """Store and print what came out."""
+    benchmark.extra_info.update(told)
+    print(f"\n{label}")
+    for key, value in told.items():
+        print(f"    {key}: {value}")
+
+
+LOOPS = {  # the loop, the objective that it is for, and the ratios of seconds to reach
+    "published-style": (published_style, "sampled", 0.7),
+    "trl-style": (trl_style, "reverse_kl", 0.9),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_single_pass_against(benchmark, config: Config, name: str) -> None:
+    """FLOPs as torch counts them, beside what shapes say (`analytic_ratio`) and what they say of
+    layers alone, before decoding (`limit_ratio`)."""
+    loop, objective, target = LOOPS[name]
+    trainer, batch = make_trainer(dataclasses.replace(config, objective=objective))
+    proof = prove_equal(trainer, batch, loop)
+    analytic = analytic_ratio(trainer, batch, loop)
+    calls = {"single pass": stepper(trainer, batch), name: partial(loop_step, loop, trainer, batch)}
+    options = {"costs": True}
+    found = benchmark.pedantic(measure, (calls, ROUNDS, shape(batch)), options, rounds=1)
+    result = found.against("single pass", name)
+    told = {"target": target, "analytic_ratio": analytic, "proof": proof}
+    limit = analytic_share(trainer, loop)
+    if "single pass" in found.times:
+        told["phases_ms"] = phases(trainer, ROUNDS)
+    keep(benchmark, f"single pass / {name}", **result, limit_ratio=limit, **told)
+
+
+def analytic_ratio(trainer: train.Trainer, batch: PromptBatch, loop: Loop) -> float:
+    """FLOPs of the single pass by those of a loop, both from shapes, of the same rollouts."""
+    made = []
+    ours = ledger_flops(trainer, lambda: made.append(trainer.micro_step(batch, 0)))
+    trainer.engine.optimizer.zero_grad()
+    return ours / loop_flops(trainer, batch, made[0][1], loop)
+
+
+def test_step_by_rollouts_and_method(benchmark, config: Config) -> None:
+    """Phases of OPD with 1, 4 and 8 rollouts, of GRPO with 8 (packed behind one prefix) and of SFT
+    with its reference answer."""
+    settings: dict[str, dict[str, Any]] = {
+        "opd 1": {},
+        "opd 4": {"num_rollouts": 4},
+        "opd 8": {"num_rollouts": 8},
+        "grpo 8": {"method": "grpo", "num_rollouts": 8},
+        "sft": {"method": "sft"},
+    }
+    made = {n: make_trainer(dataclasses.replace(config, **s)) for n, s in settings.items()}
+    proof = {name: prove_equal(*trainer) for name, trainer in made.items()}
+    calls = {name: stepper(*trainer) for name, trainer in made.items()}
+    told = shape(made["opd 1"][1], 8)
+    found = benchmark.pedantic(measure, (calls, FEW, told), rounds=1)
+    pairs = {("opd 4", "opd 1"): 1.5, ("opd 8", "opd 1"): None, ("grpo 8", "sft"): 2.0}
+    results = {
+        f"{first} / {second}": found.against(first, second) | {"target": target}
+        for (first, second), target in pairs.items()
+    }
+    spent = {name: phases(made[name][0], FEW) for name in found.times}
+    keep(benchmark, "rollouts and methods", **results, phases_ms=spent, proof=proof)
+
+
+def test_recomputation(benchmark, config: Config) -> None:
+    """Every layer run again in backward, against none."""
+    made = {
+        mode: make_trainer(
+            dataclasses.replace(config, prefix=dataclasses.replace(config.prefix, recompute=mode))
+        )
+        for mode in ("all", "none")
+    }
+    proof = {mode: prove_equal(*trainer) for mode, trainer in made.items()}
+    calls = {mode: stepper(*trainer) for mode, trainer in made.items()}
+    told = shape(made["all"][1])
+    found = benchmark.pedantic(measure, (calls, FEW, told), {"costs": True}, rounds=1)
+    keep(benchmark, "recompute all / none", **found.against("all", "none"), proof=proof)
+
+
+def test_against_trl_trainer(benchmark, config: Config, tmp_path: Path) -> None:
+    """The same language models, text prompts of the same length and completions of the same
+    length; TRL in its own loop, generating with transformers."""
+    pytest.importorskip("trl", minversion="1.16", reason=f"not installed: {TRL}")
+    from bench import trl_trainer
+
+    changed = {"normalize": "token", "model": dataclasses.replace(config.model, dtype="float32")}
+    trainer, batch = make_trainer(dataclasses.replace(config, **changed))
+    batch = trl_trainer.text_only(trainer, batch)
+    turns = trl_trainer.InTurn(stepper(trainer, batch), warmup=2)
+    theirs = trl_trainer.peer(trainer, batch, tmp_path, ROUNDS + 2, [turns])
+    proof = trl_trainer.prove_equal(trainer, batch, theirs)
+    benchmark.pedantic(theirs.train, rounds=1)
+    steps = {
+        "ours": partial(stepper(trainer, batch), 0),
+        "trl": partial(trl_trainer.step, theirs, batch),
+    }
+    found = Measured(
+        times=turns.times,
+        flops={name: flops(step) for name, step in steps.items()},
+        peaks={name: [float(peak_bytes(step)) for _ in range(2)] for name, step in steps.items()},
     )
-    compare(
-        benchmark,
-        "single pass / conventional",
-        lambda step: single_pass_step(trainer, batch, step),
-        lambda step: conventional_step(trainer, batch, step),
-        flops_ratio=measured,
-        analytic_ratio=share,
-    )
+    spent = phases(trainer, ROUNDS)
+    result = found.against("ours", "trl")
+    keep(benchmark, "ours / TRL's DistillationTrainer", **result, phases_ms=spent, proof=proof)
 
 
 def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
@@ -129,31 +186,11 @@ def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
             patch.setattr(train, "step_flops", lambda *_: {})
             bare.step([batch], step)
 
-    compare(benchmark, "watched / bare", with_all, without)
+    proof = {"watched": prove_equal(watched, batch), "bare": prove_equal(bare, batch)}
+    calls = {"watched": with_all, "bare": without}
+    found = benchmark.pedantic(measure, (calls, ROUNDS, shape(batch)), rounds=1)
+    keep(benchmark, "watched / bare", **found.against("watched", "bare"), proof=proof)
     folder.close()
-
-
-def test_four_rollouts_against_one(benchmark, config: Config) -> None:
-    one, batch = make_trainer(config)
-    four, _ = make_trainer(dataclasses.replace(config, num_rollouts=4))
-    compare(
-        benchmark,
-        "num_rollouts 4 / 1",
-        lambda step: single_pass_step(four, batch, step),
-        lambda step: single_pass_step(one, batch, step),
-    )
-
-
-def test_grpo_against_sft(benchmark, config: Config) -> None:
-    """Eight answers to each prompt, packed behind one prefix, against one reference answer."""
-    sft, batch = make_trainer(dataclasses.replace(config, method="sft"))
-    grpo, _ = make_trainer(dataclasses.replace(config, method="grpo", num_rollouts=8))
-    compare(
-        benchmark,
-        "GRPO with 8 rollouts / SFT",
-        lambda step: single_pass_step(grpo, batch, step),
-        lambda step: single_pass_step(sft, batch, step),
-    )
 
 
 @pytest.fixture
@@ -165,33 +202,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts and rounds
+    315: ({}, 16, FEW),
+    750: ({"fps": 10.0}, 16, 4),
+    1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 8, 3),
+}
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("fps", [4, 10])  # prompts of about 315 and 750 tokens
-def test_what_suspending_rollouts_saves(benchmark, config: Config, fps: int) -> None:
+@pytest.mark.parametrize("tokens", ROUTED)
+def test_what_suspending_rollouts_saves(benchmark, config: Config, tokens: int) -> None:
     """SCC's routing against the same step without it. What it can save is what teacher, extension,
     loss and backward of the suspended ones would have cost: their share of the rollouts, of those
     phases' share of the plain step."""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fps=fps))
+    data, prompts, rounds = ROUTED[tokens]
+    changed = dataclasses.replace(config.data, **data)
+    config = dataclasses.replace(config, data=changed, batch_size=prompts)
     plain, batch = make_trainer(config)
     curriculum = dataclasses.replace(config.curriculum, routing="on", route_below=0.3)
     routed, _ = make_trainer(dataclasses.replace(config, curriculum=curriculum))
     shares: list[float] = []
-    seconds: list[dict[str, float]] = []
 
     def with_routing(step: int) -> None:
         shares.append(routed.step([batch], step)["trained_share"])
 
-    def without(step: int) -> None:
-        row = plain.step([batch], step)
-        plain.ledger.close_step(row)
-        seconds.extend(r["seconds"] for r in plain.ledger.closed())
-
-    compare(benchmark, f"routed / plain, {fps} frames a second", with_routing, without)
-    spared = ("teacher", "extend", "loss", "backward")
-    share = sum(s[name] for s in seconds for name in spared) / sum(sum(s.values()) for s in seconds)
-    suspended = 1 - sum(shares) / len(shares)
-    tokens = batch.num_tokens / len(batch.prompts)
-    told = {"suspended_share": suspended, "analytic_ratio": 1 - suspended * share}
-    told |= {"threads": 1, "prompt_tokens": tokens}
-    benchmark.extra_info.update(told)
-    print(told)
+    proof = {"plain": prove_equal(plain, batch), "routed": prove_equal(routed, batch)}
+    calls = {"routed": with_routing, "plain": stepper(plain, batch)}
+    found = benchmark.pedantic(measure, (calls, rounds, shape(batch)), rounds=1)
+    told: dict[str, Any] = {"threads": 1, "prompt_tokens": batch.num_tokens / len(batch.prompts)}
+    if not found.failed:
+        spent = phases(plain, rounds)
+        spared = sum(spent[name] for name in ("teacher", "extend", "loss", "backward"))
+        suspended = 1 - sum(shares[-rounds:]) / rounds
+        analytic = 1 - suspended * spared / sum(spent.values())
+        told |= {"suspended_share": suspended, "analytic_ratio": analytic}
+    label = f"routed / plain, about {tokens} tokens a prompt"
+    keep(benchmark, label, **found.against("routed", "plain"), **told, proof=proof)

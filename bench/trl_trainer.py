@@ -1,0 +1,223 @@
+"""TRL's own DistillationTrainer and this project's step on the same language models and prompts.
+
+Text alone: the Qwen3 language model inside a Qwen3-VL one, which on text without video is the same
+function (its three rotary rows are equal), with the video tokens of each prompt replaced by as many
+`<|vision_pad|>`, an ordinary row of the embedding to both. Both write completions of full length:
+TRL may not end before it, and for us no token ends; both take the mean reverse KL over completion
+tokens and the whole vocabulary, so the two losses are equal without a factor.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import huggingface_hub
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer  # type: ignore[attr-defined]
+
+from bench.steps import errors, gradient
+from bench.timing import Times
+from opd.config import Config
+from opd.data.batch import Prompt, PromptBatch, collate
+from opd.models.load import VideoLM
+from opd.train import Trainer
+
+STAND_IN = "<|vision_pad|>"
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "attention_dropout",
+    "pad_token_id",
+)
+
+
+def text_model(lm: VideoLM) -> Qwen3ForCausalLM:
+    """The language model of a Qwen3-VL model by itself, a copy of its weights."""
+    text = lm.model.config.text_config
+    rope = {key: text.rope_parameters[key] for key in ("rope_type", "rope_theta")}
+    sizes = {name: getattr(text, name) for name in COPIED}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, rope_parameters=rope, tie_word_embeddings=False))
+    weights = {f"model.{k}": v for k, v in lm.language_model.state_dict().items()}
+    weights["lm_head.weight"] = lm.head.weight
+    model.load_state_dict(weights)
+    return model.to(lm.head.weight.dtype).to(lm.device).eval()  # type: ignore[arg-type]
+
+
+def text_only(trainer: Trainer, batch: PromptBatch) -> PromptBatch:
+    """The batch with text in the place of its videos, and `trainer` ready for it: any token may be
+    sampled and none ends a completion."""
+    stand_in = trainer.processor.tokenizer.convert_tokens_to_ids(STAND_IN)
+    models = [trainer.student] + ([trainer.teacher.lm] if trainer.teacher else [])
+    trainer.policy = replace(
+        trainer.policy,
+        allowed_columns=torch.ones_like(trainer.policy.allowed_columns),
+        eos_token_ids=(-1,),
+    )
+
+    def nothing(lm: VideoLM) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What a vision tower makes of no video."""
+        config = lm.model.config.vision_config
+        empty = lm.head.weight.new_empty(0, config.out_hidden_size)
+        return empty, [empty] * len(config.deepstack_visual_indexes)
+
+    def text(prompt: Prompt) -> Prompt:
+        video = prompt.input_ids == trainer.student.model.config.video_token_id
+        length = len(prompt.input_ids)
+        return replace(
+            prompt,
+            input_ids=prompt.input_ids.masked_fill(video, stand_in),
+            position_ids=torch.arange(length).expand(3, -1),
+            next_position=length,
+            pixel_values=None,
+            grid_thw=(0, 0, 0),
+            features={lm: nothing(lm) for lm in models},
+        )
+
+    prompts = [text(prompt) for prompt in batch.prompts]
+    return collate(prompts, trainer.policy.pad_token_id, batch.input_ids.device)
+
+
+def peer(
+    trainer: Trainer,
+    batch: PromptBatch,
+    folder: Path,
+    steps: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> DistillationTrainer:
+    """TRL's trainer of copies of the same models on the same prompts, `steps` times. Its settings
+    are ours: fp32, no gradient checkpointing, AdamW, constant rate."""
+    assert trainer.teacher is not None
+    config, tokenizer = trainer.config, trainer.processor.tokenizer
+    texts = [tokenizer.decode(prompt.input_ids) for prompt in batch.prompts]
+    again = tokenizer(text=texts)["input_ids"]
+    assert again == [p.input_ids.tolist() for p in batch.prompts], "other tokens than ours"
+    length = config.sample.max_completion_length
+    # TRL reports its use to the hub unless it is told not to.
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):
+        return DistillationTrainer(
+            model=text_model(trainer.student),
+            teacher_model=text_model(trainer.teacher.lm),
+            args=settings(config, folder, len(texts), length, steps),
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts * steps}),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+
+
+def settings(
+    config: Config, folder: Path, batch_size: int, length: int, steps: int
+) -> DistillationConfig:
+    """TRL's names for this configuration."""
+    optim = config.optim
+    return DistillationConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=optim.lr,
+        lr_scheduler_type="constant",
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        max_grad_norm=optim.max_grad_norm,
+        beta=1.0,  # the reverse KL
+        temperature=config.sample.temperature,
+        max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length},
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+
+
+def prove_equal(
+    trainer: Trainer, batch: PromptBatch, theirs: DistillationTrainer
+) -> dict[str, float]:
+    """Errors of our loss and gradient against TRL's on the same completions, both means over
+    tokens."""
+    assert trainer.config.normalize == "token"
+    (loss, rollouts), summed = gradient(trainer, lambda: trainer.micro_step(batch, 0))
+    ids, mask = rollouts.completion_ids[:, 0], rollouts.completion_mask[:, 0].long()
+    inputs = {
+        "prompt_ids": batch.input_ids,
+        "prompt_mask": batch.mask.long(),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "num_items_in_batch": mask.sum(),
+    }
+    model: Any = theirs.model
+    model.train()
+    value = theirs.compute_loss(model, inputs)
+    value.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    tokens = int(mask.sum())
+    mine = float(loss.loss.detach()) / tokens, [g / tokens for g in summed]
+    weights = named(trainer)
+    return errors(mine, (float(value.detach()), [found[name] for name in weights]))
+
+
+def named(trainer: Trainer) -> list[str]:
+    """The names in `text_model` of the parameters, in the optimizer's order."""
+    names = {id(p): f"model.{n}" for n, p in trainer.student.language_model.named_parameters()}
+    names[id(trainer.student.head.weight)] = "lm_head.weight"
+    groups = trainer.engine.optimizer.param_groups
+    return [names[id(p)] for group in groups for p in group["params"]]
+
+
+class InTurn(TrainerCallback):
+    """After each step of TRL's own loop, one of ours; seconds of both, from before TRL generates to
+    after its update. The first `warmup` rounds are not kept."""
+
+    def __init__(self, ours: Callable[[int], object], warmup: int) -> None:
+        self.ours, self.warmup = ours, warmup
+        self.times: Times = {"ours": [], "trl": []}
+        self._begun = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begun = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = now()
+        self.ours(state.global_step)
+        if state.global_step > self.warmup:
+            self.times["trl"].append(done - self._begun)
+            self.times["ours"].append(now() - done)
+
+
+def now() -> float:
+    """Seconds, when the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step(theirs: DistillationTrainer, batch: PromptBatch) -> None:
+    """One step of TRL's by hand, as its loop makes it: generation, loss, backward, update."""
+    model: Any = theirs.model
+    optimizer: Any = theirs.optimizer
+    tokenizer: Any = theirs.processing_class
+    texts: Any = [{"prompt": tokenizer.decode(prompt.input_ids)} for prompt in batch.prompts]
+    theirs.training_step(model, texts, None)  # type: ignore[arg-type]
+    theirs.accelerator.clip_grad_norm_(model.parameters(), theirs.args.max_grad_norm)
+    optimizer.step()
+    model.zero_grad()
