@@ -209,6 +209,23 @@ ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts a
 }
 
 
+def suspending_half(config: Config, batch: PromptBatch) -> train.Trainer:
+    """A trainer that routes, and suspends about half of a batch's rollouts: those whose reward
+    reaches the median."""
+
+    def routing(below: float) -> Config:
+        curriculum = dataclasses.replace(config.curriculum, routing="on", route_below=below)
+        return dataclasses.replace(config, curriculum=curriculum)
+
+    trainer, _ = make_trainer(routing(1.0))
+    _, rollouts = trainer.micro_step(batch, 0)
+    trainer.engine.optimizer.zero_grad()
+    trainer.ledger.close_step()
+    assert rollouts.rewards is not None
+    trainer.config = routing(max(float(rollouts.rewards.median()), 0.01))
+    return trainer
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("tokens", ROUTED)
 def test_what_suspending_rollouts_saves(benchmark, config: Config, tokens: int) -> None:
@@ -219,8 +236,7 @@ def test_what_suspending_rollouts_saves(benchmark, config: Config, tokens: int) 
     changed = dataclasses.replace(config.data, **data)
     config = dataclasses.replace(config, data=changed, batch_size=prompts)
     plain, batch = make_trainer(config)
-    curriculum = dataclasses.replace(config.curriculum, routing="on", route_below=0.3)
-    routed, _ = make_trainer(dataclasses.replace(config, curriculum=curriculum))
+    routed = suspending_half(config, batch)
     shares: list[float] = []
 
     def with_routing(step: int) -> None:

@@ -49,10 +49,10 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any
 
 
 def shown(value: object) -> str:
-    """A value as one line can hold it."""
+    """A value as one line can hold it; a path is never cut short."""
     text = "null" if value is None else str(value)
     text = text if text.isprintable() and text else repr(text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 or isinstance(value, Path) else f"{text[:77]}..."
 
 
 def describe(default: Any) -> Iterator[str]:

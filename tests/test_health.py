@@ -344,8 +344,9 @@ def test_a_run_folder_is_replaced_only_when_told_and_nothing_else_in_it(
     (run_dir / "eval_before.jsonl").write_text("of another run")
     brief(videos, run_dir, "steps=1", "overwrite=true")
     assert (run_dir / "precious").read_text() == "kept"
-    written = {path.name for path in run_dir.iterdir()} - {"precious"}
-    assert {"config.yaml", "summary.json", "student", "metrics.jsonl"} <= written
+    written = {path.name for path in run_dir.iterdir()} - {"precious", "config.yaml"}
+    assert {"summary.json", "student", "metrics.jsonl"} <= written
+    assert "steps: 1" in (run_dir / "config.yaml").read_text().splitlines()
     assert not (run_dir / "eval_before.jsonl").exists()
     assert all(any(fnmatch(name, pattern) for pattern in WRITTEN) for name in written)
 
