@@ -204,7 +204,7 @@ def one_thread() -> Iterator[None]:
 
 ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts and rounds
     315: ({}, 16, FEW),
-    750: ({"fps": 10.0}, 16, 4),
+    750: ({"fps": 10.0}, 16, 3),
     1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 6, 3),
 }
 
