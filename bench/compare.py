@@ -16,7 +16,7 @@ from typing import Any
 from bench.record import Refused, read
 
 # Of kernel providers: what peers take is their own affair.
-OURS = ("fast", "lowmem", "torch", "fast_torch")
+OURS = ("fast", "lowmem", "torch")
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bench.protocol import RESULTS
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 LIMIT_S = 480
 
 Benchmarks = dict[str, dict[str, Any]]  # by name, as in the files of bench.record

@@ -6,14 +6,14 @@ and to ours. A provider that runs out of memory is left with that in its row.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from bench.problems import Problem, Shape, relative_errors
 from bench.providers import REVERSE_KL, Provider, Task
-from bench.timing import interleaved, out_of_memory, peak_bytes, ratio
+from bench.timing import attempt, interleaved, peak_bytes, ratio
 from bench.token_losses import LOGPROBS, POLICY_LOSS
 
 GPU = torch.cuda.is_available()
@@ -45,22 +45,6 @@ def here(task: Task) -> list[Shape]:
         return [shape for pair in PAIRS for shape in shapes_of(pair)]
     counts = (32, 128) if task.needs_tokens else (32, 256)
     return [Shape(f"512 from 1024, {n} tokens", n, VOCAB, 512, 1024) for n in counts]
-
-
-def attempt(failures: Failures, name: str, shape: Shape, call: Callable[[], Any]) -> Any:
-    """What the call returns; None for who has run out of memory, now or before."""
-    if name in failures:
-        return None
-    try:
-        return call()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    # Outside of the handler, which holds the call's tensors.
-    failures[name] = f"out of memory at {shape}"
-    if GPU:
-        torch.cuda.empty_cache()
-    return None
 
 
 def prove_equal(

@@ -7,7 +7,6 @@ all there are (`bench.methods_report`). Stopped, it goes on where it was.
 """
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from bench.methods_report import write
 from bench.protocol import Protocol, Run
-from bench.record import commit, hardware
+from bench.record import origin
 from opd.checkpoint import read_rows
 from opd.report import read
 
@@ -44,14 +43,14 @@ def carry_out(run: Run, folder: Path) -> None:
         train(list(run.keys), run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     environments = read_rows(run_dir / "environment.jsonl")
+    known = origin()
     kept = ("curve", "gain", "flops", "equal_groups", "trained_share", "left_out")
     result = {
         "arm": run.arm,
         "keys": list(run.keys),
-        "hardware": hardware(),
+        **known,
         "versions": {k: v for k, v in environments[-1]["versions"].items() if v},
-        "commit": sorted({e["commit"] or commit() for e in environments}),
-        "date": datetime.date.today().isoformat(),
+        "commit": sorted({e["commit"] or known["commit"] for e in environments}),
         "tokens": sum(row["tokens"] for row in read_rows(run_dir / "metrics.jsonl")),
         **{name: summary.get(name) for name in kept},
     }

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.protocol import Protocol
+from bench.tables import NOT_MEASURED
+from bench.tables import table as markdown
 from opd.report import NOT_TRAINING, SCORES, Curve, plot, thresholds
 
 
@@ -211,7 +213,7 @@ def headline(told: dict[str, Any], scores: Sequence[str]) -> list[str]:
         head = ["device s to it", "without scoring", "with the teacher's training"]
         head += [f"score at {budget:.0f} device s", f"at step {steps:.0f}"]
         lines += [f"{SCORES[score]}: GRPO's best is {level}, the start {told['start'][score]:.3f}."]
-        lines += ["", f"| arm | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+        rows = []
         for arm, entry in told["arms"].items():
             if score not in entry:
                 continue
@@ -221,24 +223,20 @@ def headline(told: dict[str, Any], scores: Sequence[str]) -> list[str]:
             cells = [cell(to[name], 0) for name in names]
             cells += [cell(found["at_equal_device_s"]["with_scoring"])]
             cells += [cell(found["at_equal_steps"])]
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-        lines.append("")
+            rows.append([arm, *cells])
+        lines += ["", *markdown(["arm", *head], rows)]
     return lines
 
 
 def totals(told: dict[str, Any]) -> list[str]:
     """The lines of the table of each arm's device seconds."""
-    lines = [
-        "| arm | own loop | of it scoring | with the teacher's training | "
-        "published loop, estimated |",
-        "|---|---|---|---|---|",
-    ]
-    for arm, entry in told["arms"].items():
-        if "device_s" in entry:
-            lines.append(
-                f"| {arm} | {' | '.join(cell(s, 0) for s in entry['device_s'].values())} |"
-            )
-    return lines
+    head = ["arm", "own loop", "of it scoring", "with the teacher's training"]
+    rows = (
+        [arm, *(cell(spent, 0) for spent in entry["device_s"].values())]
+        for arm, entry in told["arms"].items()
+        if "device_s" in entry
+    )
+    return markdown([*head, "published loop, estimated"], rows)
 
 
 def table(told: dict[str, Any], scores: list[str]) -> str:
@@ -259,28 +257,28 @@ def table(told: dict[str, Any], scores: list[str]) -> str:
         head = ["arm", "rate", "end", "equal steps", "equal time", "without scoring"]
         levels = [f"{level:.3f}" for level in _levels(told, score)]
         head += [f"s to {level}" for level in levels]
-        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        rows = []
         for arm, entry in told["arms"].items():
             found = entry.get(score)
             if found is None:
-                lines.append(f"| {arm} | not measured |" + " |" * (len(head) - 2))
+                rows.append([arm, NOT_MEASURED, *[""] * (len(head) - 2)])
                 continue
             times = found["at_equal_device_s"]
             cells = [arm, entry["best_rate"], cell(found["end"]), cell(found["at_equal_steps"])]
             cells += [cell(times["with_scoring"]), cell(times["without_scoring"])]
             cells += [cell(row["with_scoring"], 0) for row in found.get("device_s_to", [])]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+            rows.append(cells)
+        lines += markdown(head, rows)
     if told["grpo_best"]:
         lines += ["## To GRPO's best", "", *headline(told, scores)]
     lines += ["## Device seconds", "", *totals(told)]
-    lines += ["", "## Rates tried", "", f"| arm | {' | '.join(SCORES[s] for s in scores)} |"]
-    lines.append("|---|" + "---|" * len(scores))
+    rows = []
     for arm, entry in told["arms"].items():
         for rate, ends in entry["rates"].items():
             name = f"**{rate}**" if rate == entry["best_rate"] else rate
-            lines.append(f"| {arm}, {name} | {' | '.join(f'{ends[s]:.3f}' for s in scores)} |")
-    return "\n".join([*lines, ""])
+            rows.append([f"{arm}, {name}", *(f"{ends[s]:.3f}" for s in scores)])
+    lines += ["## Rates tried", "", *markdown(["arm", *(SCORES[s] for s in scores)], rows)]
+    return "\n".join(lines)
 
 
 def _levels(told: dict[str, Any], score: str) -> list[float]:

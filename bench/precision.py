@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from bench.kernels import DEVICE, Failures, attempt
+from bench.kernels import DEVICE, Failures
 from bench.problems import Problem, Shape, relative_errors
 from bench.providers import REVERSE_KL
 from bench.record import origin
+from bench.tables import table as markdown
+from bench.timing import attempt
 
 SHAPE = Shape("precision", 64, 32_000, 256, 512)
 CASES = [(std, gap) for std in (3.0, 10.0, 30.0) for gap in (1.0, 0.1, 0.01)]
@@ -47,13 +49,12 @@ def table(device: str, dtype: torch.dtype, shape: Shape = SHAPE) -> list[Row]:
 def told(dtype: torch.dtype, rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     names = list(rows[0])[2:]
-    lines = [f"| {dtype}: logit std / gap | " + " | ".join(names) + " |"]
-    lines.append("|" + "---|" * (1 + len(names)))
+    body = []
     for row in rows:
         errors = (row[name] for name in names)
         cells = ("out of memory" if error is None else f"{100 * error:.2g}%" for error in errors)
-        lines.append(f"| {row['logit_std']:g} / {row['gap']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append([f"{row['logit_std']:g} / {row['gap']:g}", *cells])
+    return "\n".join(markdown([f"{dtype}: logit std / gap", *names], body)).rstrip("\n")
 
 
 def plot(tables: dict[str, list[Row]], title: str, path: Path) -> None:

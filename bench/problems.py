@@ -152,11 +152,8 @@ def student_gemms(problem: Problem) -> None:
 @torch.no_grad()
 def bare_gemms(problem: Problem) -> None:
     """The four products that every exact divergence needs, and nothing else."""
-    hidden, head, teacher_hidden, teacher_head = problem.sides
-    logits = torch.mm(hidden, head.T)
-    torch.mm(teacher_hidden, teacher_head.T)
-    torch.mm(logits, head)
-    torch.mm(logits.T, hidden)
+    student_gemms(problem)
+    torch.mm(problem.teacher_hidden, problem.teacher_lm_head.T)
 
 
 def relative_errors(problem: Problem, exact: Problem) -> dict[str, float]:

@@ -18,11 +18,11 @@ from typing import Any
 
 Blocks = tuple[int, int]  # columns at once, warps
 TYPES = {"allowed": "*u8", "token_ids": "*i64", "grad": "*bf16", "beta": "fp32"}
-TYPES |= dict.fromkeys(("num_rows", "num_columns", "split_columns"), "i32")
+TYPES |= dict.fromkeys(("num_rows", "num_columns", "split_columns", "count"), "i32")
 TYPES |= dict.fromkeys(("student_stride", "teacher_stride", "grad_stride", "stride"), "i32")
 
 
-def _programs() -> list[tuple[Any, dict[str, Any]]]:
+def programs() -> list[tuple[Any, dict[str, Any]]]:
     """Every row program with the flags that it is launched with."""
     from fused_kl import triton_device as device
 
@@ -37,17 +37,21 @@ def _programs() -> list[tuple[Any, dict[str, Any]]]:
     ]
 
 
-def _usage(kernel: Any, constants: dict[str, Any], architecture: int, warps: int) -> list[int]:
-    """Registers, spilled and shared bytes of one program."""
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
+def compiled(kernel: Any, flags: dict[str, Any], shape: Blocks, target: Any) -> Any:
+    """One program as Triton compiles it for a target (`triton.backends.compiler.GPUTarget`)."""
     from triton.compiler import ASTSource, compile
 
-    names = kernel.arg_names
+    block, warps = shape
+    names, constants = kernel.arg_names, {"BLOCK": block, "HAS_BANNED": True} | flags
     places = {(names.index(n),): value for n, value in constants.items() if n in names}
     signature = {n: TYPES.get(n, "constexpr" if n.isupper() else "*fp32") for n in names}
-    target = GPUTarget("cuda", architecture, 32)
-    made = compile(ASTSource(kernel, signature, places), target, {"num_warps": warps})
+    return compile(ASTSource(kernel, signature, places), target, {"num_warps": warps})
+
+
+def cuda_usage(made: Any) -> list[int]:
+    """Registers, spilled and shared bytes of a program compiled for CUDA."""
+    from triton import knobs
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -74,12 +78,13 @@ def usage_of(architecture: int, shapes: Sequence[Blocks]) -> dict[Blocks, dict[s
 
 
 def main(arguments: list[str]) -> None:
+    from triton.backends.compiler import GPUTarget
+
     architecture, *shapes = arguments
-    found = {}
+    target, found = GPUTarget("cuda", int(architecture), 32), {}
     for shape in shapes:
         block, warps = (int(number) for number in shape.split(":"))
-        constants = {"BLOCK": block, "HAS_BANNED": True}
-        used = [_usage(k, constants | f, int(architecture), warps) for k, f in _programs()]
+        used = [cuda_usage(compiled(*program, (block, warps), target)) for program in programs()]
         most = (max(numbers) for numbers in zip(*used, strict=True))
         found[shape] = dict(zip(("registers", "spilled", "shared"), most, strict=True))
     print(json.dumps(found))

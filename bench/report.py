@@ -210,7 +210,7 @@ def of_methods(title: str, told: Mapping[str, Any]) -> list[str]:
                     rows.append([arm, *[NOT_MEASURED] * 3])
             lines += [f"{SCORES[score]}, at the start {told['start'][score]:.3f}:", ""]
             lines += table(head, rows)
-    return [*lines, "Device seconds in all:", "", *totals(dict(told)), ""]
+    return [*lines, "Device seconds in all:", "", *totals(dict(told))]
 
 
 def of_seeds(methods: Mapping[str, Any]) -> list[str]:

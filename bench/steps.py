@@ -1,7 +1,6 @@
 """What the step benchmarks share: a trainer on the embedded task, the proof that two ways of making
 a step give the same gradient, and seconds, FLOPs and memory of calls side by side."""
 
-import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.loops import FORWARDS, Loop, trl_style
-from bench.timing import Times, interleaved, out_of_memory, peak_bytes, ratio
+from bench.timing import Times, attempt, interleaved, peak_bytes, ratio
 from opd.config import Config
 from opd.data.batch import PromptBatch, collate
 from opd.data.loader import Prompts
@@ -149,23 +148,19 @@ def measure(calls: Calls, rounds: int, shape: str, costs: bool = False) -> Measu
     """Run each call once, with `costs` keep its FLOPs and take its peak memory twice, and then time
     those that fit, in turn. One that runs out of memory is left out, with the shape it failed at.
     """
-    fitting, failed = {}, {}
+    failed: dict[str, str] = {}
     counted: dict[str, int] = {}
     found: dict[str, list[float]] = {}
+
+    def first(name: str, call: Callable[[int], object]) -> None:
+        number = flops(partial(call, 0))  # optimizer state and caches are there from now on
+        if costs:
+            counted[name] = number
+            found[name] = [peak_bytes(partial(call, n)) for n in range(2)]
+
     for name, call in calls.items():
-        try:
-            number = flops(partial(call, 0))  # optimizer state and caches are there from now on
-            if costs:
-                counted[name] = number
-                found[name] = [peak_bytes(partial(call, n)) for n in range(2)]
-            fitting[name] = call
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            failed[name] = f"out of memory at {shape}"
-        if name in failed:  # outside of the handler, which keeps the failed call's tensors alive
-            gc.collect()
-            torch.cuda.empty_cache()
+        attempt(failed, name, shape, partial(first, name, call))
+    fitting = {name: call for name, call in calls.items() if name not in failed}
     times = interleaved(fitting, rounds, warmup=1)
     return Measured(times=times, flops=counted, peaks=found, failed=failed)
 

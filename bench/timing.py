@@ -1,16 +1,19 @@
 """Timing in turn: on a machine that others use too, only ratios within one round mean something."""
 
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from opd.engine import reuse_freed_memory
 
 Times = dict[str, list[float]]
+T = TypeVar("T")
 
 
 def interleaved(
@@ -22,8 +25,7 @@ def interleaved(
     times: Times = {name: [] for name in calls}
     for number in range(warmup + rounds):
         for name, call in calls.items():
-            _wait()
-            begun = time.perf_counter()
+            begun = now()
             call(number)
             _wait()
             if number >= warmup:
@@ -34,6 +36,12 @@ def interleaved(
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def now() -> float:
+    """Seconds, when the device has finished."""
+    _wait()
+    return time.perf_counter()
 
 
 def ratio(first: list[float], second: list[float]) -> dict[str, object]:
@@ -79,6 +87,23 @@ def peak_bytes(call: Callable[[], object]) -> int:
     before = held_bytes()
     call()
     return _status("VmHWM") - before
+
+
+def attempt(failures: dict[str, str], name: str, shape: object, call: Callable[[], T]) -> T | None:
+    """What the call returns; None for who has run out of memory, now or before. `failures` says of
+    those at which shape."""
+    if name in failures:
+        return None
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Outside of the handler, which holds the call's tensors.
+    failures[name] = f"out of memory at {shape}"
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

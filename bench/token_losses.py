@@ -2,6 +2,8 @@
 advantages, and the clipped policy loss, mean over tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,15 @@ from fused_kl import linear_logprobs, linear_policy_loss, reference
 CLIP = 0.2
 
 
+def weighted(found: Tensor, problem: Problem) -> Tensor:
+    """Given log-probabilities `[N]` by their advantages."""
+    return (found * problem.tokens.advantages).mean()
+
+
 def logprobs_fast(problem: Problem) -> Tensor:
     """fused_kl; nothing but the inputs is kept until backward."""
     found = linear_logprobs(*problem.sides[:2], problem.tokens.ids).logprobs
-    return (found * problem.tokens.advantages).mean()
+    return weighted(found, problem)
 
 
 def dense_logprobs(problem: Problem) -> Tensor:
@@ -28,42 +35,13 @@ def dense_logprobs(problem: Problem) -> Tensor:
 
 def logprobs_dense(problem: Problem) -> Tensor:
     """PyTorch as one writes it."""
-    return (dense_logprobs(problem) * problem.tokens.advantages).mean()
+    return weighted(dense_logprobs(problem), problem)
 
 
 def logprobs_truth(problem: Problem) -> Tensor:
     """The definition, in fp64."""
     exact, _ = reference.linear_logprobs(*problem.sides[:2], problem.tokens.ids)
-    return (exact * problem.tokens.advantages.double()).mean()
-
-
-def _trl_logprobs(trl: Any) -> Callable[[Problem], Tensor]:
-    """`[N]`, with the columns at once that TRL's trainers take."""
-
-    def found(problem: Problem) -> Tensor:
-        hidden, head, *_ = problem.sides
-        made = trl.ChunkedLogProbFunction.apply(
-            hidden, head, None, problem.tokens.ids, 1.0, 32_768, None, 1.0, ()
-        )
-        return made[0]
-
-    return found
-
-
-def _trl_logprobs_loss(trl: Any) -> Loss:
-    found = _trl_logprobs(trl)
-    return lambda problem: (found(problem) * problem.tokens.advantages).mean()
-
-
-LOGPROBS = Task(
-    name="logprobs",
-    truth=logprobs_truth,
-    gemms=student_gemms,
-    ours={"fast": logprobs_fast},
-    dense=logprobs_dense,
-    peers={"trl": Peer("trl.kernels.chunked_logprob", _trl_logprobs_loss)},
-    needs_tokens=True,
-)
+    return weighted(exact, problem)
 
 
 def policy_fast(problem: Problem) -> Tensor:
@@ -105,9 +83,17 @@ def policy_truth(problem: Problem) -> Tensor:
     return exact / len(tokens.ids)
 
 
-def _trl_policy(trl: Any) -> Loss:
-    found = _trl_logprobs(trl)
-    return lambda problem: surrogate(found(problem), problem)
+def _trl(loss: Callable[[Tensor, Problem], Tensor], trl: Any) -> Loss:
+    """A loss of TRL's log-probabilities, with the columns at once that its trainers take."""
+
+    def found(problem: Problem) -> Tensor:
+        hidden, head, *_ = problem.sides
+        logprobs, *_ = trl.ChunkedLogProbFunction.apply(
+            hidden, head, None, problem.tokens.ids, 1.0, 32_768, None, 1.0, ()
+        )
+        return loss(logprobs, problem)
+
+    return found
 
 
 def _liger_policy(liger: Any) -> Loss:
@@ -133,15 +119,24 @@ def _liger_policy(liger: Any) -> Loss:
     return loss
 
 
-POLICY_LOSS = Task(
+TRL = "trl.kernels.chunked_logprob"
+LOGPROBS = Task(
+    name="logprobs",
+    truth=logprobs_truth,
+    gemms=student_gemms,
+    ours={"fast": logprobs_fast},
+    dense=logprobs_dense,
+    peers={"trl": Peer(TRL, partial(_trl, weighted))},
+    needs_tokens=True,
+)
+POLICY_LOSS = replace(
+    LOGPROBS,
     name="policy_loss",
     truth=policy_truth,
-    gemms=student_gemms,
     ours={"fast": policy_fast},
     dense=policy_dense,
     peers={
-        "trl": Peer("trl.kernels.chunked_logprob", _trl_policy),
+        "trl": Peer(TRL, partial(_trl, surrogate)),
         "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_policy),
     },
-    needs_tokens=True,
 )

@@ -7,7 +7,6 @@ TRL may not end before it, and for us no token ends; both take the mean reverse 
 tokens and the whole vocabulary, so the two losses are equal without a factor.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer  # type: ignore[attr-defined]
 
 from bench.steps import errors, gradient
-from bench.timing import Times
+from bench.timing import Times, now
 from opd.config import Config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.models.load import VideoLM
@@ -202,13 +201,6 @@ class InTurn(TrainerCallback):
         if state.global_step > self.warmup:
             self.times["trl"].append(done - self._begun)
             self.times["ours"].append(now() - done)
-
-
-def now() -> float:
-    """Seconds, when the device has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def step(theirs: DistillationTrainer, batch: PromptBatch) -> None:

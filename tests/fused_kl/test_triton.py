@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,54 +207,30 @@ def test_no_rows():
 
 
 COMPILE = """
-import re, subprocess, sys, tempfile
-from triton import knobs
+import re, sys
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from fused_kl import triton_device as device
+from bench.registers import compiled, cuda_usage, programs
 from fused_kl.tiles import ROW_BLOCKS
 
-types = {"allowed": "*u8", "token_ids": "*i64", "grad": "*bf16", "beta": "fp32"}
-types |= dict.fromkeys(("num_rows", "num_columns", "split_columns", "count"), "i32")
-types |= dict.fromkeys(("student_stride", "teacher_stride", "grad_stride", "stride"), "i32")
-value, grad = {"WITH_VALUE": True, "WITH_GRAD": False}, {"WITH_VALUE": False, "WITH_GRAD": True}
-programs = [
-    (device.divergence_statistics, {}),
-    (device.token_statistics, {}),
-    (device.token_gradient, {}),
-    *[(device.divergence_gradient, {"KIND": kind, **value, **grad}) for kind in (0, 1)],
-    *[(device.divergence_gradient, {"KIND": kind, **which})
-      for kind in (0, 1, 2) for which in (value, grad)],
-]
 arch = sys.argv[1]
 amd = arch.startswith("gfx")
 target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
 found = []
 shapes = {shape for blocks in ROW_BLOCKS.values() for shape in blocks.items()}
-for block, warps in sorted(shapes):
-    for kernel, flags in programs:
-        names = kernel.arg_names
-        constants = {"BLOCK": block, "HAS_BANNED": True} | flags
-        places = {(names.index(n),): v for n, v in constants.items() if n in names}
-        signature = {n: types.get(n, "constexpr" if n.isupper() else "*fp32") for n in names}
-        made = compile(ASTSource(kernel, signature, places), target, {"num_warps": warps})
+for shape in sorted(shapes):
+    for kernel, flags in programs():
+        made = compiled(kernel, flags, shape, target)
         if amd:
             text = made.asm["amdgcn"]
             registers, spills = (int(re.search(rf"\\.vgpr_{what}_?count: +(\\d+)", text)[1])
                 for what in ("", "spill_"))
         else:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(made.asm["cubin"])
-                file.flush()
-                text = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-                    capture_output=True, text=True, check=True).stdout
-            registers, spills = (int(re.search(rf"{what}:(\\d+)", text)[1])
-                for what in ("REG", "STACK"))
+            registers, spills, _ = cuda_usage(made)
         # The row index leaves 32 bits before anything multiplies it.
         ttir = made.asm["ttir"]
         index, rest = re.search(r"(%\\S+) = tt.get_program_id x(.*)", ttir, re.S).groups()
         uses = re.findall(rf"^.*[ (]{index}[ ,)].*$", rest, re.M)
-        found.append((kernel.__name__, flags, block))
+        found.append((kernel.__name__, flags, shape))
         assert registers <= 80 and spills == 0, (found[-1], registers, spills)
         assert made.metadata.shared <= 1024
         assert uses and all("arith.extsi" in use and "i32 to i64" in use for use in uses), uses
@@ -308,6 +285,7 @@ def test_every_program_compiles_without_a_gpu(architecture):
         capture_output=True,
         text=True,
         env=environment,
+        cwd=Path(__file__).parents[2],  # bench is imported from there
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
