@@ -95,11 +95,13 @@ class TokenPass:
         allowed = options.allowed_columns
         self.banned = None if allowed is None else Banned.outside(allowed, self.dtype)
         self.plan = token_plan(hidden, lm_head, bias, options)
+        self.logits_grad: Tensor | None = None
 
     def run(
-        self, needs: Needs, objective: Objective | None
+        self, needs: Needs, objective: Objective | None, keep: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-        """Row losses, logprobs and entropy [N], and the gradients of the summed row losses."""
+        """Row losses, logprobs and entropy [N], and the gradients of the summed row losses; with
+        `keep`, that of the last chunk's logits stays in `self.logits_grad`."""
         gradients = Gradients(self.side, needs, self.num_rows, self.vocab, self.plan.rows)
         losses, logprobs, entropy = (
             self.side.hidden.new_zeros(self.num_rows, dtype=self.dtype) for _ in range(3)
@@ -107,8 +109,9 @@ class TokenPass:
         chunks, columns = slices(self.num_rows, self.plan.rows), slice(0, self.vocab)
         shape = min(self.plan.rows, self.num_rows), self.vocab
         buffer = logit_buffer(losses, shape)
-        wanted = any(needs) and objective is not None
-        separate = logit_buffer(losses, shape, torch.bfloat16) if self.side.half else None
+        wanted = objective is not None and (any(needs) or keep)
+        half = wanted and self.side.half
+        separate = logit_buffer(losses, shape, torch.bfloat16) if half else None
         programs = row_programs(losses)
         for rows in chunks:
             hidden_rows = self.side.rows(rows)
@@ -136,6 +139,7 @@ class TokenPass:
                 if derivative is not None:
                     grad.mul_(derivative)
                 gradients.add(rows, columns, hidden_rows, grad)
+                self.logits_grad = grad if keep else None
         return losses, logprobs, entropy, gradients
 
 
@@ -179,8 +183,10 @@ def linear_logprobs(
 ) -> LinearLogprobsOutput:
     """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
-    Chunked over tokens and recomputed in backward (4 GEMM units where a loss with gradients in
-    forward needs 3): use `linear_policy_loss` when the loss has its form.
+    Chunked over tokens. A row's gradient is known in forward but for a factor, so that a frozen
+    head takes 2 GEMM units. A trained one takes 3 where all rows are one chunk: the gradient of the
+    logits is then kept until backward, if it is no larger than the head's. Else, and with a trained
+    bias, the logits are made again in backward (4): `linear_policy_loss` takes 3 always.
 
     Args:
         hidden: `[N, H]` fp16, bf16, fp32 or fp64, after the final norm.
@@ -201,13 +207,79 @@ def linear_logprobs(
     options = TokenOptions(allowed_columns, rules, chunk_size)
     check_token_arguments(hidden, lm_head, bias, token_ids, options)
     checks.check_token_range(token_ids, lm_head.shape[0])
-    logprobs, entropy = _Logprobs.apply(hidden, lm_head, bias, token_ids.long(), options)
-    return LinearLogprobsOutput(
-        logprobs=logprobs, entropy=entropy, plan=token_plan(hidden, lm_head, bias, options)
-    )
+    needs = Needs.of(hidden, lm_head, bias)
+    plan = token_plan(hidden, lm_head, bias, options)
+    function = _Ahead if _is_ahead(needs, hidden, lm_head, plan) else _Recomputed
+    logprobs, entropy = function.apply(hidden, lm_head, bias, token_ids.long(), options)
+    return LinearLogprobsOutput(logprobs=logprobs, entropy=entropy, plan=plan)
 
 
-class _Logprobs(torch.autograd.Function):
+def _is_ahead(needs: Needs, hidden: Tensor, lm_head: Tensor, plan: Plan) -> bool:
+    """Whether forward prepares the gradients: not where that costs memory beyond the head's own."""
+    if needs.bias or not needs.lm_head:
+        return needs.hidden and not needs.bias
+    half = multiplies_half(hidden, lm_head)
+    itemsize = (torch.bfloat16 if half else compute_dtype(hidden, lm_head)).itemsize
+    num_rows, hidden_size = hidden.shape
+    return plan.rows >= num_rows and num_rows * itemsize <= hidden_size * lm_head.itemsize
+
+
+class _Ahead(torch.autograd.Function):
+    """Forward makes d logprob / d hidden, and keeps d logprob / d logits for the head's gradient;
+    backward multiplies by the rows' factors."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx,
+        hidden: Tensor,
+        lm_head: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        options: TokenOptions,
+    ):
+        # The loss may ignore a row of NaN, and 0 * NaN spreads: products get zeros in its place.
+        finite = hidden.isfinite().all(1)
+        token_pass = TokenPass(hidden, lm_head, bias, token_ids, options, finite)
+        _, logprobs, entropy, gradients = token_pass.run(
+            Needs(ctx.needs_input_grad[0], False, False),
+            lambda _, logprobs: (logprobs, torch.ones_like(logprobs)),
+            keep=ctx.needs_input_grad[1],
+        )
+        for values in (logprobs, entropy):
+            values.masked_fill_(~finite, torch.nan)
+        if gradients.hidden is not None:
+            gradients.hidden.masked_fill_(~finite[:, None], torch.nan)
+        ctx.save_for_backward(hidden, logprobs.isneginf())
+        ctx.side, ctx.vocab = token_pass.side, token_pass.vocab
+        ctx.hidden_grad, ctx.logits_grad = gradients.hidden, token_pass.logits_grad
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: Tensor, _):  # pyright: ignore
+        hidden, banned = ctx.saved_tensors
+        factors = grad_logprobs.masked_fill(banned, 0)[:, None]
+
+        def weighted(rows: Tensor) -> Tensor:
+            return torch.where(factors != 0, rows * factors, 0)
+
+        hidden_grad = lm_head_grad = None
+        if ctx.needs_input_grad[0]:
+            hidden_grad = weighted(ctx.hidden_grad).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            num_rows = len(hidden)
+            head = Gradients(ctx.side, Needs(False, True, False), num_rows, ctx.vocab, num_rows)
+            if num_rows:
+                every = slice(0, num_rows), slice(0, ctx.vocab)
+                head.add(*every, weighted(hidden), ctx.logits_grad)
+            lm_head_grad = head.take()[1].to(ctx.side.lm_head.dtype)  # type: ignore[union-attr]
+        return hidden_grad, lm_head_grad, None, None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """Forward keeps its inputs alone; backward makes the logits again, chunk by chunk."""
+
     @staticmethod
     def forward(  # pyright: ignore
         ctx,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fused_kl import linear_cross_entropy, linear_logprobs, linear_policy_loss, reference
+from fused_kl import chunks, linear_cross_entropy, linear_logprobs, linear_policy_loss, reference
 
 
 def leaves_of(tensors):
@@ -57,11 +57,82 @@ def test_logprobs(case, num_rows, logit_std, banned, chunk_size):
         assert_close(fused, dense, rtol=1e-9, atol=1e-11)
 
 
-def test_logprobs_gradcheck_and_a_second_backward(case):
-    tensors = case.build(num_rows=3, vocab=11, student_size=4, logit_std=1.0, bias=True)
+@pytest.fixture
+def multiplied(monkeypatch):
+    """N x V x H of every product, as it is made."""
+    sizes = []
+    original = chunks.product_
 
-    def logprobs(hidden, lm_head, bias):
-        return linear_logprobs(hidden, lm_head, tensors.token_ids, bias=bias, chunk_size=2).logprobs
+    def product_(out, a, b, **options):
+        sizes.append(out.numel() * a.shape[1])
+        original(out, a, b, **options)
+
+    monkeypatch.setattr(chunks, "product_", product_)
+    return sizes
+
+
+# What is trained, rows at once, products of N x V x H in forward and in backward.
+HIDDEN, HEAD, BIAS = range(3)
+WORK = [
+    ((HIDDEN, HEAD), "auto", 2, 1),
+    ((HEAD,), "auto", 1, 1),
+    ((HIDDEN,), "auto", 2, 0),
+    ((HIDDEN,), 5, 2, 0),
+    ((HIDDEN, HEAD), 5, 1, 3),
+    ((HIDDEN, HEAD, BIAS), "auto", 1, 3),
+    ((), "auto", 1, 0),
+]
+
+
+@pytest.mark.parametrize(("trained", "chunk_size", "forward", "backward"), WORK)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logprobs_make_what_backward_needs_once(
+    case, multiplied, trained, chunk_size, forward, backward, softcap
+):
+    tensors = case.build(num_rows=13, bias=True)
+    leaves = leaves_of(tensors)
+    for number, leaf in enumerate(leaves):
+        leaf.requires_grad_(number in trained)
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    args = (tensors.student_hidden, tensors.student_lm_head, allowed_ids(tensors))
+    options: dict[str, Any] = dict(
+        bias=tensors.student_bias, softcap=softcap, allowed_columns=tensors.allowed_columns
+    )
+
+    product = args[0].numel() * len(args[1])
+    logprobs = linear_logprobs(*args, chunk_size=chunk_size, **options).logprobs
+    assert sum(multiplied) == forward * product
+    expected, _ = reference.linear_logprobs(*args, **options)
+    assert_close(logprobs.detach(), expected.detach())
+    if not leaves:
+        return
+    torch.autograd.grad(logprobs.sum(), leaves, retain_graph=True)
+    assert sum(multiplied) == (forward + backward) * product
+    # Again, with other factors, some of them 0.
+    weights = tensors.advantages.double() * (torch.arange(13) % 3)
+    fused = torch.autograd.grad(logprobs @ weights, leaves)
+    for found, right in zip(fused, torch.autograd.grad(expected @ weights, leaves), strict=True):
+        assert_close(found, right, rtol=1e-9, atol=1e-11)
+
+
+def test_more_rows_than_the_head_has_columns_are_recomputed(case, multiplied):
+    """Their gradient would be larger than the head's."""
+    for num_rows, kept in ((16, True), (17, False)):
+        tensors = case.build(num_rows=num_rows, student_size=16)
+        args = (tensors.student_hidden, tensors.student_lm_head, tensors.token_ids)
+        multiplied.clear()
+        linear_logprobs(*args).logprobs.sum().backward()
+        assert sum(multiplied) == (3 if kept else 4) * args[0].numel() * len(args[1])
+
+
+@pytest.mark.parametrize("chunk_size", [2, "auto"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logprobs_gradcheck_and_a_second_backward(case, chunk_size, bias):
+    tensors = case.build(num_rows=3, vocab=11, student_size=4, logit_std=1.0, bias=bias)
+
+    def logprobs(hidden, lm_head, bias=None):
+        ids = tensors.token_ids
+        return linear_logprobs(hidden, lm_head, ids, bias=bias, chunk_size=chunk_size).logprobs
 
     assert torch.autograd.gradcheck(logprobs, leaves_of(tensors))
 
@@ -200,14 +271,21 @@ def test_a_banned_token_is_minus_inf_and_moves_nothing(case):
             assert_close(gradient, expected)
 
 
-def test_rows_that_the_loss_ignores_may_hold_nan(case):
+@pytest.mark.parametrize("chunk_size", [5, "auto"])
+def test_rows_that_the_loss_ignores_may_hold_nan(case, chunk_size):
     tensors = case.build()
     args = (tensors.student_hidden, tensors.student_lm_head, tensors.token_ids)
     with torch.no_grad():
         tensors.student_hidden[4] = torch.nan
-    linear_logprobs(*args, chunk_size=5).logprobs[:4].sum().backward()
+    out = linear_logprobs(*args, chunk_size=chunk_size)
+    assert out.logprobs.isnan().nonzero().tolist() == [[4]]
+    assert out.entropy.isnan().nonzero().tolist() == [[4]]
+    out.logprobs[:4].sum().backward(retain_graph=True)
     assert tensors.student_lm_head.grad.isfinite().all()
     assert (tensors.student_hidden.grad[4:] == 0).all()
+    out.logprobs[4].backward()  # and one that it does not ignore is told
+    assert tensors.student_lm_head.grad.isnan().any()
+    assert tensors.student_hidden.grad[4].isnan().all()
 
 
 def test_no_tokens(case):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_kl import linear_policy_loss, linear_reverse_kl, reference
+from fused_kl import linear_logprobs, linear_policy_loss, linear_reverse_kl, reference
 
 STDS = (1.0, 3.0, 10.0, 30.0)
 # The widest error that the order of summation explains, relative to the largest element.
@@ -174,14 +174,22 @@ def test_bf16_gradients_of_fp32_logits_stay_within_one_percent(
     assert (out.token_kl - token_kl).abs().max() < 1e-4
 
 
-def test_token_gradients_in_bf16(case, half_products):
+@pytest.mark.parametrize("chunk_size", [5, "auto"])
+@pytest.mark.parametrize("function", [linear_policy_loss, linear_logprobs])
+def test_token_gradients_in_bf16(case, half_products, function, chunk_size):
     tensors = case.build(dtype=torch.bfloat16)
-    arguments = (*sides(tensors)[:2], tensors.token_ids)
-    out = linear_policy_loss(*arguments, advantages=tensors.advantages, chunk_size=5)
-    dense, *_ = reference.linear_policy_loss(*arguments, advantages=tensors.advantages)
+    leaves = sides(tensors)[:2]
+    if function is linear_policy_loss:
+        options: dict[str, Any] = dict(advantages=tensors.advantages, chunk_size=chunk_size)
+        loss = function(*leaves, tensors.token_ids, **options).loss
+    else:
+        out = function(*leaves, tensors.token_ids, chunk_size=chunk_size)
+        loss = -out.logprobs @ tensors.advantages.float()
+    dense, *_ = reference.linear_policy_loss(
+        *leaves, tensors.token_ids, advantages=tensors.advantages
+    )
     for gradient, exact in zip(
-        torch.autograd.grad(out.loss, sides(tensors)[:2]),
-        torch.autograd.grad(dense, sides(tensors)[:2]),
-        strict=True,
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(dense, leaves), strict=True
     ):
+        assert gradient.dtype == torch.bfloat16
         assert (gradient.double() - exact.double()).norm() < 1e-2 * exact.double().norm()
