@@ -22,7 +22,7 @@ def weighted(found: Tensor, problem: Problem) -> Tensor:
 
 
 def logprobs_fast(problem: Problem) -> Tensor:
-    """fused_kl; nothing but the inputs is kept until backward."""
+    """fused_kl."""
     found = linear_logprobs(*problem.sides[:2], problem.tokens.ids).logprobs
     return weighted(found, problem)
 
