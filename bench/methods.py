@@ -18,6 +18,7 @@ from bench.methods_report import write
 from bench.protocol import Protocol, Run
 from bench.record import origin
 from opd.checkpoint import read_rows
+from opd.models.load import checksum
 from opd.report import read
 
 RUNS = Path("runs/bench")
@@ -60,6 +61,26 @@ def carry_out(run: Run, folder: Path) -> None:
     print(f"{run.arm} {run.name}: {end}", flush=True)
 
 
+def begin(protocol: Protocol) -> None:
+    """Train the model that every arm starts from, unless it is there. ValueError where the results
+    so far began with another one: a CPU of another make trains other weights."""
+    first = protocol.first
+    if not first:
+        return
+    run_dir, kept = Path(first["run_dir"]), protocol.results / "first.json"
+    if not (run_dir / "summary.json").is_file():
+        train(first["keys"], run_dir)
+    weights = {f.name: checksum(f) for f in sorted((run_dir / "student").glob("*.safetensors"))}
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({**origin(), "weights": weights}, indent=1) + "\n")
+    elif json.loads(kept.read_text())["weights"] != weights:
+        raise ValueError(
+            f"{run_dir / 'student'}: not what the runs in {kept.parent} started from ({kept.name}): "
+            "bring that, or remove them"
+        )
+
+
 def teacher(protocol: Protocol) -> dict[str, Any]:
     """The teacher's scores, and the device seconds that its last stage takes."""
     path, timed = protocol.results / "teacher.json", protocol.teacher_training
@@ -93,9 +114,11 @@ def main() -> None:
     unknown = [arm for arm in given.arms or [] if arm not in protocol.arms]
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such arm (known: {', '.join(protocol.arms)})")
-    first, failed = protocol.first, []
-    if first and not Path(first["run_dir"], "summary.json").is_file():
-        train(first["keys"], Path(first["run_dir"]))
+    failed: list[Run] = []
+    try:
+        begin(protocol)
+    except ValueError as error:
+        parser.error(str(error))
 
     def attempt(run: Run) -> None:
         try:
