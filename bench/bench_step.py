@@ -36,7 +36,7 @@ from opd.data.batch import PromptBatch
 from opd.folder import RunFolder
 from opd.ledger import Ledger
 
-ROUNDS, FEW = 9, 6
+ROUNDS, FEW = 7, 5
 TRL = "pip install trl==1.16.0"
 
 
@@ -44,7 +44,7 @@ TRL = "pip install trl==1.16.0"
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     root: Path = tmp_path_factory.mktemp("step")
     # A rate near zero: the rollouts of both loops stay those of the shipped student.
-    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "batch_size=16"])
+    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "batch_size=8"])
 
 
 def shape(batch: PromptBatch, rollouts: int = 1) -> str:
@@ -203,8 +203,8 @@ def one_thread() -> Iterator[None]:
 
 
 ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts and rounds
-    315: ({}, 16, FEW),
-    750: ({"fps": 10.0}, 16, 3),
+    315: ({}, 16, 4),
+    750: ({"fps": 10.0}, 10, 3),
     1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 6, 3),
 }
 

@@ -30,9 +30,10 @@ PIP = {"trl": "trl==1.16.0", "liger_kernel": "liger-kernel==0.8.5"}
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss, and what it and its backward run inside of."""
+    """A loss, whether it is compiled when first called, and what it and its backward run inside."""
 
     loss: Loss
+    compiled: bool = False
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def step(self, problem: Problem) -> Tensor:
@@ -50,6 +51,7 @@ class Peer:
     module: str
     make: Callable[[Any], Loss]
     needs_gpu: bool = False
+    compiled: bool = False
 
     def provider(self, device: str) -> Provider | str:
         """It, or why not."""
@@ -59,7 +61,7 @@ class Peer:
         if find_spec(library) is None:
             return f"not installed (pip install {PIP[library]})"
         try:
-            return Provider(self.make(importlib.import_module(self.module)))
+            return Provider(self.make(importlib.import_module(self.module)), self.compiled)
         except ImportError as error:
             return f"cannot be imported: {error} (pip install {PIP[library]})"
 
@@ -81,11 +83,11 @@ class Task:
         found = {name: Provider(loss) for name, loss in self.ours.items()}
         found["dense"] = Provider(self.dense)
         if device == "cuda":
-            found["torch"] = Provider(self.ours["fast"], torch_row_programs)
+            found["torch"] = Provider(self.ours["fast"], around=torch_row_programs)
         # On a GPU each shape for itself: kernels for any shape are slower. On a CPU they are as
         # fast and take a third of the memory.
         each_alone = False if device == "cuda" else None
-        found["compiled"] = Provider(torch.compile(self.dense, dynamic=each_alone))
+        found["compiled"] = Provider(torch.compile(self.dense, dynamic=each_alone), True)
         skipped = {}
         for name, peer in self.peers.items():
             made = peer.provider(device)
@@ -172,7 +174,12 @@ REVERSE_KL = Task(
     dense=dense,
     peers={
         "trl": Peer("trl.kernels.chunked_divergence", _trl_divergence),
-        "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_chunked),
-        "liger_fused": Peer("liger_kernel.transformers.fused_linear_jsd", _liger_fused, True),
+        "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_chunked, compiled=True),
+        "liger_fused": Peer(
+            "liger_kernel.transformers.fused_linear_jsd",
+            _liger_fused,
+            needs_gpu=True,
+            compiled=True,
+        ),
     },
 )

@@ -137,6 +137,6 @@ POLICY_LOSS = replace(
     dense=policy_dense,
     peers={
         "trl": Peer(TRL, partial(_trl, surrogate)),
-        "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_policy),
+        "liger_chunked": Peer("liger_kernel.chunked_loss", _liger_policy, compiled=True),
     },
 )

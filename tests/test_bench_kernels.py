@@ -98,7 +98,7 @@ OUT = {
 
 
 @pytest.mark.parametrize("error", OUT.values(), ids=OUT)
-@pytest.mark.parametrize("call", [0, 1, 2, 3, 5])  # in the memory pass, the proof, while timing
+@pytest.mark.parametrize("call", [0, 1, 2, 4])  # in the memory pass, the proof, while timing
 def test_who_runs_out_of_memory_does_not_stop_the_others(
     error: Callable[[], Exception], call: int
 ) -> None:
@@ -111,7 +111,7 @@ def test_who_runs_out_of_memory_does_not_stop_the_others(
         return providers.fast(problem)
 
     rows = measured(found_of(large=large, fast=providers.fast), rounds=3)
-    assert rows["large"] == {"failed": PROOF if call == 2 else LIMIT}
+    assert rows["large"] == {"failed": PROOF if call == 1 else LIMIT}
     assert len(calls) == call + 1, "it is not asked again"
     assert rows["fast"]["rounds"] == 3 and rows["fast"]["ratio_interval"]
     told = kernels.told(REVERSE_KL, SMALL, rows)
