@@ -2,10 +2,10 @@
 it is at equal device time and at equal steps.
 
 Two runs of `opd.train` with the keys of `bench/methods.yaml`, each at the rate that won there, are
-cut to 30 steps, one seed and 64 held-out queries, which makes a minute of what takes hours.
+cut to 20 steps, one seed and 64 held-out queries, which makes a minute of what takes hours.
 
 It can say what the steps of each cost, and which is ahead early by more than a few hundredths, the
-standard error of a score on so few queries. GRPO's greedy score hardly moves within 30 steps, so
+standard error of a score on so few queries. GRPO's greedy score hardly moves within 20 steps, so
 that what reaches it says little there; its sampled score does. It cannot say where either ends, how
 seeds differ, which rates are best after so few steps, or how other methods do: all that is
 `python -m bench.methods`.
@@ -27,7 +27,7 @@ from bench.record import hardware
 FULL = Path(__file__).with_name("methods.yaml")
 ARMS = ("grpo", "reverse_kl")
 # The rate rises over as many steps as in the full form's 150: over fewer, OPD's is too steep.
-SHORT = ("steps=30", "optim.warmup=0.15", "eval.every=15", "data.limit_eval=64", "seed=0")
+SHORT = ("steps=20", "optim.warmup=0.225", "eval.every=10", "data.limit_eval=64", "seed=0")
 
 
 def short_runs(folder: Path, full: dict[str, Any], *more: str) -> list[Run]:

@@ -21,7 +21,7 @@ from opd.data_settings import DataConfig
 
 decord = pytest.importorskip("decord")
 
-ROUNDS, CLIPS = 7, 4
+ROUNDS, CLIPS = 7, 3
 SAMPLING: dict[str, Any] = {"fps": 1.6, "max_frames": 16}  # 16 frames of 10 s
 SIZES = {"128x128": (128, 128), "640x360": (640, 360)}
 

@@ -26,7 +26,7 @@ from opd.models.load import VideoLM, load_model, load_processor, place
 from opd.prefix import forward
 from opd.rollout import Policy, decode_answers, sample
 
-ROUNDS, QUERIES, LENGTH = 5, 8, 20
+ROUNDS, QUERIES, LENGTH = 4, 8, 20
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("circle", "square", "triangle", "cross")
 

@@ -37,6 +37,7 @@ from opd.folder import RunFolder
 from opd.ledger import Ledger
 
 ROUNDS, FEW = 7, 5
+PROMPTS, SOME = 16, 6  # against other loops, and of this project's steps against each other
 TRL = "pip install trl==1.16.0"
 
 
@@ -44,7 +45,7 @@ TRL = "pip install trl==1.16.0"
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     root: Path = tmp_path_factory.mktemp("step")
     # A rate near zero: the rollouts of both loops stay those of the shipped student.
-    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", "batch_size=8"])
+    yield load_config([f"data.video_root={root}", "optim.lr=1e-7", f"batch_size={SOME}"])
 
 
 def shape(batch: PromptBatch, rollouts: int = 1) -> str:
@@ -72,7 +73,8 @@ def test_single_pass_against(benchmark, config: Config, name: str) -> None:
     """FLOPs as torch counts them, beside what shapes say (`analytic_ratio`) and what they say of
     layers alone, before decoding (`limit_ratio`)."""
     loop, objective, target = LOOPS[name]
-    trainer, batch = make_trainer(dataclasses.replace(config, objective=objective))
+    config = dataclasses.replace(config, objective=objective, batch_size=PROMPTS)
+    trainer, batch = make_trainer(config)
     proof = prove_equal(trainer, batch, loop)
     analytic = analytic_ratio(trainer, batch, loop)
     calls = {"single pass": stepper(trainer, batch), name: partial(loop_step, loop, trainer, batch)}
@@ -139,7 +141,8 @@ def test_against_trl_trainer(benchmark, config: Config, tmp_path: Path) -> None:
     pytest.importorskip("trl", minversion="1.16", reason=f"not installed: {TRL}")
     from bench import trl_trainer
 
-    changed = {"normalize": "token", "model": dataclasses.replace(config.model, dtype="float32")}
+    model = dataclasses.replace(config.model, dtype="float32")
+    changed = {"normalize": "token", "model": model, "batch_size": PROMPTS}
     trainer, batch = make_trainer(dataclasses.replace(config, **changed))
     batch = trl_trainer.text_only(trainer, batch)
     turns = trl_trainer.InTurn(stepper(trainer, batch), warmup=2)
@@ -203,9 +206,8 @@ def one_thread() -> Iterator[None]:
 
 
 ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts and rounds
-    315: ({}, 16, 4),
-    750: ({"fps": 10.0}, 10, 3),
-    1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 6, 3),
+    315: ({}, PROMPTS, 4),
+    1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 4, 4),
 }
 
 

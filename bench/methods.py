@@ -76,8 +76,8 @@ def begin(protocol: Protocol) -> None:
         kept.write_text(json.dumps({**origin(), "weights": weights}, indent=1) + "\n")
     elif json.loads(kept.read_text())["weights"] != weights:
         raise ValueError(
-            f"{run_dir / 'student'}: not what the runs in {kept.parent} started from ({kept.name}): "
-            "bring that, or remove them"
+            f"{run_dir / 'student'}: not what the runs in {kept.parent} started from "
+            f"({kept.name}): bring that, or remove them"
         )
 
 
