@@ -19,8 +19,8 @@ from bench.problems import Loss, Problem, bare_gemms
 from fused_kl import (
     chunks,
     linear_reverse_kl,
-    logprobs,
     reference,
+    tokens,
     torch_kernels,
     walk,
 )
@@ -101,7 +101,7 @@ class Task:
 @contextmanager
 def torch_row_programs() -> Iterator[None]:
     """Row programs in plain torch on a GPU too."""
-    users: list[Any] = [chunks, walk, logprobs]
+    users: list[Any] = [chunks, walk, tokens]
     kept = [user.row_programs for user in users]
     for user in users:
         user.row_programs = lambda like: torch_kernels

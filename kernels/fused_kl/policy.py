@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fused_kl import checks
 from fused_kl.chunks import Gradients, HeadRules, LossWithGradients, Needs, keep_active
-from fused_kl.logprobs import Objective, TokenOptions, TokenPass, check_token_arguments
 from fused_kl.tiles import Plan
+from fused_kl.tokens import Objective, TokenOptions, TokenPass, check_token_arguments
 
 
 @dataclass(frozen=True, kw_only=True)

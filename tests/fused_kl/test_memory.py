@@ -95,8 +95,8 @@ def test_no_gradient_work_under_no_grad(tensors, loss, monkeypatch):
 @pytest.mark.parametrize("mode", ["fast", "lowmem"])
 @pytest.mark.parametrize("num_rows", [0, 1, 32, 640, 16_384, 1_000_000])
 def test_plans_stay_within_the_budget(device_type, mode, num_rows):
-    budget = {"fast": tiles.FAST_BYTES, "lowmem": tiles.LOWMEM_BYTES}[mode]
-    budget = budget["cpu" if device_type == "cpu" else "gpu"]
+    table = {"fast": tiles.FAST_BYTES, "lowmem": tiles.LOWMEM_BYTES}[mode]
+    budget = tiles.entry(table, device_type)
     rules: dict[str, Any] = dict(bytes_per_logit=10, device_type=device_type)
     plan = tiles.make_plan(mode, num_rows, 151_936, **rules, chunk_size=0)
     assert plan.mode == mode

@@ -146,7 +146,7 @@ def half_products(monkeypatch):
     def multiplies_half(*tensors):
         return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
-    for module in ("chunks", "walk", "logprobs"):
+    for module in ("chunks", "walk", "tokens", "logprobs"):
         monkeypatch.setattr(f"fused_kl.{module}.multiplies_half", multiplies_half)
     monkeypatch.setattr("fused_kl.chunks.product_", product_)
 
