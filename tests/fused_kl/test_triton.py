@@ -298,7 +298,7 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         if DEVICE == "cuda":
             pytest.skip("the interpreter is not on")
-        for module in ("chunks", "walk", "logprobs"):
+        for module in ("chunks", "walk", "tokens"):
             monkeypatch.setattr(f"fused_kl.{module}.row_programs", lambda _: triton_kernels)
     return request.param
 
@@ -362,7 +362,7 @@ def test_token_losses_through_them(device, dtype, case):
     sampled = linear_reverse_kl(*made, **rules, token_ids=ids, estimator="sampled", chunk_size=5)
     policy = linear_policy_loss(*made[:2], ids, advantages=advantages, **rules, chunk_size=5)
     weights = rules.pop("token_weights")
-    plain = linear_logprobs(*made[:2], ids, **rules, chunk_size=5)
+    plain, ahead = (linear_logprobs(*made[:2], ids, **rules, chunk_size=n) for n in (5, "auto"))
     dense, *_ = reference.linear_policy_loss(
         *exact[:2], tensors.token_ids, advantages=tensors.advantages, **wide
     )
@@ -374,6 +374,7 @@ def test_token_losses_through_them(device, dtype, case):
         (sampled.loss, (exact_weights * (log_p - log_q).detach() * log_p).sum()),
         (policy.loss, dense),
         ((weights * plain.logprobs).sum(), (exact_weights * log_p).sum()),
+        ((weights * ahead.logprobs).sum(), (exact_weights * log_p).sum()),
     )
     for found, truth in pairs:
         wanted = torch.autograd.grad(truth, exact[:2], retain_graph=True)
