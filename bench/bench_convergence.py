@@ -27,7 +27,14 @@ from bench.record import hardware
 FULL = Path(__file__).with_name("methods.yaml")
 ARMS = ("grpo", "reverse_kl")
 # The rate rises over as many steps as in the full form's 150: over fewer, OPD's is too steep.
-SHORT = ("steps=20", "optim.warmup=0.225", "eval.every=10", "data.limit_eval=64", "seed=0")
+SHORT = (
+    "steps=20",
+    "optim.warmup=0.225",
+    "eval.every=10",
+    "data.limit_train=320",
+    "data.limit_eval=64",
+    "seed=0",
+)
 
 
 def short_runs(folder: Path, full: dict[str, Any], *more: str) -> list[Run]:

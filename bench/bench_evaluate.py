@@ -112,7 +112,7 @@ def test_queries_behind_one_forward(benchmark, tmp_path: Path, seconds: int, fps
 def test_answers_are_the_same(benchmark, dtype: torch.dtype) -> None:
     """On the embedded task's clips and its trained student."""
     config = load_config(["data.prompt=video_first", "data.cache_mb=0"])
-    examples = queries_of(load_examples("synthetic:eval", config.data, 32))
+    examples = queries_of(load_examples("synthetic:eval", config.data, 16))
     prompts = prompts_of(config, examples, dtype)
     plan = [list(range(start, start + 32)) for start in range(0, len(examples), 32)]
     made = list(batches(prompts, plan, models=[prompts.lm]))

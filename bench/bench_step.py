@@ -36,8 +36,8 @@ from opd.data.batch import PromptBatch
 from opd.folder import RunFolder
 from opd.ledger import Ledger
 
-ROUNDS, FEW = 7, 5
-PROMPTS, SOME = 16, 6  # against other loops, and of this project's steps against each other
+ROUNDS, FEW = 5, 4
+PROMPTS, SOME = 16, 5  # against other loops, and of this project's steps against each other
 TRL = "pip install trl==1.16.0"
 
 
@@ -206,8 +206,8 @@ def one_thread() -> Iterator[None]:
 
 
 ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts and rounds
-    315: ({}, PROMPTS, 4),
-    1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 4, 4),
+    315: ({}, 12, 4),
+    1450: ({"fps": 10.0, "video_tokens": 4096, "min_frame_tokens": 16}, 3, 4),
 }
 
 
