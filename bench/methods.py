@@ -18,7 +18,7 @@ from bench.methods_report import write
 from bench.protocol import Protocol, Run
 from bench.record import origin
 from opd.checkpoint import read_rows
-from opd.models.load import checksum
+from opd.models.load import checksums
 from opd.report import read
 
 RUNS = Path("runs/bench")
@@ -70,7 +70,7 @@ def begin(protocol: Protocol) -> None:
     run_dir, kept = Path(first["run_dir"]), protocol.results / "first.json"
     if not (run_dir / "summary.json").is_file():
         train(first["keys"], run_dir)
-    weights = {f.name: checksum(f) for f in sorted((run_dir / "student").glob("*.safetensors"))}
+    weights = checksums(run_dir / "student")
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({**origin(), "weights": weights}, indent=1) + "\n")

@@ -220,7 +220,7 @@ def test_a_run_is_made_once_and_a_failed_one_is_named(
 
 
 def test_the_model_that_arms_start_from_is_one_and_the_same(
-    protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(protocol)  # the shipped student
     assert not protocol.results.exists()

@@ -110,7 +110,7 @@ class _Ahead(torch.autograd.Function):
         if gradients.hidden is not None:
             gradients.hidden.masked_fill_(~finite[:, None], torch.nan)
         ctx.save_for_backward(hidden, logprobs.isneginf())
-        ctx.side, ctx.vocab = token_pass.side, token_pass.vocab
+        ctx.side = token_pass.side
         ctx.hidden_grad, ctx.logits_grad = gradients.hidden, token_pass.logits_grad
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -128,10 +128,10 @@ class _Ahead(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             hidden_grad = weighted(ctx.hidden_grad).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            num_rows = len(hidden)
-            head = Gradients(ctx.side, Needs(False, True, False), num_rows, ctx.vocab, num_rows)
+            num_rows, vocab = len(hidden), ctx.side.num_columns
+            head = Gradients(ctx.side, Needs(False, True, False), num_rows, vocab, num_rows)
             if num_rows:
-                every = slice(0, num_rows), slice(0, ctx.vocab)
+                every = slice(0, num_rows), slice(0, vocab)
                 head.add(*every, weighted(hidden), ctx.logits_grad)
             lm_head_grad = head.take()[1].to(ctx.side.lm_head.dtype)  # type: ignore[union-attr]
         return hidden_grad, lm_head_grad, None, None, None

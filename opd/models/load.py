@@ -166,20 +166,21 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
+    """Of a checkpoint's weights, by the names of their files."""
     return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def write_checksums(folder: Path) -> None:
     """Leave beside a checkpoint's weights what tells whether they are as they were written."""
-    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1) + "\n")
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1) + "\n")
 
 
 def check_files(folder: Path) -> None:
     """Raise ModelError for a folder with checksums and weights that are not theirs."""
     if not (folder / CHECKSUMS).is_file():
         return
-    told, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+    told, found = json.loads((folder / CHECKSUMS).read_text()), checksums(folder)
     for name in sorted(told.keys() | found.keys()):
         if told.get(name) != found.get(name):
             what = "missing" if name not in found else f"not as {CHECKSUMS} says: damaged"
