@@ -64,7 +64,9 @@ def linear_reverse_kl(
         teacher_hidden: `[N, Ht]`, without grad.
         teacher_lm_head: `[V', Ht]`, without grad; if V' differs from V, both heads are cut to the
             smaller.
-        token_weights: `[N]`, default ones. A row of weight 0 is left out and may hold NaN.
+        token_weights: `[N]`, default ones: factors of each row's loss and gradient. A row of weight
+            0 is left out and may hold NaN. With 1/denominator in them the loss needs no division,
+            and backward makes no pass over the head's gradient.
         token_ids: `[N]` int, below both vocabulary sizes: their log-probabilities under the student
             come with the result, at no further product.
         allowed_columns: `[V]` bool; other columns get probability 0 on both sides before
@@ -200,7 +202,7 @@ def _divergence(inputs: Inputs, rules: Rules, reduction: str) -> LinearKLOutput:
         loss, *stats = rowwise[:4]
         stats = [loss, *stats[: 2 + (inputs.token_ids is not None)]]
         if inputs.token_weights is not None:
-            loss = loss * inputs.token_weights
+            loss = loss * inputs.token_weights.to(loss.dtype)
         if reduction == "sum":
             loss = loss.sum()
     elif compiling:

@@ -87,7 +87,7 @@ def jsd(
     token_kl, *stats = _Logits.apply(
         student_logits, teacher_logits, ids, active, banned, float(beta), temperature, plan
     )
-    loss = token_kl if token_weights is None else token_kl * token_weights
+    loss = token_kl if token_weights is None else token_kl * token_weights.to(dtype)
     return LinearKLOutput(
         loss=loss.sum() if reduction == "sum" else loss,
         token_kl=token_kl.detach(),

@@ -60,7 +60,9 @@ def linear_policy_loss(
         old_logprobs: `[N]` constants under the same policy; None means the current ones, so that
             rho = 1 and the gradient is -w A dlogprob.
         reference_logprobs: `[N]` constants of a frozen policy, for the penalty.
-        token_weights: `[N]`, default ones. A row of weight 0 is left out and may hold NaN.
+        token_weights: `[N]`, default ones: factors of each row's loss, penalty included, and of its
+            gradient. A row of weight 0 is left out and may hold NaN. With 1/denominator in them the
+            loss needs no division, and backward makes no pass over the head's gradient.
         clip: half-width c of the trust interval, in (0, 1), or None.
         kl_coef: of the penalty, at least 0.
         allowed_columns: `[V]` bool; other columns get probability 0 before normalisation. A token

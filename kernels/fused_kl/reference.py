@@ -147,6 +147,53 @@ def on_support(
     return sides[0], sides[1]
 
 
+def sampled_reverse_kl(
+    student_hidden: Tensor,
+    student_lm_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_lm_head: Tensor,
+    token_ids: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    allowed_columns: Tensor | None = None,
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Dense `fused_kl.linear_reverse_kl` with `estimator="sampled"`: the value of the loss, and a
+    surrogate whose gradient is the loss's.
+
+    With r_n = log p(y_n) - log q(y_n), they are sum_n w_n r_n and sum_n w_n sg[r_n] log p(y_n).
+    """
+    vocab = min(len(student_lm_head), len(teacher_lm_head))
+    kept = _kept(token_weights, len(student_hidden))
+    log_p, log_q = (
+        linear_logprobs(
+            hidden[kept],
+            lm_head[:vocab],
+            token_ids[kept],
+            allowed_columns=None if allowed_columns is None else allowed_columns[:vocab],
+            temperature=temperature,
+            bias=None if bias is None else bias[:vocab],
+            softcap=softcap,
+            logit_scale=logit_scale,
+            dtype=dtype,
+        )[0]
+        for hidden, lm_head, bias in (
+            (student_hidden, student_lm_head, student_bias),
+            (teacher_hidden, teacher_lm_head, teacher_bias),
+        )
+    )
+    weights = log_p.new_ones(len(log_p)) if token_weights is None else token_weights[kept].to(dtype)
+    allowed = log_p.isfinite()  # a token outside the policy counts 0
+    weights, log_p, log_q = weights[allowed], log_p[allowed], log_q[allowed]
+    log_ratio = (log_p - log_q).detach()
+    return (weights * log_ratio).sum(), (weights * log_ratio * log_p).sum()
+
+
 def linear_logprobs(
     hidden: Tensor,
     lm_head: Tensor,

@@ -223,34 +223,13 @@ def test_topk_by_hand():
 # The estimator on sampled tokens.
 
 
-def dense_sampled(tensors, rules):
-    """sum w (log p - log q)(y) as a value, with the policy gradient (log p - log q) d log p."""
-    weights = rules["token_weights"]
-    shared = {k: rules[k] for k in ("allowed_columns", "temperature", "softcap", "logit_scale")}
-    columns = min(len(tensors.student_lm_head), len(tensors.teacher_lm_head))
-    pair = []
-    for hidden, head, bias in (
-        (tensors.student_hidden, tensors.student_lm_head, tensors.student_bias),
-        (tensors.teacher_hidden, tensors.teacher_lm_head, tensors.teacher_bias),
-    ):
-        pair.append(
-            reference.linear_logprobs(
-                hidden, head[:columns], tensors.token_ids, bias=bias[:columns], **shared
-            )[0]
-        )
-    log_p, log_q = pair
-    ratio = (log_p - log_q).detach()
-    kept = (weights != 0) & log_p.isfinite()
-    return (weights * ratio)[kept].sum(), (weights * ratio * log_p)[kept].sum()
-
-
 def test_sampled(case):
     tensors = case.build(teacher_vocab=1201, bias=True)
     rules = rules_of(tensors)
     out = linear_reverse_kl(
         *sides(tensors), **rules, token_ids=tensors.token_ids, estimator="sampled", chunk_size=5
     )
-    value, surrogate = dense_sampled(tensors, rules)
+    value, surrogate = reference.sampled_reverse_kl(*sides(tensors), tensors.token_ids, **rules)
     full = linear_reverse_kl(*sides(tensors), **rules, token_ids=tensors.token_ids)
     assert_close(out.loss.detach(), value)
     for name in ("token_kl", "student_entropy", "teacher_entropy", "student_logprobs"):
