@@ -15,10 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from opd.config import ConfigError, fail
@@ -132,6 +128,11 @@ def table(curves: Mapping[str, Curve]) -> str:
 def plot(groups: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Scores against steps, rollouts, generated tokens and device seconds; a line a group is the
     mean of its curves, the band from the lowest to the highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     scores = shared(curve for curves in groups.values() for curve in curves)
     size = {"figsize": (20, 4.5 * len(scores)), "squeeze": False}
     figure, axes = plt.subplots(len(scores), len(AXES), sharey="row", layout="constrained", **size)

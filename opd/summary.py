@@ -5,11 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from opd import world
 from opd.checkpoint import read_rows
@@ -239,6 +235,11 @@ def table(summary: dict[str, Any]) -> str:
 
 def plot_curves(run_dir: Path, summary: dict[str, Any]) -> Path:
     """Draw loss, KL, entropy, length, evaluations and phase shares into `curve.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     rows = read_rows(run_dir / "metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, title, unit, keys in (

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 SIZE = 64
@@ -93,6 +92,8 @@ def render(clip: Clip) -> np.ndarray:
 
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """Encode uint8 `[F, H, W, 3]` RGB frames as H.264 in mp4."""
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             "libx264", rate=fps, options={"crf": "16", "preset": "ultrafast", "g": "30"}

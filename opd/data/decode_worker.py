@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import av.logging
 import numpy as np
 
 from opd.data.budget import Budget, Recipe, resize_target
@@ -40,6 +39,8 @@ Send = Callable[..., None]
 
 def main() -> None:
     """Answer requests until stdin ends."""
+    import av.logging
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody is left to read: end, quietly
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_WRONLY)

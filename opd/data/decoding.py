@@ -1,5 +1,6 @@
 """From a video file to the pictures at chosen times: demux, choose, decode. Needs no torch, so that
-a process that only decodes starts quickly and stays small."""
+a process that only decodes starts quickly and stays small; PyAV and decord are imported when a file
+is opened, because training on tokens alone needs neither."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import av
-import av.error
 import numpy as np
 
 from opd.data.examples import DataError
@@ -120,6 +119,8 @@ def probe(path: Path) -> tuple[np.ndarray, float]:
     Nothing is decoded. One probe for both backends, so that neither the frames chosen nor their
     times can depend on the backend. Raises DataError for a file that cannot be used.
     """
+    import av.error
+
     try:
         if not path.is_file():
             raise DataError(f"{path}: no such video file")
@@ -159,6 +160,8 @@ def probe(path: Path) -> tuple[np.ndarray, float]:
 
 def _open(path: Path) -> Any:
     """The container of a file. Titles and the like may be in any encoding; nobody reads them."""
+    import av
+
     return av.open(str(path), metadata_errors="replace")
 
 
@@ -209,6 +212,8 @@ def _skip(reader: Any, num_frames: int) -> None:
 
 def _decode_pyav(path: Path, num_frames: int, positions: list[int]) -> Iterator[np.ndarray]:
     """Yield the frames at ascending positions among `num_frames`, `[H, W, 3]` uint8 each."""
+    import av.error
+
     remaining = iter(positions)
     wanted = next(remaining, None)
     try:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import av
-import av.error
 import numpy as np
 
 from opd.data.budget import Family, budget_of, video_tokens
@@ -29,6 +27,8 @@ def look_at(video: Path, backend: str) -> dict[str, Any]:
     to be used (or None), and where it can be read `duration_s`, `frames`, `fps`, `width`, `height`,
     `rotation` in degrees and whether the frame rate is variable (`variable_rate`). One frame is
     decoded."""
+    import av.error
+
     row: dict[str, Any] = {"video": str(video.absolute()), "reason": None}
     try:
         found = video.stat()

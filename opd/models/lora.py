@@ -2,20 +2,24 @@
 so that everything else sees it as it was."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from opd.models.load import VideoLM, write_checksums
 from opd.settings import ModelConfig
 
+if TYPE_CHECKING:
+    from peft import LoraConfig  # only runs with adapters import it
+
 ADAPTER = "default"  # peft's name for the only one
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _config(rank: int, alpha: float) -> LoraConfig:
+def _config(rank: int, alpha: float) -> "LoraConfig":
+    from peft import LoraConfig
+
     layers = rf".*language_model\.layers\..*\.({'|'.join(TARGETS)})"
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=layers)  # type: ignore[arg-type]
 
@@ -23,6 +27,8 @@ def _config(rank: int, alpha: float) -> LoraConfig:
 def add_lora(lm: VideoLM, rank: int, alpha: float) -> None:
     """Freeze the model and give every linear layer of its language model an adapter of this rank,
     scaled by `alpha / rank`, that changes nothing yet."""
+    from peft import inject_adapter_in_model
+
     lm.model.requires_grad_(False)
     inject_adapter_in_model(_config(rank, alpha), lm.model)
 
