@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from opd.models.load import VideoLM
-from opd.prefix import LayerCounter, Prefix
+from opd.prefix import LayerCounter, Prefix, run_layer
 
 
 class Decoder:
@@ -51,12 +51,7 @@ class Decoder:
         with (counter or LayerCounter()).label("decode"):
             for layer, buffers in zip(language_model.layers, self.cache, strict=True):
                 slot = _Appending(buffers, start)
-                hidden = layer(
-                    hidden,
-                    attention_mask=attention_mask,
-                    position_embeddings=rotary,
-                    past_key_values=slot,
-                )
+                hidden = run_layer(layer, hidden, rotary, slot, attention_mask)
         return language_model.norm(hidden)
 
 
@@ -68,7 +63,7 @@ class _Appending:
         self.buffers, self.start = buffers, start
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, *_: Any
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.start + key.shape[2]
         for buffer, new in zip(self.buffers, (key, value), strict=True):

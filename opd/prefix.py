@@ -10,6 +10,8 @@ values exist once, whatever the number of rollouts.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -104,6 +106,26 @@ class LayerCounter:
         return tokens / (self.num_layers * prompt_tokens)
 
 
+@cache
+def _cache_argument(kind: type[torch.nn.Module]) -> str:
+    """The name by which a class of decoder layers takes its cache; it changed in transformers
+    5.24."""
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
+
+
+def run_layer(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    slot: Any,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Forward `hidden` `[B, T, H]` through one decoder layer, whose keys and values go through
+    `slot.update`."""
+    options = {"attention_mask": attention_mask, _cache_argument(type(layer)): slot}
+    return layer(hidden, position_embeddings=rotary, **options)
+
+
 class _Slot:
     """Stands where a layer expects its cache: joins the prefix's keys and values with the new ones,
     and keeps the new."""
@@ -113,7 +135,7 @@ class _Slot:
         self.key = self.value = torch.empty(0)
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, *_: Any
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.key, self.value = key, value
         if self.before is None:
@@ -181,7 +203,7 @@ def prefill(
 
     def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         slot = _Slot()
-        out = layer(hidden, attention_mask=None, position_embeddings=rotary, past_key_values=slot)
+        out = run_layer(layer, hidden, rotary, slot)
         return out, slot.key, slot.value
 
     def contexts() -> tuple[Any, Any]:
@@ -241,12 +263,7 @@ def run_behind(
     new = []
     for layer, pair in zip(language_model.layers, before, strict=True):
         slot = _Slot(pair)
-        hidden = layer(
-            hidden,
-            attention_mask=attention_mask,
-            position_embeddings=rotary,
-            past_key_values=slot,
-        )
+        hidden = run_layer(layer, hidden, rotary, slot, attention_mask)
         new.append((slot.key, slot.value))
     return language_model.norm(hidden), new
 
