@@ -98,8 +98,15 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
+    @property
+    def loss_factor(self) -> float:
+        """What every loss is multiplied by before `backward`, so that the gradients of the ranks
+        add up: the number of ranks where the engine takes their mean."""
+        return 1.0
+
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's loss; what the ranks add is summed."""
+        """Add the gradient of a micro-batch's loss, which has `loss_factor` in it. The loss itself
+        receives a gradient of exactly 1, or NaN where a sharding engine must refuse the step."""
         raise NotImplementedError
 
     def step(self, gradient_scale: float = 1.0) -> float:

@@ -131,7 +131,8 @@ class Trainer:
                 old_logprobs = earlier[0].student_logprobs if earlier else None
                 result = self.loss(hidden, answers, teacher_hidden, old_logprobs)
             with phase("backward"):
-                self.engine.backward(result.loss / (self.known_denominator or 1))
+                loss = result.loss * self.engine.loss_factor / (self.known_denominator or 1)
+                self.engine.backward(loss)
         again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
         drawn = None if config.on_references or earlier else rollouts.completion_mask
         flops = step_flops(self.costs, parts, drawn, trained, answers.completion_mask, again)

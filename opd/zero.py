@@ -71,16 +71,20 @@ class ZeroEngine(Engine):
         lm.model.is_sharded = settings.zero_stage == 3
         self._go_to(0)
 
+    @property
+    def loss_factor(self) -> float:
+        return float(world.size())  # DeepSpeed averages over the ranks
+
     def backward(self, loss: torch.Tensor) -> None:
         self._backwards += 1
         self.engine.set_gradient_accumulation_boundary(self._backwards == self.micro_batches)
-        # DeepSpeed means over ranks. A loss that is no number must not hide behind finite
-        # gradients: DeepSpeed looks at those alone when it decides whether to update.
+        # A loss that is no number must not hide behind finite gradients: DeepSpeed looks at those
+        # alone when it decides whether to update.
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.engine.optimizer.override_loss_scale(1.0)
         # What DeepSpeed's own forward would do; ours goes to the layers past it.
         self.engine.optimizer.clear_backward_seen_flag()
-        self.engine.backward(loss * (world.size() * finite), scale_wrt_gas=False)
+        self.engine.backward(loss * finite, scale_wrt_gas=False)
 
     def step(self, gradient_scale: float = 1.0) -> float:
         assert self._backwards == self.micro_batches

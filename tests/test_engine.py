@@ -94,6 +94,16 @@ def test_decay_takes_matrices_only():
     assert module.gain.item() == module.scalar.item() == 1.0
 
 
+def test_a_loss_receives_a_gradient_of_exactly_one():
+    module = Weights(w=[[1.0]])
+    engine = engine_of(module)
+    assert engine.loss_factor == 1.0
+    loss, gradients = module.loss(w=[[2.0]]), []
+    loss.register_hook(gradients.append)
+    engine.backward(loss)
+    assert gradients == [1.0]
+
+
 def test_frozen_parameters_are_left_alone():
     module = Weights(w=[[1.0]], frozen=[[1.0]])
     module.frozen.requires_grad_(False)

@@ -129,6 +129,7 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
             policy,
         )
     trainer.seen = {}
+    incoming = gradients_of_losses(trainer)
     prompts = [make_prompt(student, name, pairs=1 + i % 3) for i, name in enumerate("abcdef")]
     prompts = [replace(p, pixel_values=p.pixel_values.float()) for p in prompts]
     if case == "no_number":
@@ -147,7 +148,21 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
         "moments": len(trainer.engine.optimizer.state),
         "flops": sum(trainer.ledger.flops.values()),
         "tokens": trainer.ledger.tokens,
+        "incoming": sorted(set(incoming)),
     }
+
+
+def gradients_of_losses(trainer: Trainer) -> list[float]:
+    """Filled with the gradient that each micro-batch's loss receives in backward."""
+    gradients: list[float] = []
+    backward = trainer.engine.backward
+
+    def watched(loss: torch.Tensor) -> None:
+        loss.register_hook(lambda gradient: gradients.append(float(gradient)))
+        backward(loss)
+
+    trainer.engine.backward = watched  # type: ignore[method-assign]
+    return gradients
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
