@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_kl.chunks import Gradients, Needs, keep_active
-from fused_kl.rows import Norms, as_logprobs, chosen_logits, merge, summarise
+from fused_kl.rows import Norms, as_logprobs, chosen_logits
 from fused_kl.torch_kernels import topk_rows_
 from fused_kl.walk import Inputs, Rules, Walk
 
@@ -23,30 +23,30 @@ def fast(inputs: Inputs, rules: Rules, needs: Needs) -> tuple[Tensor, tuple, Gra
     `token_ids`, the student's log-probability, `[N]` each; and the gradients of the sum."""
     walk = Walk(inputs, rules, needs)
     gradients = walk.gradients()
-    losses, *stats = (
-        walk.weights.new_empty(walk.num_rows) for _ in range(4 + (walk.token_ids is not None))
-    )
-    scales = walk.weights * walk.student.slope
+    stats = walk.weights.new_empty(4 + (walk.token_ids is not None), walk.num_rows)
+    slope = walk.student.slope
+    scales = walk.weights if slope == 1.0 else walk.weights * slope
     for rows, (columns,) in walk.blocks():
         hidden, s, t, derivative = walk.project(rows, columns)
         grad = walk.grad_of(s) if any(needs) else None
-        losses[rows], values = _rows(walk, rows, s, t, scales[rows], grad)
+        values = _rows(walk, rows, s, t, scales[rows], grad)
+        torch.stack(values, out=stats[:, rows])
         del t
         walk.free_teacher()
-        for stat, value in zip(stats, values, strict=True):
-            stat[rows] = value
         if grad is not None:
             if derivative is not None:
                 grad.mul_(derivative)
             gradients.add(rows, columns, hidden, grad)
-    losses, *stats = (keep_active(stat, walk.active) for stat in (losses, *stats))
-    return (walk.weights * losses).sum(), tuple(stats), gradients
+    if walk.active is not None:
+        stats.masked_fill_(~walk.active, 0)
+    losses, *details = stats.unbind()
+    return (walk.weights * losses).sum(), tuple(details), gradients
 
 
 def _rows(
     walk: Walk, rows: slice, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """What each row adds to the loss, and its statistics; the gradient goes into `grad`."""
+) -> list[Tensor]:
+    """What each row adds to the loss, then its statistics; the gradient goes into `grad`."""
     rules, banned, programs = walk.rules, walk.banned, walk.programs
     ids = None if walk.token_ids is None else walk.token_ids[rows]
     if rules.sampled:
@@ -68,18 +68,18 @@ def _rows(
         values = programs.divergence_rows_(
             s, t, ids, beta=rules.beta, banned=banned, scale=scale, grad=grad
         )
-    return values[0], values
+    return [values[0], *values]
 
 
 def _sampled_rows(
     walk: Walk, ids: Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
+) -> list[Tensor]:
     """log p(y) - log q(y) of the token y, whose gradient is that times that of log p(y)."""
-    state = walk.programs.divergence_statistics(s, t, banned=walk.banned)
-    summary = summarise(state)
+    states = walk.programs.divergence_statistics(s, t, banned=walk.banned)
+    summary = walk.programs.summarise(states)
     norms = summary.norms
-    chosen = chosen_logits(t, ids, walk.banned)
-    teacher = as_logprobs(chosen - norms.teacher_max - norms.teacher_log_sum)
+    sizes = norms.teacher_max, norms.teacher_log_sum
+    teacher = walk.programs.chosen_logprobs(t, ids, *sizes, walk.banned)
 
     def log_ratio(part: slice, logprobs: Tensor) -> Tensor:
         # The logprob of a banned token is constant, so it moves nothing.
@@ -93,7 +93,7 @@ def _sampled_rows(
         grad=grad,
     )
     details = [summary.reverse_kl, summary.student_entropy, summary.teacher_entropy, logprobs]
-    return log_ratio(slice(None), logprobs), details
+    return [log_ratio(slice(None), logprobs), *details]
 
 
 class Rowwise(NamedTuple):
@@ -126,7 +126,7 @@ def lowmem(inputs: Inputs, rules: Rules) -> Rowwise:
                 here = chosen_logits(s, place.clamp(0, s.shape[1] - 1), banned)
                 inside = (place >= 0) & (place < s.shape[1])
                 chosen = here if chosen is None else torch.where(inside, here, chosen)
-        summary = summarise(merge(torch.stack(states)))
+        summary = walk.programs.summarise(torch.cat(states))
         norms = summary.norms
         saved[:5, rows] = torch.stack(norms)
         student_entropy[rows] = summary.student_entropy

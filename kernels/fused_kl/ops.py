@@ -54,7 +54,8 @@ def fast(*arguments):
     """Loss, statistics (see `divergence.fast`), then the gradients that are needed."""
     inputs, rules, needs = _split(arguments)
     loss, stats, gradients = divergence.fast(inputs, rules, Needs(*needs))
-    return [loss, *stats, *_cast(gradients.take(), inputs)]
+    # Details are views of one tensor, and results of an op must not share memory.
+    return [loss, *(stat.clone() for stat in stats), *_cast(gradients.take(), inputs)]
 
 
 @fast.register_fake

@@ -32,9 +32,9 @@ class Banned(NamedTuple):
     @staticmethod
     def outside(allowed_columns: Tensor, dtype: torch.dtype) -> Banned:
         """Ban every column that is not allowed; if none is, the value is NaN: never silent."""
-        floor = torch.full((), FLOOR, dtype=dtype, device=allowed_columns.device)
-        value = torch.where(allowed_columns.any(), floor, torch.full_like(floor, torch.nan))
-        return Banned(~allowed_columns, value)
+        columns = ~allowed_columns
+        value = torch.full((), FLOOR, dtype=dtype, device=columns.device)
+        return Banned(columns, value.masked_fill_(columns.all(), torch.nan))
 
     def part(self, columns: slice) -> Banned:
         """The same for a tile of the vocabulary."""

@@ -41,6 +41,14 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
 
 
+@torch.compiler.assume_constant_result
+def num_multiprocessors() -> int:
+    """Of the current device; those of an H100 where there is none."""
+    if not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
 def entry(table: Mapping[str, T], device_type: str) -> T:
     """What a table has for the device."""
     if device_type == "cpu":

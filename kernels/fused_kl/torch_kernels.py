@@ -11,7 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_kl.rows import MAX_LOG_RATIO, Banned, Norms, TokenRows, TokenScale, as_logprobs
+from fused_kl.rows import (
+    MAX_LOG_RATIO,
+    Banned,
+    Norms,
+    Summary,
+    TokenRows,
+    TokenScale,
+    as_logprobs,
+    chosen_logits,
+    merge,
+)
+from fused_kl.rows import summarise as summarise_whole
 from fused_kl.tiles import row_block_rows, slices
 
 TINY = 1e-30
@@ -208,7 +219,7 @@ def topk_rows_(
 def divergence_statistics(
     student_logits: Tensor, teacher_logits: Tensor, *, banned: Banned | None
 ) -> Tensor:
-    """The state `[8, n]` of some columns (see `merge`)."""
+    """States `[parts, 8, n]` of some columns (see `merge`), here of one part."""
     num_rows = len(student_logits)
     state = student_logits.new_empty(8, num_rows)
     for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
@@ -219,7 +230,19 @@ def divergence_statistics(
         gap = x.sub_(y)
         sums += [e.mul_(gap).sum(-1), f.mul_(gap).sum(-1).neg_()]
         state[:, rows] = torch.stack((s_max[:, 0], *sums[:2], t_max[:, 0], *sums[2:]))
-    return state
+    return state[None]
+
+
+def summarise(states: Tensor) -> Summary:
+    """What the states `[parts, 8, n]` of all parts of the vocabulary amount to."""
+    return summarise_whole(states[0] if len(states) == 1 else merge(states))
+
+
+def chosen_logprobs(
+    logits: Tensor, token_ids: Tensor, maxima: Tensor, log_sums: Tensor, banned: Banned | None
+) -> Tensor:
+    """The log-probability `[n]` of one token per row, -inf for a banned one."""
+    return as_logprobs(chosen_logits(logits, token_ids, banned) - maxima - log_sums)
 
 
 def _probabilities(s: Tensor, t: Tensor, norms: Norms, rows: slice) -> tuple:

@@ -4,6 +4,9 @@ Program (row, split) covers the columns from split * split_columns on. Sums of a
 `rows.merge`. Row offsets are int64: rows times columns passes 2^31.
 """
 
+# Triton's reductions are typed as if they returned tuples.
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -17,13 +20,13 @@ REVERSE, FORWARD, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _load(row, columns, num_columns, allowed, floor, HAS_BANNED: tl.constexpr):
+def _load(row, columns, num_columns, banned, floor, HAS_BANNED: tl.constexpr):
     """Logits of a block; banned ones and those past the end stand far below."""
     inside = columns < num_columns
     values = tl.load(row + columns, mask=inside, other=NEGATIVE)
     if HAS_BANNED:
-        keep = tl.load(allowed + columns, mask=inside, other=1)
-        values = tl.where(keep != 0, values, tl.load(floor))
+        outside = tl.load(banned + columns, mask=inside, other=0)
+        values = tl.where(outside != 0, tl.load(floor), values)
     return values
 
 
@@ -45,7 +48,7 @@ def _log1p(x):
 def divergence_statistics(
     student,
     teacher,
-    allowed,
+    banned,
     floor,
     states,  # [splits, 8, rows], fields as in rows.merge
     num_rows,
@@ -66,8 +69,8 @@ def divergence_statistics(
     s_sum, t_sum, s_first, t_first, s_cross, t_cross = zero, zero, zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(s_row, columns, end, allowed, floor, HAS_BANNED)
-        t = _load(t_row, columns, end, allowed, floor, HAS_BANNED)
+        s = _load(s_row, columns, end, banned, floor, HAS_BANNED)
+        t = _load(t_row, columns, end, banned, floor, HAS_BANNED)
         s_new, t_new = tl.maximum(s_max, tl.max(s)), tl.maximum(t_max, tl.max(t))
         s_shift, t_shift = s_max - s_new, t_max - t_new
         s_scale, t_scale = tl.exp(s_shift), tl.exp(t_shift)
@@ -92,10 +95,80 @@ def divergence_statistics(
 
 
 @triton.jit
+def divergence_summary(
+    states,  # [splits, 8, rows]
+    summary,  # [9, rows], fields as in rows.Summary
+    num_rows,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    """One row in `rows.merge` and `rows.summarise`; all its splits are read at once."""
+    index, parts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = parts < splits
+    state = states + parts * 8 * num_rows + index
+    s_max = tl.load(state, mask=inside, other=NEGATIVE)
+    t_max = tl.load(state + 3 * num_rows, mask=inside, other=NEGATIVE)
+    s_sums = tl.load(state + num_rows, mask=inside, other=0.0)
+    t_sums = tl.load(state + 4 * num_rows, mask=inside, other=0.0)
+    s_top, t_top = tl.max(s_max), tl.max(t_max)
+    s_shift, t_shift = s_max - s_top, t_max - t_top
+    s_scale, t_scale = tl.exp(s_shift), tl.exp(t_shift)
+    gap = s_shift - t_shift
+    s_firsts = tl.load(state + 2 * num_rows, mask=inside, other=0.0) + s_sums * s_shift
+    t_firsts = tl.load(state + 5 * num_rows, mask=inside, other=0.0) + t_sums * t_shift
+    s_crosses = tl.load(state + 6 * num_rows, mask=inside, other=0.0) + s_sums * gap
+    t_crosses = tl.load(state + 7 * num_rows, mask=inside, other=0.0) - t_sums * gap
+    s_sum, t_sum = tl.sum(s_scale * s_sums), tl.sum(t_scale * t_sums)
+    s_log, t_log = tl.log(s_sum), tl.log(t_sum)
+    reverse = tl.sum(s_scale * s_crosses) / s_sum - s_log + t_log
+    forward = tl.sum(t_scale * t_crosses) / t_sum - t_log + s_log
+    out = summary + index
+    tl.store(out, s_top)
+    tl.store(out + num_rows, s_log)
+    tl.store(out + 2 * num_rows, t_top)
+    tl.store(out + 3 * num_rows, t_log)
+    tl.store(out + 4 * num_rows, reverse)
+    tl.store(out + 5 * num_rows, s_log - tl.sum(s_scale * s_firsts) / s_sum)
+    tl.store(out + 6 * num_rows, t_log - tl.sum(t_scale * t_firsts) / t_sum)
+    # Not tl.maximum, which drops NaN.
+    tl.store(out + 7 * num_rows, tl.where(reverse < 0, 0.0, reverse))
+    tl.store(out + 8 * num_rows, tl.where(forward < 0, 0.0, forward))
+
+
+@triton.jit
+def chosen_logprobs(
+    logits,
+    banned,
+    floor,
+    token_ids,
+    maxima,
+    log_sums,
+    logprobs,
+    num_rows,
+    stride,
+    HAS_BANNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The log-probability of one token per row, -inf for a banned one."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_rows
+    chosen = tl.load(token_ids + index, mask=inside, other=0)
+    norm = tl.load(maxima + index, mask=inside, other=0.0)
+    log_sum = tl.load(log_sums + index, mask=inside, other=0.0)
+    value = tl.load(logits + index * stride + chosen, mask=inside, other=0.0) - norm - log_sum
+    if HAS_BANNED:
+        outside = tl.load(banned + chosen, mask=inside, other=0)
+        # The floor is NaN where no column is allowed.
+        value = tl.where(outside != 0, tl.load(floor) - norm - log_sum, value)
+    value = tl.where(value < NEGATIVE / 2, float("-inf"), value)
+    tl.store(logprobs + index, value, mask=inside)
+
+
+@triton.jit
 def divergence_gradient(
     student,
     teacher,
-    allowed,
+    banned,
     floor,
     student_max,
     student_log_sum,
@@ -134,8 +207,8 @@ def divergence_gradient(
     value, student_part = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(s_row, columns, end, allowed, floor, HAS_BANNED)
-        t = _load(t_row, columns, end, allowed, floor, HAS_BANNED)
+        s = _load(s_row, columns, end, banned, floor, HAS_BANNED)
+        t = _load(t_row, columns, end, banned, floor, HAS_BANNED)
         x, y = s - s_max - s_log, t - t_max - t_log
         p, r = tl.exp(x), x - y
         if KIND == JSD:
@@ -169,7 +242,7 @@ def divergence_gradient(
 @triton.jit
 def token_statistics(
     logits,
-    allowed,
+    banned,
     floor,
     token_ids,
     states,  # [splits, 4, rows]: max z, sum e^x, sum e^x x, sum e^x of all but the token
@@ -189,7 +262,7 @@ def token_statistics(
     total, first, others = zero, zero, zero
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _load(row, columns, end, allowed, floor, HAS_BANNED)
+        z = _load(row, columns, end, banned, floor, HAS_BANNED)
         new = tl.maximum(largest, tl.max(z))
         shift = largest - new
         scale = tl.exp(shift)
@@ -207,9 +280,37 @@ def token_statistics(
 
 
 @triton.jit
+def token_summary(
+    states,  # [splits, 4, rows]
+    summary,  # [4, rows]: max z, log sum e^x, share of all but the token, entropy
+    num_rows,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    """One row of token_statistics; all its splits are read at once, and merge as in rows.merge."""
+    index, parts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = parts < splits
+    state = states + parts * 4 * num_rows + index
+    maxima = tl.load(state, mask=inside, other=NEGATIVE)
+    totals = tl.load(state + num_rows, mask=inside, other=0.0)
+    firsts = tl.load(state + 2 * num_rows, mask=inside, other=0.0)
+    others = tl.load(state + 3 * num_rows, mask=inside, other=0.0)
+    largest = tl.max(maxima)
+    shift = maxima - largest
+    scale = tl.exp(shift)
+    total = tl.sum(scale * totals)
+    log_sum = tl.log(total)
+    out = summary + index
+    tl.store(out, largest)
+    tl.store(out + num_rows, log_sum)
+    tl.store(out + 2 * num_rows, tl.sum(scale * others) / total)
+    tl.store(out + 3 * num_rows, log_sum - tl.sum(scale * (firsts + totals * shift)) / total)
+
+
+@triton.jit
 def token_gradient(
     logits,
-    allowed,
+    banned,
     floor,
     token_ids,
     maxima,
@@ -232,7 +333,7 @@ def token_gradient(
     rest, scale = tl.load(others + index), tl.load(scales + index)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _load(row, columns, end, allowed, floor, HAS_BANNED)
+        z = _load(row, columns, end, banned, floor, HAS_BANNED)
         # 1 - p of a near-certain token would cancel; the sum over the others does not.
         slope = tl.where(columns == chosen, rest, -tl.exp(z - largest - log_sum))
         tl.store(grad + index * grad_stride + columns, scale * slope, mask=columns < end)
@@ -240,9 +341,13 @@ def token_gradient(
 
 @triton.jit
 def scale_in_place(values, factor, count, BLOCK: tl.constexpr):
-    """values *= factor, and no pass over them where the factor is 1, which the host never asks."""
+    """values *= factor by a few programs that stride over the values, and no pass where the factor
+    is 1, which the host never asks."""
     scale = tl.load(factor)
-    if scale != 1.0:
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < count
-        tl.store(values + places, tl.load(values + places, mask=inside) * scale, mask=inside)
+    if scale != 1.0:  # NaN is not 1 either
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(begin, count, step):
+            places = start + tl.arange(0, BLOCK)
+            inside = places < count
+            tl.store(values + places, tl.load(values + places, mask=inside) * scale, mask=inside)

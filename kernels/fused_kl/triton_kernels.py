@@ -10,38 +10,81 @@ import torch
 from torch import Tensor
 
 from fused_kl import triton_device
-from fused_kl.rows import (
-    Banned,
-    Norms,
-    TokenRows,
-    TokenScale,
-    as_logprobs,
-    chosen_logits,
-    merge,
-    summarise,
-)
-from fused_kl.tiles import RowProgram, row_program
+from fused_kl.rows import Banned, Norms, Summary, TokenRows, TokenScale
+from fused_kl.tiles import RowProgram, num_multiprocessors, row_program
 
-SCALE_BLOCK = 8192
+# `scale_` keeps this many programs on each multiprocessor; `bench.registers` holds the registers
+# of a thread to what lets them stay.
+SCALE_PROGRAMS = 4
+SCALE_BLOCK, SCALE_WARPS = 8192, 8
+CHOSEN_BLOCK, CHOSEN_WARPS = 128, 4
+# Splits of a row that a summary reads at least; more than that are rare.
+SUMMARY_BLOCK = 32
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
+    """Every launch goes through here."""
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        kernel[grid](*arguments, **flags)
 
 
 def _launch(kernel: Any, program: RowProgram, num_rows: int, *arguments: Any, **flags: Any) -> None:
     if num_rows:
-        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-            kernel[(num_rows, program.splits)](
-                *arguments,
-                program.split_columns,
-                **flags,
-                BLOCK=program.block,
-                num_warps=program.num_warps,
-            )
+        flags |= {"BLOCK": program.block, "num_warps": program.num_warps}
+        _start(kernel, (num_rows, program.splits), *arguments, program.split_columns, **flags)
 
 
-def _allowed(banned: Banned | None, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """Which columns are allowed, as bytes, and what stands at the others."""
+def summary_program(splits: int) -> dict[str, int]:
+    """How a program reads all splits of a row at once, at most four by each thread."""
+    block = max(SUMMARY_BLOCK, 1 << (splits - 1).bit_length())
+    return {"BLOCK": block, "num_warps": max(1, block // 128)}
+
+
+def _summary(kernel: Any, states: Tensor, num_fields: int) -> Tensor:
+    """`[num_fields, n]` of the states `[splits, ..., n]`."""
+    splits, _, num_rows = states.shape
+    out = states.new_empty(num_fields, num_rows)
+    if num_rows:
+        _start(kernel, (num_rows,), states, out, num_rows, splits, **summary_program(splits))
+    return out
+
+
+def _banned(banned: Banned | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Which columns are banned, as bytes, and what stands there."""
     if banned is None:
         return unused, unused
-    return (~banned.columns).view(torch.uint8), banned.value
+    return banned.columns.view(torch.uint8), banned.value
+
+
+def chosen_logprobs(
+    logits: Tensor, token_ids: Tensor, maxima: Tensor, log_sums: Tensor, banned: Banned | None
+) -> Tensor:
+    """`torch_kernels.chosen_logprobs` in one launch."""
+    num_rows = len(logits)
+    logprobs = logits.new_empty(num_rows)
+    if num_rows:
+        _start(
+            triton_device.chosen_logprobs,
+            (-(-num_rows // CHOSEN_BLOCK),),
+            logits,
+            *_banned(banned, logits),
+            token_ids,
+            maxima,
+            log_sums,
+            logprobs,
+            num_rows,
+            logits.stride(0),
+            HAS_BANNED=banned is not None,
+            BLOCK=CHOSEN_BLOCK,
+            num_warps=CHOSEN_WARPS,
+        )
+    return logprobs
+
+
+def summarise(states: Tensor) -> Summary:
+    """`torch_kernels.summarise` in one launch."""
+    fields = _summary(triton_device.divergence_summary, states, 9).unbind()
+    return Summary(Norms(*fields[:5]), *fields[5:])
 
 
 def divergence_statistics(
@@ -57,7 +100,7 @@ def divergence_statistics(
         num_rows,
         student_logits,
         teacher_logits,
-        *_allowed(banned, student_logits),
+        *_banned(banned, student_logits),
         states,
         num_rows,
         num_columns,
@@ -65,7 +108,7 @@ def divergence_statistics(
         teacher_logits.stride(0),
         HAS_BANNED=banned is not None,
     )
-    return states[0] if program.splits == 1 else merge(states)
+    return states
 
 
 def _gradient(
@@ -92,7 +135,7 @@ def _gradient(
         num_rows,
         student_logits,
         teacher_logits,
-        *_allowed(banned, student_logits),
+        *_banned(banned, student_logits),
         *norms,
         unused if student_part is None else student_part,
         unused if scale is None else scale,
@@ -109,7 +152,7 @@ def _gradient(
         WITH_VALUE=with_value,
         WITH_GRAD=grad is not None,
     )
-    return values.sum(0)
+    return values[0] if with_value and program.splits == 1 else values.sum(0)
 
 
 def jsd_parts(
@@ -162,12 +205,12 @@ def divergence_rows_(
     grad: Tensor | None = None,
 ) -> list[Tensor]:
     """`torch_kernels.divergence_rows_`; logits that are not `grad` are left as they were."""
-    state = divergence_statistics(student_logits, teacher_logits, banned=banned)
-    norms, student_entropy, teacher_entropy, *_ = summarise(state)
+    states = divergence_statistics(student_logits, teacher_logits, banned=banned)
+    norms, student_entropy, teacher_entropy, *_ = summarise(states)
     logprobs = []
     if token_ids is not None:
-        chosen = chosen_logits(student_logits, token_ids, banned)
-        logprobs.append(as_logprobs(chosen - norms.student_max - norms.student_log_sum))
+        sizes = norms.student_max, norms.student_log_sum
+        logprobs.append(chosen_logprobs(student_logits, token_ids, *sizes, banned))
     rules: dict[str, Any] = dict(beta=beta, banned=banned)
     logits = student_logits, teacher_logits
     if beta in (0.0, 1.0):
@@ -194,13 +237,13 @@ def token_rows_(
     num_rows, num_columns = logits.shape
     program = row_program(num_rows, num_columns)
     states = logits.new_empty(program.splits, 4, num_rows)
-    allowed = _allowed(banned, logits)
+    banned_columns = _banned(banned, logits)
     _launch(
         triton_device.token_statistics,
         program,
         num_rows,
         logits,
-        *allowed,
+        *banned_columns,
         token_ids,
         states,
         num_rows,
@@ -208,22 +251,15 @@ def token_rows_(
         logits.stride(0),
         HAS_BANNED=banned is not None,
     )
-    # Parts of the vocabulary merge as in rows.merge.
-    maxima, totals, firsts, others = states.unbind(1)
-    largest = maxima.amax(0)
-    shift = maxima - largest
-    total = (shift.exp() * totals).sum(0)
-    first = (shift.exp() * (firsts + totals * shift)).sum(0)
-    rest = (shift.exp() * others).sum(0) / total
-    log_sum = total.log()
-    logprobs = as_logprobs(chosen_logits(logits, token_ids, banned) - largest - log_sum)
+    largest, log_sum, rest, entropy = _summary(triton_device.token_summary, states, 4).unbind()
+    logprobs = chosen_logprobs(logits, token_ids, largest, log_sum, banned)
     if grad is not None and scale is not None:
         _launch(
             triton_device.token_gradient,
             program,
             num_rows,
             logits,
-            *allowed,
+            *banned_columns,
             token_ids,
             largest,
             log_sum,
@@ -235,12 +271,13 @@ def token_rows_(
             grad.stride(0),
             HAS_BANNED=banned is not None,
         )
-    return TokenRows(logprobs, log_sum - first / total)
+    return TokenRows(logprobs, entropy)
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
     """`values` times the 0-dim `factor`, in place; a factor of 1 costs no pass over them."""
-    kernel: Any = triton_device.scale_in_place
-    grid = (-(-values.numel() // SCALE_BLOCK),)
-    with torch.cuda.device_of(values):
-        kernel[grid](values, factor, values.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+    count = values.numel()
+    programs = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * num_multiprocessors())
+    if programs:
+        flags = {"BLOCK": SCALE_BLOCK, "num_warps": SCALE_WARPS}
+        _start(triton_device.scale_in_place, (programs,), values, factor, count, **flags)
