@@ -58,6 +58,9 @@ def run(benchmark: Any, task: Task, shape: Shape, found: Any, memory: Any) -> No
     rows = benchmark.pedantic(kernels.measure, arguments, rounds=1)
     benchmark.extra_info.update(shape=shape.name, providers=rows, skipped=skipped)
     print("\n" + kernels.told(task, shape, rows))
+    failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
+    broken = {name: why for name, why in failed.items() if not why.startswith("out of memory")}
+    assert not broken, broken
 
 
 @shapes(REVERSE_KL)

@@ -16,7 +16,7 @@ from typing import Any
 from bench.record import Refused, read
 
 # Of kernel providers: what peers take is their own affair.
-OURS = ("fast", "lowmem", "torch")
+OURS = ("fast", "fast_allowed_columns", "lowmem", "torch")
 
 
 @dataclass(frozen=True)

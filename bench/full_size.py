@@ -1,5 +1,5 @@
 """Steps of full-size models, without their weights: random models of the published shapes, prompts
-of 8,192 synthetic video tokens, and the trainer itself.
+of about 8,192 synthetic video tokens, no two of one length, and the trainer itself.
 
 Completions have a fixed length (nothing ends them), and answers to one prompt differ in reward by
 chance, so that GRPO trains on all of them. Seconds are by phase; the share of the device's peak
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from bench.timing import held_bytes, out_of_memory, peak_bytes
+from bench.failures import DeviceLost, attempt
+from bench.part_result import PartResult
+from bench.timing import held_bytes, peak_bytes
 from opd.config import Config, load_config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.data.examples import Example
@@ -37,6 +39,7 @@ WORDS = 1000  # of the vocabulary, in prompts
 NEVER = -1  # an end token that is never drawn
 DURATION_S = 128.0
 TRUTH = (20.0, 120.0)  # in seconds
+MORE_WORDS = 3  # of each prompt than of the one before it
 WARM_UP = 2  # steps: allocators, kernels
 
 
@@ -86,7 +89,10 @@ def random_model(folder: str, config: Config, device: torch.device) -> VideoLM:
 
 def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
     """A prompt as Qwen3-VL's processor lays it out: `STAMP` tokens for each frame pair beside its
-    vision tokens, and `TEXT` in all."""
+    vision tokens, and `TEXT` in all. Prompt 0 has the scale's frame pairs; each further one has a
+    pair less and `MORE_WORDS` words more, because real prompts differ in length, and what plans
+    once for each shape would otherwise look free."""
+    pairs, more_words = max(1, scale.pairs - number), MORE_WORDS * number
     generator = torch.Generator().manual_seed(number)
     config = lm.model.config
     known = min(WORDS, config.vision_start_token_id)
@@ -95,16 +101,16 @@ def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
         return torch.randint(known, (count,), generator=generator).tolist()
 
     ids = words(TEXT // 2)
-    for _ in range(scale.pairs):
+    for _ in range(pairs):
         seen = [config.video_token_id] * (scale.rows * scale.columns)
         ids += words(STAMP - 2)
         ids += [config.vision_start_token_id, *seen, config.vision_end_token_id]
-    tokens = torch.tensor(ids + words(TEXT - TEXT // 2))
+    tokens = torch.tensor(ids + words(TEXT - TEXT // 2 + more_words))
     vision = config.vision_config
     merge = vision.spatial_merge_size
-    grid = scale.pairs, scale.rows * merge, scale.columns * merge
+    grid = pairs, scale.rows * merge, scale.columns * merge
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    seconds = DURATION_S / scale.pairs
+    seconds = DURATION_S / pairs
     positions, next_position = lm.positions(tokens, grid, seconds)
     return Prompt(
         example=Example(
@@ -119,8 +125,8 @@ def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
         next_position=next_position,
         pixel_values=torch.randn(grid[0] * grid[1] * grid[2], patch, generator=generator),
         grid_thw=grid,
-        frame_indices=tuple(range(2 * scale.pairs)),
-        timestamps_s=tuple(seconds * pair for pair in range(scale.pairs)),
+        frame_indices=tuple(range(2 * pairs)),
+        timestamps_s=tuple(seconds * pair for pair in range(pairs)),
         completion_ids=torch.tensor([0]),
     )
 
@@ -208,45 +214,66 @@ def summary(rows: list[dict[str, Any]], peak: int, plan: Plan) -> dict[str, Any]
     }
 
 
-def measure(method: str, scale: Scale) -> dict[str, Any]:
-    """Steps in each recompute mode, the one that `auto` chooses first and longest."""
+def measure(method: str, scale: Scale, result: PartResult, name: str) -> None:
+    """Steps in each recompute mode, the one that `auto` chooses first and longest. The entry `name`
+    of the result is saved after each mode; modes that an earlier call measured are left out."""
     device = set_up(None, 0)
     with TemporaryDirectory() as folder:
         asked = configured(method, scale, folder)
         config = settled(asked, device)
         shapes = Shapes.of(asked, place(asked.model, device)["dtype"])
+    auto = config.prefix.recompute
+    layers = len(shapes.student.language_model.layers)
+    modes: dict[str, Any] = dict(result.earlier(name).get("recompute", {}))
+    missing = [m for m in dict.fromkeys((auto, "none", str(layers // 2), "all")) if m not in modes]
+    if not missing:
+        print(f"{name}: measured before", flush=True)
+        return
     trainer = make_trainer(config, scale, device)
     prompts = [make_prompt(trainer.student, scale, number) for number in range(scale.prompts)]
     batches = [collate([prompt], 0, device) for prompt in prompts]
-    layers = len(trainer.student.language_model.layers)
-    auto = config.prefix.recompute
-    modes, first = {}, 0
-    for mode in dict.fromkeys((auto, "none", str(layers // 2), "all")):
-        plan = shapes.plan(1, mode, "replica")
-        if plan.total > capacity_of(device):
-            modes[mode] = {"failed": f"needs {plan.total / GIB:.0f} GiB by the memory plan"}
-            continue
-        trainer.config = replace(config, prefix=replace(config.prefix, recompute=mode))
-        modes[mode] = attempt_mode(trainer, batches, first, scale, mode == auto, plan)
-        first += WARM_UP + scale.steps
-        print(f"{method}, recompute {mode}: {told(modes[mode])}", flush=True)
-    model = config.model
-    return {
+    entry = {
         "method": method,
         "student": Path(scale.student).name,
         "teacher": Path(scale.teacher).name if method == "opd" else None,
-        "prompt_tokens": len(prompts[0].input_ids),
+        "prompt_tokens": [len(prompt.input_ids) for prompt in prompts],
         "video_tokens": scale.video_tokens,
         "prompts": scale.prompts,
         "prompts_at_once": 1,
         "rollouts": config.num_rollouts,
         "completion_tokens": scale.length,
-        "dtype": model.dtype,
-        "attention": [model.attention, model.vision_attention],
-        "liger": model.liger,
+        "dtype": config.model.dtype,
+        "attention": [config.model.attention, config.model.vision_attention],
+        "liger": config.model.liger,
         "auto": auto,
         "recompute": modes,
     }
+    first = 0
+    for mode in missing:
+        plan = shapes.plan(1, mode, "replica")
+        task = f"{name}, recompute {mode}"
+
+        def measured(
+            mode: str = mode, plan: Plan = plan, first: int = first, task: str = task
+        ) -> None:
+            if broken := result.broken(task):
+                row = {"failed": broken["step"]}
+            elif plan.total > capacity_of(device):
+                row = {"failed": f"needs {plan.total / GIB:.0f} GiB by the memory plan"}
+            else:
+                kept = replace(config, prefix=replace(config.prefix, recompute=mode))
+                trainer.config = kept
+                try:
+                    row = attempt_mode(trainer, batches, first, scale, mode == auto, plan)
+                except DeviceLost as lost:
+                    result.note_broken(task, lost)
+                    raise
+            modes[mode] = row
+            print(f"{method}, recompute {mode}: {told(row)}", flush=True)
+            result.save(name, entry)
+
+        result.measure(task, measured)
+        first += WARM_UP + scale.steps
 
 
 def attempt_mode(
@@ -260,24 +287,37 @@ def attempt_mode(
     """One recompute mode; where memory runs out, that."""
     rows: list[dict[str, Any]] = []
     steps = scale.steps if whole else scale.short
-    try:
+    failures: dict[str, str] = {}
+
+    def run() -> tuple[int, int]:
         run_steps(trainer, batches, first, WARM_UP)
         held = held_bytes()
         beyond = peak_bytes(
             lambda: rows.extend(run_steps(trainer, batches, first + WARM_UP, steps))
         )
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    else:
-        return summary(rows, held + beyond, plan)
-    trainer.engine.skip()  # and with it the gradients of half a step
+        return held, beyond
+
+    shape = f"{len(batches)} prompts of up to {max(b.num_tokens for b in batches)} tokens"
+    try:
+        memory = attempt(failures, "step", shape, run)
+    except DeviceLost:
+        raise
+    except Exception:
+        abandon_step(trainer)
+        raise
+    if memory is None:
+        abandon_step(trainer)
+        return {"failed": failures["step"]}
+    return summary(rows, sum(memory), plan)
+
+
+def abandon_step(trainer: Trainer) -> None:
+    """Forget half a step: its gradients, its rows and what it held on the device."""
+    trainer.engine.skip()
     trainer.ledger.close_step()
     trainer.ledger.closed(wait=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    tokens = batches[0].num_tokens
-    return {"failed": f"out of memory at {len(batches)} prompts of {tokens} tokens"}
 
 
 def told(row: dict[str, Any]) -> str:

@@ -1,249 +1,285 @@
-"""Everything that needs a GPU, in parts that each end within 8 minutes:
+"""Everything that needs a GPU, in parts:
 python -m bench.gpu [PART ...]
 
-    --list     what there is
-    --smoke    the same parts, shrunken, on whatever machine this is; keeps nothing
+    --list             what there is, in the order of what it is worth
+    --lease MINUTES    the parts in that order, within so many minutes; a further call goes on with
+                       what is missing
+    --smoke            the same parts, shrunken, on whatever machine this is; keeps nothing
+    --wheels FOLDER    first install the wheels of a folder into a temporary place, without network
+    --restore FILE     write the results of a gpu_results.json that was left in $OUT
 
-Each part leaves bench/results/gpu_PART.json with GPU, versions, commit and date, and can be rerun
-by itself. Needs torch, triton, transformers, pytest and what opd imports; peers that are not there
+Each part leaves bench/results/gpu_PART.json with GPU, versions, commit and date, written after each
+of its tasks, and marked partial until it is done; with $OUT set it is there too (gpu_results.json,
+tuned.py). Needs torch, triton, transformers, pytest and what opd imports; peers that are not there
 are named in the results. Where these sources are no git checkout, BENCH_COMMIT says what they are.
 """
 
 import argparse
-import json
+import atexit
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from bench import ROOT
+from bench.failures import DeviceLost
+from bench.gpu_parts import PARTS, Part
+from bench.part_result import PartResult, conditions, export, out_folder, restore, state
 from bench.protocol import RESULTS
+from bench.record import Refused, commit
 
-ROOT = Path(__file__).parents[1]
-LIMIT_S = 480
-
-Benchmarks = dict[str, dict[str, Any]]  # by name, as in the files of bench.record
-
-
-@dataclass(frozen=True)
-class Part:
-    """What `--list` says of it, and what it does; `run` is told whether to shrink."""
-
-    about: str
-    run: Callable[[bool], Benchmarks]
+LIMIT_S = 480  # of a part, without a lease
+MARGIN_S = 15  # of a lease, left for copying what was measured
+GRACE_S = 5  # for a part that is told to end
+RESTART = 75  # exit code of a part whose device broke, and that can go on without who broke it
+FEWEST_S = 1 / 3  # of a part's usual seconds, in which it is still begun
+NEEDED = ("triton", "transformers", "pytest", "omegaconf")
+PEERS = ("liger_kernel", "trl")
 
 
-def gpu_tests(smoke: bool) -> Benchmarks:
-    """The tests that are marked `gpu`, wherever they are."""
-    found = sorted(
-        path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
-    )
-    files = [path for path in found if path.name == "test_gpu.py"] if smoke else found
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"]
-        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        done = subprocess.run([*command, *map(str, files)], cwd=ROOT)
-        if done.returncode not in (0, 1):
-            raise RuntimeError(f"pytest ended with exit code {done.returncode}")
-        suite = ElementTree.parse(report).getroot()[0]
-    bad = [case for case in suite.iter("testcase") if case.find("failure") is not None]
-    bad += [case for case in suite.iter("testcase") if case.find("error") is not None]
-    total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
-    outcome = {
-        "passed": total - skipped - len(bad),
-        "skipped": skipped,
-        "failed": [f"{case.get('classname')}::{case.get('name')}" for case in bad],
-        "seconds": float(suite.attrib["time"]),
-    }
-    return {"gpu_tests": outcome}
-
-
-def kernel_part(pair: str) -> Callable[[bool], Benchmarks]:
-    """All kernels at the shapes of a pair of models, as bench/bench_kernels.py has them."""
-
-    def run(smoke: bool) -> Benchmarks:
-        import torch
-
-        from bench import kernels
-        from bench.problems import Shape
-
-        shapes = [Shape("8 tokens", 8, 4099, 32, 48)] if smoke else kernels.shapes_of(pair)
-        rounds = 3 if smoke else kernels.ROUNDS
-        made = {}
-        for task in kernels.TASKS:
-            found, skipped = task.find(kernels.DEVICE)
-            for shape in shapes:
-                torch.compiler.reset()
-                failures: dict[str, str] = {}
-                memory = kernels.peaks(task, found, shape, failures)
-                rows = kernels.measure(task, found, shape, memory, failures, rounds)
-                print("\n" + kernels.told(task, shape, rows, rounds), flush=True)
-                name = f"bench_kernels.py::test_{task.name}[{shape.name}]"
-                made[name] = {"shape": shape.name, "providers": rows, "skipped": skipped}
-        return made
-
-    return run
-
-
-def tune_part(smoke: bool) -> Benchmarks:
-    """Sizes of the kernels' pieces; the winners go into the library's table."""
-    import torch
-
-    from bench import tune
-    from bench.problems import Shape
-
-    scale = tune.Scale()
-    if smoke:
-        scale = tune.Scale(
-            blocks=((2048, 8), (4096, 8)),
-            programs=(8, 2),
-            fast_bytes=(80_000, 40_000),
-            lowmem_bytes=(80_000, 40_000),
-            rows=(2, 3),
-            few_rows=(1,),
-            columns=5000,
-            shape=Shape("8 tokens", 8, 4099, 32, 48),
-            rounds=3,
-        )
-    sizes, told = tune.tune(scale)
-    if not smoke:
-        tune.write_table({torch.cuda.get_device_name(): sizes}, tune.TABLE)
-    return {"tune": {"sizes": sizes._asdict(), "searches": told}}
-
-
-def precision_part(smoke: bool) -> Benchmarks:
-    """Gradient errors, as bench/bench_precision.py has them."""
-    import torch
-
-    from bench import precision
-
-    if smoke:
-        shape = precision.Shape("smoke", 16, 2003, 32, 64)
-        tables = {str(torch.float32): precision.table(precision.DEVICE, torch.float32, shape)}
-    else:
-        tables = precision.measure()
-    return {
-        f"bench_precision.py::test_precision[{dtype}]": {"dtype": dtype, "rows": rows}
-        for dtype, rows in tables.items()
-    }
-
-
-def step_part(method: str) -> Callable[[bool], Benchmarks]:
-    """Steps of Qwen3-VL-2B from 8B with random weights."""
-
-    def run(smoke: bool) -> Benchmarks:
-        from bench import full_size
-        from tests import sizes
-
-        with tempfile.TemporaryDirectory() as folder:
-            if smoke:
-                student, teacher = full_size.tiny_models(Path(folder))
-                small: dict[str, Any] = dict(pairs=8, rows=1, columns=2, prompts=2, length=4)
-                scale = full_size.Scale(
-                    student=student, teacher=teacher, rollouts=2, steps=2, short=1, **small
-                )
-            else:
-                known = sizes.write(Path(folder))
-                scale = full_size.Scale(
-                    student=known["Qwen/Qwen3-VL-2B-Instruct"],
-                    teacher=known["Qwen/Qwen3-VL-8B-Instruct"],
-                )
-            return {f"step_{method}": full_size.measure(method, scale)}
-
-    return run
-
-
-PARTS = {
-    "tests": Part("the tests marked gpu", gpu_tests),
-    "kernels_2b": Part("kernels, Qwen3-VL 2B from 8B", kernel_part("Qwen3-VL 2B from 8B")),
-    "kernels_8b": Part("kernels, Qwen3-VL 8B from 32B", kernel_part("Qwen3-VL 8B from 32B")),
-    "kernels_3b": Part("kernels, Qwen2.5-VL 3B from 7B", kernel_part("Qwen2.5-VL 3B from 7B")),
-    "tune": Part("sizes of the kernels' pieces, into kernels/fused_kl/tuned.py", tune_part),
-    "precision": Part("gradient errors against fp64", precision_part),
-    "step_opd": Part("OPD steps of Qwen3-VL-2B from 8B, random weights", step_part("opd")),
-    "step_grpo": Part("GRPO steps of Qwen3-VL-2B, random weights", step_part("grpo")),
-}
+def result_path(name: str) -> Path:
+    """The file of a part."""
+    return RESULTS / f"gpu_{name}.json"
 
 
 def run_part(name: str, smoke: bool) -> int:
     """Run one part in this process and keep its result; the exit code."""
-    from bench.record import origin
-
-    known = origin()
-    if not smoke and not known["commit"]:
+    if not smoke and not commit():
         fail("these sources are no git checkout: set BENCH_COMMIT to the commit that they are")
+    path = None if smoke else result_path(name)
+    result = PartResult(path, f"python -m bench.gpu {name}")
     begun = time.perf_counter()
-    benchmarks = PARTS[name].run(smoke)
+    try:
+        PARTS[name].run(result, smoke)
+    except DeviceLost as lost:
+        print(f"{name}: the device was lost: {lost}", file=sys.stderr)
+        return RESTART
+    result.finish()
     seconds = time.perf_counter() - begun
-    if smoke:
-        print(f"{name}: {seconds:.0f} s; a smoke run, nothing is kept")
-    else:
-        command = f"python -m bench.gpu {name}"
-        result = {**known, "command": command, "seconds": seconds, "benchmarks": benchmarks}
-        path = RESULTS / f"gpu_{name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{name}: {seconds:.0f} s, {path}")
-    failed = [told for entry in benchmarks.values() for told in entry.get("failed", ())]
-    for told in failed:
-        print(f"failed: {told}")
-    return 1 if failed else 0
+    print(f"{name}: {seconds:.0f} s, {path or 'a smoke run, nothing is kept'}")
+    failed = [test for entry in result.benchmarks.values() for test in entry.get("failed", ())]
+    for test in failed:
+        print(f"failed: {test}")
+    for task, reason in result.errors.items():
+        print(f"not measured: {task}: {reason}")
+    return 1 if failed or result.errors else 0
 
 
-def run_each(names: list[str], smoke: bool) -> int:
-    """Several parts, each in a process of its own, so that none holds another's memory; one that
-    fails or takes too long does not stop the rest."""
+def run_process(name: str, smoke: bool, limit_s: float) -> str:
+    """Run a part in a process of its own, so that none holds another's memory, for so long at most;
+    what became of it. A part whose device broke is begun again while there is time: each time it
+    leaves out one more that broke it."""
+    command = [sys.executable, "-m", "bench.gpu", name, *["--smoke"] * smoke]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    end = time.monotonic() + limit_s
+    begun = time.monotonic()
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        try:
+            code = process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit_s:.0f} s"
+        finally:
+            end_group(process)
+        # Without a file nothing says who broke the device, and the next process would do the same.
+        if code != RESTART or smoke:
+            break
+        print(f"== {name}, again", flush=True)
+    seconds = time.monotonic() - begun
+    return f"done in {seconds:.0f} s" if code == 0 else f"exit code {code} after {seconds:.0f} s"
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a part and all processes that it started; none may hold the device's memory."""
+    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def run_each(names: Sequence[str], smoke: bool) -> int:
+    """Several parts; one that fails or takes too long does not stop the rest."""
     outcomes = {}
     for name in names:
-        command = [sys.executable, "-m", "bench.gpu", name, *["--smoke"] * smoke]
         print(f"== {name}", flush=True)
-        try:
-            code = subprocess.run(command, cwd=ROOT, timeout=LIMIT_S).returncode
-            outcomes[name] = "done" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcomes[name] = f"stopped after {LIMIT_S} s"
+        outcomes[name] = run_process(name, smoke, LIMIT_S)
+    tell(outcomes)
+    return int(any(not outcome.startswith("done") for outcome in outcomes.values()))
+
+
+def tell(outcomes: dict[str, str]) -> None:
+    """Print what became of each part."""
+    print("\n== what became of each part")
     for name, outcome in outcomes.items():
-        print(f"{name:12} {outcome}")
-    return int(any(outcome != "done" for outcome in outcomes.values()))
+        print(f"{name:16} {outcome}")
 
 
-def fail(told: str) -> NoReturn:
+def allotted(parts: dict[str, Part], remaining_s: float) -> dict[str, float]:
+    """Seconds for each part that can be run in what is left of a lease, in the order given: those
+    whose usual times fit one after the other, all stretched alike to fill it. The first of them may
+    be begun in a third of its usual time, because what it measures until then is kept."""
+    chosen: dict[str, float] = {}
+    for name, part in parts.items():
+        least_s = part.usual_s if chosen else FEWEST_S * part.usual_s
+        if sum(chosen.values()) + least_s <= remaining_s:
+            chosen[name] = part.usual_s
+    return {name: s * remaining_s / sum(chosen.values()) for name, s in chosen.items()}
+
+
+def run_lease(names: Sequence[str], smoke: bool, minutes: float, begun: float) -> int:
+    """The parts that are not complete yet, in order, within a lease that began at `begun`."""
+    end = begun + 60 * minutes - MARGIN_S
+    now = {} if smoke else conditions()
+    outcomes: dict[str, str] = {}
+    waiting = dict.fromkeys(names, "none")
+    for name in names:
+        if not smoke and state(result_path(name), now) == "complete":
+            outcomes[name] = "complete before"
+            del waiting[name]
+    code = 0
+    while waiting:
+        remaining_s = end - time.monotonic()
+        limits = allotted({name: PARTS[name] for name in waiting}, remaining_s)
+        if not limits:
+            break
+        name, limit_s = next(iter(limits.items()))
+        print(f"== {name}: {limit_s:.0f} of the {remaining_s:.0f} s that are left", flush=True)
+        outcome = run_process(name, smoke, limit_s)
+        code = code or int(not outcome.startswith("done"))
+        if not smoke and state(result_path(name), now) == "partial":
+            outcome += "; partial: a further call goes on with it"
+        outcomes[name] = outcome
+        del waiting[name]
+    for name in waiting:
+        left = max(0.0, end - time.monotonic())
+        outcomes[name] = f"skipped: {left:.0f} s left, takes about {PARTS[name].usual_s:.0f}"
+    if not smoke:
+        export(RESULTS)
+    tell({name: outcomes[name] for name in names})
+    return code
+
+
+def install(folder: Path) -> None:
+    """Install the wheels of a folder, and nothing else, for this process and those it starts."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        fail(f"{folder}: no wheels (*.whl) there")
+    site = tempfile.mkdtemp(prefix="bench-wheels-")
+    atexit.register(shutil.rmtree, site, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    command += ["--no-compile", "--disable-pip-version-check", "--target", site]
+    done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        fail(f"{folder}: its wheels cannot be installed: {reason}")
+    sys.path.append(site)
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], site])
+
+
+def check_packages() -> None:
+    """End with one line where a package is missing that the parts need; name missing peers."""
+    wheels = next((path.parent for path in ROOT.glob(".whl/*.whl")), None)
+    hint = f"; --wheels {wheels.relative_to(ROOT)} installs what is there" if wheels else ""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        fail(f"not installed: {', '.join(missing)}{hint}")
+    if missing := [name for name in PEERS if find_spec(name) is None]:
+        print(f"peers that are not installed: {', '.join(missing)}{hint}", flush=True)
+
+
+def fail(message: str) -> NoReturn:
     """End with one line."""
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """One that ends with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def minutes(text: str) -> float:
+    """A positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: not a positive number of minutes")
+    return value
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; a mistake in it ends with one line."""
+    parser = Parser(
         prog="bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--lease", type=minutes, metavar="MINUTES", help="stop in time")
     parser.add_argument("--smoke", action="store_true", help="shrunken, on any machine")
-    asked = parser.parse_args(arguments)
-    if asked.list:
-        print("\n".join(f"{name:12} {part.about}" for name, part in PARTS.items()))
-        return
-    for name in asked.parts:
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install these first")
+    parser.add_argument("--restore", type=Path, metavar="FILE", help="write kept results")
+    options = parser.parse_args(arguments)
+    for name in options.parts:
         if name not in PARTS:
             nearest = get_close_matches(name, PARTS, n=1, cutoff=0)[0]
             fail(f"{name}: no such part; the nearest is {nearest} (python -m bench.gpu --list)")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    begun = time.monotonic()
+    options = parse(arguments)
+    if options.list:
+        print("\n".join(f"{name:16} {part.about}" for name, part in PARTS.items()))
+        return
+    try:
+        if options.restore:
+            for path in restore(options.restore, RESULTS):
+                print(path)
+            return
+        out_folder()
+    except Refused as error:
+        fail(str(error))
+    if options.wheels:
+        install(options.wheels)
+    check_packages()
     import torch
 
-    if not asked.smoke and not torch.cuda.is_available():
+    if not options.smoke and not torch.cuda.is_available():
         fail("no CUDA device; --smoke runs the parts shrunken, and keeps nothing")
+    if not options.smoke and not commit():
+        fail("these sources are no git checkout: set BENCH_COMMIT to the commit that they are")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: by the parts
-    names = asked.parts or list(PARTS)
-    code = run_part(names[0], asked.smoke) if len(names) == 1 else run_each(names, asked.smoke)
+    names = options.parts or list(PARTS)
+    # A process that is told to end ends its part, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if options.lease:
+        code = run_lease(names, options.smoke, options.lease, begun)
+    elif len(names) == 1:
+        code = run_part(names[0], options.smoke)
+    else:
+        code = run_each(names, options.smoke)
     raise SystemExit(code)
 
 

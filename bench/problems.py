@@ -4,6 +4,7 @@ exact loss can do without."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import cycle, islice
 
 import torch
@@ -35,6 +36,16 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.num_rows} x {self.vocab} from {self.student_size} and {self.teacher_size}"
+
+
+def allowed_columns(vocab: int, device: str | torch.device) -> Tensor:
+    """Boolean `[V]`, as the trainer's policy has it for Qwen3-VL: without the rows that pad the
+    head (267 of 151,936) and without four vision tokens near the last real one."""
+    allowed = torch.ones(vocab, dtype=torch.bool, device=device)
+    real = vocab - max(1, vocab * 267 // 151_936)
+    allowed[real:] = False
+    allowed[real - 17 : real - 13] = False
+    return allowed
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,11 @@ class Problem:
         sides = hidden.requires_grad_(), head.requires_grad_(), *teacher
         return Problem(*sides, sampled=self.sampled)
 
+    @cached_property
+    def allowed_columns(self) -> Tensor:
+        """Boolean `[V]` of the function of that name; what is sampled is among them."""
+        return allowed_columns(len(self.student_lm_head), self.student_lm_head.device)
+
     def clear(self) -> None:
         """Forget the gradients."""
         self.student_hidden.grad = self.student_lm_head.grad = None
@@ -121,11 +137,13 @@ class Problem:
 
 @torch.no_grad()
 def _sample(hidden: Tensor, head: Tensor, length: int, generator: torch.Generator) -> Tokens:
-    """Tokens drawn from the student, as a policy that has moved by `MOVED` since."""
+    """Tokens drawn from the student's allowed columns, as a policy that has moved by `MOVED`
+    since."""
+    allowed = allowed_columns(len(head), head.device)
     drawn = []
     for rows in slices(len(hidden), ROWS):
         log_probs = (hidden[rows] @ head.T).float().log_softmax(-1)
-        ids = torch.multinomial(log_probs.exp(), 1, generator=generator)
+        ids = torch.multinomial(log_probs.exp() * allowed, 1, generator=generator)
         drawn.append((ids[:, 0], log_probs.gather(-1, ids)[:, 0]))
     ids, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
 

@@ -25,16 +25,19 @@ from fused_kl import (
     walk,
 )
 
+MASKED = "fast_allowed_columns"
 PIP = {"trl": "trl==1.16.0", "liger_kernel": "liger-kernel==0.8.5"}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A loss, whether it is compiled when first called, and what it and its backward run inside."""
+    """A loss, whether it is compiled when first called, what it and its backward run inside, and
+    its own definition in fp64 where it computes another loss than the task's."""
 
     loss: Loss
     compiled: bool = False
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    truth: Loss | None = None
 
     def step(self, problem: Problem) -> Tensor:
         """Forward and backward; the loss, detached."""
@@ -74,6 +77,7 @@ class Task:
     truth: Loss  # in fp64
     gemms: Callable[[Problem], None]
     ours: dict[str, Loss]
+    masked: tuple[Loss, Loss]  # ours with `allowed_columns`, as the trainer calls it, and its truth
     dense: Loss
     peers: dict[str, Peer] = field(default_factory=dict)
     needs_tokens: bool = False
@@ -81,6 +85,8 @@ class Task:
     def find(self, device: str) -> tuple[dict[str, Provider], dict[str, str]]:
         """All that this machine can run, by name, and why it cannot run the others."""
         found = {name: Provider(loss) for name, loss in self.ours.items()}
+        masked, masked_truth = self.masked
+        found[MASKED] = Provider(masked, truth=masked_truth)
         found["dense"] = Provider(self.dense)
         if device == "cuda":
             found["torch"] = Provider(self.ours["fast"], around=torch_row_programs)
@@ -119,6 +125,19 @@ def fast(problem: Problem, mode: Literal["fast", "lowmem"] = "fast") -> Tensor:
     return linear_reverse_kl(*problem.sides, token_weights=weights, mode=mode).loss
 
 
+def fast_allowed_columns(problem: Problem) -> Tensor:
+    """fused_kl as the trainer calls it: over the allowed columns, with sampled tokens' values."""
+    num_rows = len(problem.student_hidden)
+    weights = problem.teacher_hidden.new_full((num_rows,), 1 / num_rows, dtype=torch.float32)
+    ids = torch.arange(num_rows, device=weights.device) % (len(problem.student_lm_head) // 2)
+    return linear_reverse_kl(
+        *problem.sides,
+        token_ids=ids,
+        token_weights=weights,
+        allowed_columns=problem.allowed_columns,
+    ).loss
+
+
 def lowmem(problem: Problem) -> Tensor:
     """fused_kl, mode lowmem."""
     return fast(problem, "lowmem")
@@ -137,6 +156,12 @@ def truth(problem: Problem) -> Tensor:
     return reference.linear_reverse_kl(*problem.sides)[0] / len(problem.student_hidden)
 
 
+def truth_allowed_columns(problem: Problem) -> Tensor:
+    """The definition over the allowed columns, in fp64."""
+    total, *_ = reference.linear_reverse_kl(*problem.sides, allowed_columns=problem.allowed_columns)
+    return total / len(problem.student_hidden)
+
+
 def _trl_divergence(trl: Any) -> Loss:
     function = trl.ChunkedDivergenceFunction
 
@@ -149,6 +174,7 @@ def _trl_divergence(trl: Any) -> Loss:
 
 
 def _liger_chunked(liger: Any) -> Loss:
+    """Its logits have the inputs' dtype: bf16 inputs are rounded before the softmax."""
     chunked = liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=True
     )
@@ -162,6 +188,8 @@ def _liger_chunked(liger: Any) -> Loss:
 
 
 def _liger_fused(liger: Any) -> Loss:
+    """From 0.8.5 on its products give fp32 logits on a GPU, where it rounded them to bf16 before;
+    by default it still sums the head's gradient in the head's dtype."""
     module = liger.LigerFusedLinearJSD(jsd_beta=1.0)
     return lambda problem: module(*problem.sides)
 
@@ -171,6 +199,7 @@ REVERSE_KL = Task(
     truth=truth,
     gemms=bare_gemms,
     ours={"fast": fast, "lowmem": lowmem},
+    masked=(fast_allowed_columns, truth_allowed_columns),
     dense=dense,
     peers={
         "trl": Peer("trl.kernels.chunked_divergence", _trl_divergence),

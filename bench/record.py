@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from bench import ROOT
+
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "trl")
 
 
@@ -46,11 +47,12 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Short hash of the checkout that these sources are in, with a + where tracked files differ
-    from it (kept results aside). Without git or a checkout it is what the environment's
-    BENCH_COMMIT says, or "", with which no result is accepted."""
+    from it (kept results and the kernels' tuned sizes aside). Without git or a checkout it is what
+    the environment's BENCH_COMMIT says, or "", with which no result is accepted."""
     try:
         head = _git("rev-parse", "--short=7", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", ".", ":!bench/results")
+        aside = (":!bench/results", ":!kernels/fused_kl/tuned.py")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".", *aside)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("BENCH_COMMIT", "")
     return head + "+" if changed else head

@@ -19,6 +19,7 @@ from bench import findings, precision
 from bench.kernels import PAIRS, TASKS, shapes_of
 from bench.methods_report import headline, totals
 from bench.protocol import RESULTS
+from bench.providers import MASKED
 from bench.record import Refused, read
 from bench.tables import (
     NOT_MEASURED,
@@ -117,7 +118,7 @@ def gpu_kernels(results: Results) -> list[str]:
     """For every real pair and token count each provider's time by that of the bare products."""
     lines = ["### Kernels on a GPU, seconds by those of the bare products", ""]
     for task in TASKS:
-        names = [*task.ours, "torch", "dense", "compiled", *task.peers]
+        names = [*task.ours, MASKED, "torch", "dense", "compiled", *task.peers]
         rows = []
         for shape in (shape for pair in PAIRS for shape in shapes_of(pair)):
             found = [
@@ -167,6 +168,10 @@ def gpu_steps(results: Results) -> list[str]:
 def section(name: str, result: Result) -> list[str]:
     """All that one file says."""
     lines = [f"### {name}", "", f"{result['hardware']}; {result['commit']}, {result['date']}.", ""]
+    if result.get("complete") is False:
+        lines += [f"Partial: `{result['command']}` has not measured all of it yet.", ""]
+    for what, reason in result.get("errors", {}).items():
+        lines += [f"Not measured: {what}: {cell(reason)}", ""]
     if "note" in result:
         lines += [result["note"], ""]
     for what, file in plots(name, result).items():

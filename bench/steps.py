@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.failures import attempt
 from bench.loops import FORWARDS, Loop, trl_style
-from bench.timing import Times, attempt, interleaved, peak_bytes, ratio
+from bench.timing import Times, interleaved, peak_bytes, ratio
 from opd.config import Config
 from opd.data.batch import PromptBatch, collate
 from opd.data.loader import Prompts

@@ -14,7 +14,7 @@ LABELS = {
     "peak_mb_beyond_head_gradient": "MB beyond the head's gradient",
 }
 FIRST = ("ratio", "target", "first_ms", "second_ms")  # columns, before all others
-LEFT_OUT = ("ratio_quartiles",)
+LEFT_OUT = ("ratio_quartiles", "reports")
 NOT_MEASURED = "not measured"
 
 

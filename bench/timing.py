@@ -1,19 +1,17 @@
 """Timing in turn: on a machine that others use too, only ratios within one round mean something."""
 
-import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
+from bench.failures import wait
 from opd.engine import reuse_freed_memory
 
 Times = dict[str, list[float]]
-T = TypeVar("T")
 
 
 def interleaved(
@@ -27,20 +25,15 @@ def interleaved(
         for name, call in calls.items():
             begun = now()
             call(number)
-            _wait()
+            wait()
             if number >= warmup:
                 times[name].append(time.perf_counter() - begun)
     return times
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def now() -> float:
     """Seconds, when the device has finished."""
-    _wait()
+    wait()
     return time.perf_counter()
 
 
@@ -76,40 +69,14 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """Memory that a call needs at most beyond what is held before it: the GPU's, or else the
     process's resident memory (Linux)."""
     if torch.cuda.is_available():
-        _wait()
+        wait()
         before = held_bytes()
         torch.cuda.reset_peak_memory_stats()
         call()
-        _wait()
+        wait()
         return torch.cuda.max_memory_allocated() - before
     reuse_freed_memory(False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = held_bytes()
     call()
     return _status("VmHWM") - before
-
-
-def attempt(failures: dict[str, str], name: str, shape: object, call: Callable[[], T]) -> T | None:
-    """What the call returns; None for who has run out of memory, now or before. `failures` says of
-    those at which shape."""
-    if name in failures:
-        return None
-    try:
-        return call()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    # Outside of the handler, which holds the call's tensors.
-    failures[name] = f"out of memory at {shape}"
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on either device."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    told = str(error)
-    names = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(name in told for name in names)

@@ -27,6 +27,22 @@ def logprobs_fast(problem: Problem) -> Tensor:
     return weighted(found, problem)
 
 
+def logprobs_allowed(problem: Problem) -> Tensor:
+    """fused_kl over the allowed columns, as the trainer calls it."""
+    found = linear_logprobs(
+        *problem.sides[:2], problem.tokens.ids, allowed_columns=problem.allowed_columns
+    )
+    return weighted(found.logprobs, problem)
+
+
+def logprobs_allowed_truth(problem: Problem) -> Tensor:
+    """The definition over the allowed columns, in fp64."""
+    exact, _ = reference.linear_logprobs(
+        *problem.sides[:2], problem.tokens.ids, allowed_columns=problem.allowed_columns
+    )
+    return weighted(exact, problem)
+
+
 def dense_logprobs(problem: Problem) -> Tensor:
     """`[N]`, from logits and log-softmax."""
     logits = (problem.student_hidden @ problem.student_lm_head.T).float()
@@ -44,7 +60,7 @@ def logprobs_truth(problem: Problem) -> Tensor:
     return weighted(exact, problem)
 
 
-def policy_fast(problem: Problem) -> Tensor:
+def policy_fast(problem: Problem, allowed_columns: Tensor | None = None) -> Tensor:
     """fused_kl, with the denominator in the weights."""
     tokens = problem.tokens
     return linear_policy_loss(
@@ -54,7 +70,13 @@ def policy_fast(problem: Problem) -> Tensor:
         old_logprobs=tokens.old_logprobs,
         token_weights=torch.full_like(tokens.advantages, 1 / len(tokens.ids)),
         clip=CLIP,
+        allowed_columns=allowed_columns,
     ).loss
+
+
+def policy_allowed(problem: Problem) -> Tensor:
+    """fused_kl over the allowed columns, as the trainer calls it."""
+    return policy_fast(problem, problem.allowed_columns)
 
 
 def surrogate(found: Tensor, problem: Problem) -> Tensor:
@@ -70,7 +92,7 @@ def policy_dense(problem: Problem) -> Tensor:
     return surrogate(dense_logprobs(problem), problem)
 
 
-def policy_truth(problem: Problem) -> Tensor:
+def policy_truth(problem: Problem, allowed_columns: Tensor | None = None) -> Tensor:
     """The definition, in fp64."""
     tokens = problem.tokens
     exact, *_ = reference.linear_policy_loss(
@@ -79,8 +101,14 @@ def policy_truth(problem: Problem) -> Tensor:
         advantages=tokens.advantages,
         old_logprobs=tokens.old_logprobs,
         clip=CLIP,
+        allowed_columns=allowed_columns,
     )
     return exact / len(tokens.ids)
+
+
+def policy_allowed_truth(problem: Problem) -> Tensor:
+    """The definition over the allowed columns, in fp64."""
+    return policy_truth(problem, problem.allowed_columns)
 
 
 def _trl(loss: Callable[[Tensor, Problem], Tensor], trl: Any) -> Loss:
@@ -125,6 +153,7 @@ LOGPROBS = Task(
     truth=logprobs_truth,
     gemms=student_gemms,
     ours={"fast": logprobs_fast},
+    masked=(logprobs_allowed, logprobs_allowed_truth),
     dense=logprobs_dense,
     peers={"trl": Peer(TRL, partial(_trl, weighted))},
     needs_tokens=True,
@@ -134,6 +163,7 @@ POLICY_LOSS = replace(
     name="policy_loss",
     truth=policy_truth,
     ours={"fast": policy_fast},
+    masked=(policy_allowed, policy_allowed_truth),
     dense=policy_dense,
     peers={
         "trl": Peer(TRL, partial(_trl, surrogate)),

@@ -12,7 +12,7 @@ python -m bench.tune bench/results/gpu_tune.json
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 
+from bench.failures import attempt
 from bench.kernels import DEVICE, DTYPE, prove_equal, step
 from bench.problems import Problem, Shape
 from bench.providers import REVERSE_KL, Provider, fast, lowmem
@@ -191,11 +192,16 @@ def row_trials(size: str, values: Sequence[Any], rows: Sequence[int], scale: Sca
     """Of a size of the row programs: right first, then timed."""
     tolerance = 1e-4 if DTYPE.itemsize == 4 else 1e-2  # of gradients written in bf16
     small = Rows(min(rows), scale.columns)
-    errors = {}
+    errors, refused = {}, {}
     for value in values:
         with trying(size, value):
-            errors[str(value)] = small.error()
-    right = [value for value in values if errors[str(value)] < tolerance]
+            error = attempt(refused, str(value), size, small.error, keep_errors=True)
+        if error is None:
+            continue
+        errors[str(value)] = error
+        if not error < tolerance:
+            refused[str(value)] = f"wrong by {error:.1g}"
+    right = [value for value in values if str(value) not in refused]
     made = {f"{count} rows": Rows(count, scale.columns) for count in rows}
     places = {
         name: lambda made=made: (made.divergence(), made.logprobs()) for name, made in made.items()
@@ -204,7 +210,7 @@ def row_trials(size: str, values: Sequence[Any], rows: Sequence[int], scale: Sca
     return [
         Trial(value=value, known={"error": errors[str(value)]}, over_default=found[str(value)])
         if value in right
-        else Trial(value=value, refused=f"wrong by {errors[str(value)]:.1g}")
+        else Trial(value=value, refused=refused[str(value)])
         for value in values
     ]
 
@@ -251,30 +257,38 @@ def budget_trials(size: str, values: Sequence[int], loss: Any, scale: Scale) -> 
     ]
 
 
-def tune(scale: Scale) -> tuple[Sizes, dict[str, Any]]:
-    """The winners, and everything that was tried."""
+def tune(
+    scale: Scale,
+    earlier: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> tuple[Sizes, dict[str, Any]]:
+    """The winners, and everything that was tried. `save` is given both after each search, and
+    `earlier` is what it was given by a call that did not end: its searches are not repeated."""
+    earlier = earlier or {}
+    best: dict[str, Any] = dict(earlier.get("sizes", {}))
+    told: dict[str, Any] = dict(earlier.get("searches", {}))
+    if "row_blocks" in best:  # JSON has no numbers as keys
+        best["row_blocks"] = {int(block): warps for block, warps in best["row_blocks"].items()}
+    searches: dict[str, Callable[[], list[Trial]]] = {
+        "row_blocks": lambda: block_trials(scale),
+        "programs": lambda: row_trials("programs", scale.programs, scale.few_rows, scale),
+        "fast_bytes": lambda: budget_trials("fast_bytes", scale.fast_bytes, fast, scale),
+        "lowmem_bytes": lambda: budget_trials("lowmem_bytes", scale.lowmem_bytes, lowmem, scale),
+    }
     with ExitStack() as settled:
-        best: dict[str, Any] = {}
-        told: dict[str, Any] = {}
-        searches: dict[str, Callable[[], list[Trial]]] = {
-            "row_blocks": lambda: block_trials(scale),
-            "programs": lambda: row_trials("programs", scale.programs, scale.few_rows, scale),
-            "fast_bytes": lambda: budget_trials("fast_bytes", scale.fast_bytes, fast, scale),
-            "lowmem_bytes": lambda: budget_trials(
-                "lowmem_bytes", scale.lowmem_bytes, lowmem, scale
-            ),
-        }
         for size, search in searches.items():
-            trials = search()
-            best[size] = chosen(trials)
+            if size not in best:
+                trials = search()
+                best[size] = chosen(trials)
+                told[size] = {
+                    "default": trials[0].value,
+                    "chosen": best[size],
+                    "each_alone": split_by_place(trials),
+                    "trials": [asdict(trial) for trial in trials],
+                }
+                print(f"{size}: {trials[0].value} -> {best[size]}", flush=True)
+                save({"sizes": dict(best), "searches": dict(told)})
             settled.enter_context(trying(size, best[size]))  # the next ones build on it
-            told[size] = {
-                "default": trials[0].value,
-                "chosen": best[size],
-                "each_alone": split_by_place(trials),
-                "trials": [asdict(trial) for trial in trials],
-            }
-            print(f"{size}: {trials[0].value} -> {best[size]}", flush=True)
     return Sizes(**best), told
 
 
