@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import model_sizes as sizes
 from opd.check import main
 from opd.config import ConfigError, load_config
 from opd.ledger import Cost
@@ -15,7 +16,6 @@ from opd.models.load import prepare
 from opd.models.tiny import build
 from opd.prefix import Prefix, extend
 from opd.shapes import ATTENTION, Kept, graph_bytes, on_meta, size_of
-from tests import sizes
 from tests.helpers import batch_of, make_prompt, prefill_of
 from tests.memory_worker import write
 from tests.test_zero import torchrun
