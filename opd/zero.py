@@ -12,6 +12,7 @@ from opd import world
 from opd.config import Config
 from opd.engine import Engine, adamw
 from opd.models.load import VideoLM, load_model
+from opd.prefetch import LayersAhead
 from opd.settings import EngineConfig, OptimConfig
 
 BUCKET = 200_000_000  # elements of a reduction buffer
@@ -69,7 +70,15 @@ class ZeroEngine(Engine):
             dist_init_required=False,
         )
         lm.model.is_sharded = settings.zero_stage == 3
+        self.ahead: LayersAhead | None = None
+        if settings.zero_stage == 3:
+            self.ahead = LayersAhead(lm, self.engine.optimizer.parameter_offload)
         self._go_to(0)
+
+    def _settle(self) -> None:
+        """Leave no layer whole or in flight."""
+        if self.ahead is not None:
+            self.ahead.settle()
 
     @property
     def loss_factor(self) -> float:
@@ -84,11 +93,15 @@ class ZeroEngine(Engine):
         self.engine.optimizer.override_loss_scale(1.0)
         # What DeepSpeed's own forward would do; ours goes to the layers past it.
         self.engine.optimizer.clear_backward_seen_flag()
+        if self.ahead is not None:
+            self.ahead.start_backward()
         self.engine.backward(loss * finite, scale_wrt_gas=False)
+        self._settle()
 
     def step(self, gradient_scale: float = 1.0) -> float:
         assert self._backwards == self.micro_batches
         self._backwards = 0
+        self._settle()
         # Gradients are divided by it in fp32, before their norm is taken.
         self.engine.optimizer.override_loss_scale(1 / gradient_scale)
         self.engine.step()
@@ -107,6 +120,7 @@ class ZeroEngine(Engine):
         if not (self.lm.sharded and self.settings.gather):
             yield
             return
+        self._settle()
         hooked = self.engine.optimizer.parameter_offload
         parameters = list(self.lm.model.parameters())
         with gathered(parameters):
@@ -125,6 +139,7 @@ class ZeroEngine(Engine):
     def weights(self) -> dict[str, torch.Tensor]:
         if not self.lm.sharded:
             return self.lm.model.state_dict()
+        self._settle()
         found = {}
         for name, parameter in self.lm.model.named_parameters(remove_duplicate=False):
             with gathered([parameter]):
@@ -133,9 +148,11 @@ class ZeroEngine(Engine):
         return found
 
     def save(self, folder: Path) -> None:
+        self._settle()
         self.engine.save_checkpoint(str(folder), TAG, {"step": self.steps_done}, save_latest=False)
 
     def load(self, folder: Path) -> None:
+        self._settle()
         options = {"load_lr_scheduler_states": False}
         _, ours = self.engine.load_checkpoint(str(folder), TAG, **options)
         self._go_to(ours["step"])
@@ -179,8 +196,9 @@ def load_sharded(
     finally:
         unset_hf_deepspeed_config()
     lm.model.requires_grad_(False)
-    deepspeed.initialize(model=lm.model, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=lm.model, config=config, dist_init_required=False)
     lm.model.is_sharded = True
+    LayersAhead(lm, engine.optimizer)
     return lm
 
 

@@ -38,6 +38,7 @@ FLOORS = (  # a module imports only from floors below its own, or from its own
         "curriculum",
         "engine",
         "zero",
+        "prefetch",
         "shapes",
         "checkpoint",
         "folder",

@@ -19,10 +19,13 @@ ROOT = Path(__file__).parents[1]
 SAME = {  # cases whose steps are those of another
     "offloaded": "plain",
     "layer_by_layer": "plain",
+    "interrupted": "plain",
+    "persistent": "plain",
     "teacher_shard": "teacher_replica",
     "teacher_offload": "teacher_replica",
 }
-ALL = [name for name in CASES if name not in SAME]
+GATHERS = ("gathers", "gathers_recomputed")  # cases whose gathers are counted
+ALL = [name for name in CASES if name not in SAME and name not in GATHERS]
 # Of three ranks, what one of them does differently from two.
 FEW = ("plain", "accumulated", "tied", "routed", "nothing_routed", "grpo")
 # What shards optimizer and gradients alone meets little of what a case changes: every case under
@@ -38,9 +41,22 @@ LAUNCHES = {  # ranks: cases and stages
         *(f"offloaded:{stage}" for stage in (1, 2, 3)),
         "layer_by_layer:3",
         *(f"{name}:{stage}" for name in ("teacher_shard", "teacher_offload") for stage in (0, 3)),
+        "interrupted:3",
+        "persistent:3",
     ],
     3: [f"{name}:{stage}" for name in FEW for stage in (0, 3)],
 }
+BLOCKING = {  # what gathers a layer ahead: the same without it, in every bit
+    **{f"{name}:3": f"{name}:blocking" for name in ("tied", "recomputed", "lora")},
+    **dict.fromkeys(
+        ("plain:3", "layer_by_layer:3", "persistent:3", "interrupted:3"), "plain:blocking"
+    ),
+    **dict.fromkeys(
+        ("teacher_shard:3", "teacher_offload:3", "teacher_offload:late"), "teacher_shard:blocking"
+    ),
+}
+AHEAD = {*BLOCKING, *BLOCKING.values(), *(f"{name}:3" for name in GATHERS), "gathers:blocking"}
+AHEAD = sorted(AHEAD - set(LAUNCHES[2]))  # two ranks run them too
 
 
 def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if ranks not in done:
             done.add(ranks)
             command = [str(ROOT / "tests" / "zero_worker.py"), str(out), *LAUNCHES[ranks]]
+            command += AHEAD if ranks == 2 else []
             told = torchrun(ranks, *command)
             assert told.returncode == 0, told.stderr[-3000:]
         return torch.load(out / f"{ranks}_{case.replace(':', '_')}.pt")
@@ -105,6 +122,36 @@ def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
     else:
         share = 0.1 if name == "bf16" else 1e-2
         assert length(found["weights"], expected["weights"]) <= share * moved
+
+
+@pytest.mark.parametrize("case", BLOCKING)
+def test_a_layer_gathered_ahead_changes_no_bit(results: Any, case: str) -> None:
+    ahead, blocking = results(2, case), results(2, BLOCKING[case])
+    assert ahead["rows"] == blocking["rows"]
+    assert ahead["rollouts"] == blocking["rollouts"]
+    assert ahead["weights"].keys() == blocking["weights"].keys()
+    for name, weight in ahead["weights"].items():
+        assert torch.equal(weight, blocking["weights"][name]), name
+    if not case.startswith("persistent"):
+        assert ahead["whole_after_backward"] == 0
+
+
+@pytest.mark.parametrize("case", GATHERS)
+def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> None:
+    ahead, blocking = results(2, f"{case}:3"), results(2, "gathers:blocking")
+    layers = 6
+    passes = {  # of the first rank: 2 steps of 3 prompts
+        "prefill": 2 * 3,
+        "teacher": 2 * (3 + 1) if case == "gathers" else 0,  # the embedded one, a replica else
+        "extend": 2,
+        "backward": 2 * (3 + 1),  # with and without recomputation
+    }
+    assert ahead["gathers"] == {phase: layers * count for phase, count in passes.items()}
+    for phase, count in passes.items():
+        assert ahead["overlapping"][phase] >= (layers - 1) * count, phase
+        assert ahead["most_layers"][phase] <= 2, phase
+    assert not any(blocking["overlapping"].values())
+    assert blocking["most_layers"]["backward"] == layers  # DeepSpeed alone keeps them all
 
 
 def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
