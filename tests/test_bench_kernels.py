@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels, precision, providers, timing
+from bench import failures, kernels, precision, providers, timing
 from bench.problems import Problem, Shape, relative_errors
 from bench.providers import REVERSE_KL, Peer, Provider
 from bench.token_losses import policy_dense
@@ -33,8 +33,12 @@ def test_no_provider_of_another_loss_is_timed() -> None:
     ours = found_of(fast=providers.fast, lowmem=providers.lowmem)
     proof = kernels.prove_equal(REVERSE_KL, ours, SMALL)
     assert all(max(errors.values()) < 1e-3 for errors in proof.values())
-    with pytest.raises(AssertionError, match="wrong"):
-        measured(found_of(fast=providers.fast, wrong=lambda p: 1.1 * providers.dense(p)))
+    wrong = found_of(fast=providers.fast, wrong=lambda p: 1.1 * providers.dense(p))
+    with pytest.raises(AssertionError, match=r"another loss: off by 0\.1"):
+        kernels.prove_equal(REVERSE_KL, wrong, SMALL)
+    rows = measured(wrong)
+    assert rows["wrong"] == {"failed": "AssertionError: another loss: off by 0.1"}
+    assert rows["fast"]["rounds"] == 7
 
 
 def test_a_right_loss_with_a_wrong_gradient_is_not_timed() -> None:
@@ -51,7 +55,8 @@ def test_every_provider_computes_the_loss(task: providers.Task) -> None:
     with torch.compiler.set_stance("force_eager"):  # the compiler's own tests are not ours
         found, skipped = task.find("cpu")
         proof = kernels.prove_equal(task, found, Shape("small", 48, 4001, 64, 96))
-    assert proof.keys() == found.keys() >= {"fast", "dense", "compiled", "trl"}
+    assert proof.keys() == found.keys() >= {"fast", providers.MASKED, "dense", "compiled"}
+    assert "trl" in found.keys() | skipped.keys()
     assert set(task.peers) == (found.keys() | skipped.keys()) & task.peers.keys()
 
 
@@ -115,7 +120,7 @@ def test_who_runs_out_of_memory_does_not_stop_the_others(
     assert len(calls) == call + 1, "it is not asked again"
     assert rows["fast"]["rounds"] == 3 and rows["fast"]["ratio_interval"]
     told = kernels.told(REVERSE_KL, SMALL, rows)
-    assert "large          out of memory at " in told and "fast" in told
+    assert f"{'large':20} out of memory at " in told and "fast" in told
 
 
 def test_ours_may_run_out_of_memory_too() -> None:
@@ -127,12 +132,53 @@ def test_ours_may_run_out_of_memory_too() -> None:
     assert "nan x fast" in kernels.told(REVERSE_KL, SMALL, rows)
 
 
-def test_other_errors_are_not_taken_for_memory() -> None:
-    def broken(problem: Problem) -> torch.Tensor:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize("call", [0, 1, 2, 4])  # in the memory pass, the proof, while timing
+def test_the_error_of_one_provider_loses_nothing_of_the_others(call: int) -> None:
+    calls = []
 
-    with pytest.raises(RuntimeError, match="mat1"):
-        measured(found_of(fast=broken))
+    def broken(problem: Problem) -> torch.Tensor:
+        calls.append(problem)
+        if len(calls) > call:
+            raise TypeError("no kernel for this\nand a second line")
+        return providers.fast(problem)
+
+    rows = measured(found_of(broken=broken, fast=providers.fast), rounds=3)
+    assert rows["broken"] == {"failed": "TypeError: no kernel for this"}
+    assert rows["fast"]["rounds"] == 3 and len(calls) == call + 1, "it is not asked again"
+
+
+def test_an_error_that_breaks_the_device_is_nobody_elses() -> None:
+    def broken(problem: Problem) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(failures.DeviceLost, match="broken: RuntimeError: CUDA error") as lost:
+        measured(found_of(fast=providers.fast, broken=broken))
+    assert lost.value.name == "broken"
+    with pytest.raises(TypeError, match="not kept"):
+        failures.attempt({}, "a", SMALL, lambda: (_ for _ in ()).throw(TypeError("not kept")))
+
+
+@pytest.mark.parametrize("task", kernels.TASKS, ids=lambda task: task.name)
+def test_the_trainers_call_leaves_columns_out(task: providers.Task) -> None:
+    """It is proved against the definition over the allowed columns, which another mask misses."""
+    found, _ = task.find("cpu")
+    ours = found[providers.MASKED]
+    shape = Shape("small", 48, 4001, 64, 96)
+    (proof,) = kernels.prove_equal(task, {providers.MASKED: ours}, shape).values()
+    assert proof["loss_error"] < 1e-4 and proof["gradient_error"] < 1e-3
+    problem = Problem.of(shape, dtype=torch.float32, device="cpu", tokens=task.needs_tokens)
+    allowed = problem.allowed_columns
+    assert allowed.dtype == torch.bool and int((~allowed).sum()) == 4 + 4001 * 267 // 151_936
+    assert not allowed[-1]
+    if task.needs_tokens:
+        assert allowed[problem.tokens.ids].all(), "the sampler draws none of the others"
+    ours.step(problem)
+    head_gradient = problem.student_lm_head.grad
+    assert head_gradient is not None and not head_gradient[~allowed].any()
+    assert head_gradient[allowed].any(-1).all()
+    with pytest.raises(AssertionError, match="another"):
+        whole = {"whole": Provider(task.ours["fast"], truth=ours.truth)}
+        kernels.prove_equal(task, whole, Shape("small", 48, 40, 64, 96))
 
 
 def test_a_peer_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
