@@ -108,13 +108,13 @@ def check_token_ids(token_ids: Tensor, num_rows: int) -> None:
         raise ValueError(f"token_ids has dtype {token_ids.dtype}, expected int64 or int32")
 
 
-def check_token_range(token_ids: Tensor, vocab: int, active: Tensor | None = None) -> None:
-    """Every id of an active row names a column; on other devices, where asking would stop the host,
-    and under torch.compile, torch's own assertion says so."""
+def check_token_range(token_ids: Tensor, vocab: int, token_weights: Tensor | None = None) -> None:
+    """Every id names a column, but for rows of weight 0; on other devices, where asking would stop
+    the host, and under torch.compile, torch's own assertion says so."""
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if active is not None:
-        token_ids = token_ids[active]
+    if token_weights is not None:
+        token_ids = token_ids[token_weights != 0]
     if token_ids.numel() == 0:
         return
     low, high = (int(x) for x in token_ids.aminmax())
@@ -201,8 +201,7 @@ def _check_tokens(
     check_columns(allowed_columns, vocab, num_columns)
     if token_ids is not None:
         check_token_ids(token_ids, num_rows)
-        active = None if token_weights is None else token_weights != 0
-        check_token_range(token_ids, num_columns, active)
+        check_token_range(token_ids, num_columns, token_weights)
 
 
 def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:

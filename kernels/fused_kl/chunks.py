@@ -200,7 +200,8 @@ class Gradients:
             if self.lm_head is None:
                 self.lm_head = self._new_head()
                 # The first block overwrites the columns in use: a pass of zeros is saved.
-                self.lm_head[self._side.num_columns :].zero_()
+                if self._side.num_columns < len(self.lm_head):
+                    self.lm_head[self._side.num_columns :].zero_()
             product_(
                 self.lm_head[columns],
                 logits_grad.t(),

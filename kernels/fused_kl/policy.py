@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_kl import checks
-from fused_kl.chunks import Gradients, HeadRules, LossWithGradients, Needs, keep_active
+from fused_kl.chunks import Gradients, HeadRules, LossWithGradients, Needs
 from fused_kl.tiles import Plan
 from fused_kl.tokens import Objective, TokenOptions, TokenPass, check_token_arguments
 
@@ -164,24 +164,29 @@ def _token_loss(
     checks.check_rows(hidden.shape[0], token_weights=token_weights)
     checks.check_frozen("constants", token_weights=token_weights)
     checks.check_same_device("hidden", hidden, token_weights=token_weights)
-    active = None if token_weights is None else token_weights != 0
-    token_ids = keep_active(token_ids.long(), active)
-    checks.check_token_range(token_ids, lm_head.shape[0])
+    checks.check_token_range(token_ids, lm_head.shape[0], token_weights)
+    token_ids, active, masked = token_ids.long(), None, None
+    if token_weights is not None:
+        active, masked = token_weights != 0, token_weights == 0
+        token_ids = token_ids * active
     token_pass = TokenPass(hidden, lm_head, bias, token_ids, options, active)
     needs = Needs.of(hidden, lm_head, bias)
 
     def weighted(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = objective(rows, logprobs)
-        if token_weights is None or active is None:
+        if token_weights is None or masked is None:
             return value, slope
         weights = token_weights[rows].to(value.dtype)
         # Not a plain product: the row of a masked token may be inf or NaN, and 0 * NaN spreads.
-        kept = active[rows]
-        return keep_active(value * weights, kept), keep_active(slope * weights, kept)
+        left_out = masked[rows]
+        value, slope = value * weights, slope * weights
+        return value.masked_fill_(left_out, 0), slope.masked_fill_(left_out, 0)
 
     def run() -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
         losses, *details, gradients = token_pass.run(needs, weighted)
-        return losses.sum(), tuple(keep_active(x, active) for x in details), gradients
+        if masked is not None:
+            details = [detail.masked_fill_(masked, 0) for detail in details]
+        return losses.sum(), tuple(details), gradients
 
     if any(needs):
         loss, logprobs, entropy = LossWithGradients.apply(run, hidden, lm_head, bias)

@@ -88,7 +88,7 @@ class TokenPass:
         `keep`, that of the last chunk's logits stays in `self.logits_grad`."""
         gradients = Gradients(self.side, needs, self.num_rows, self.vocab, self.plan.rows)
         losses, logprobs, entropy = (
-            self.side.hidden.new_zeros(self.num_rows, dtype=self.dtype) for _ in range(3)
+            self.side.hidden.new_empty(self.num_rows, dtype=self.dtype) for _ in range(3)
         )
         chunks, columns = slices(self.num_rows, self.plan.rows), slice(0, self.vocab)
         shape = min(self.plan.rows, self.num_rows), self.vocab

@@ -13,7 +13,6 @@ from fused_kl.chunks import (
     Needs,
     Side,
     compute_dtype,
-    keep_active,
     logit_buffer,
     multiplies_half,
     row_programs,
@@ -99,8 +98,8 @@ class Walk:
             for side in (inputs[:3], inputs[3:6])
         )
         self.token_ids = None if inputs.token_ids is None else inputs.token_ids.long()
-        if self.token_ids is not None:
-            self.token_ids = keep_active(self.token_ids, self.active)
+        if self.token_ids is not None and self.active is not None:
+            self.token_ids = self.token_ids * self.active
         allowed = inputs.allowed_columns
         self.banned = (
             None if allowed is None else Banned.outside(allowed[: self.num_columns], self.dtype)
