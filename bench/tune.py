@@ -150,7 +150,11 @@ class Trial:
 
 def chosen(trials: Sequence[Trial]) -> Any:
     """The fastest, unless the default, the first, is as fast."""
-    default, *others = (trial for trial in trials if trial.over_default is not None)
+    timed = [trial for trial in trials if trial.over_default is not None]
+    if not timed:
+        refusals = "; ".join(f"{trial.value}: {trial.refused}" for trial in trials)
+        raise ValueError(f"no candidate can be used: {refusals}")
+    default, *others = timed
     best = min(others, key=lambda trial: trial.mean, default=default)
     return best.value if best.mean < 1 - GAIN else default.value
 
