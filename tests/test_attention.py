@@ -1,16 +1,22 @@
 """Attention: the two functions against the definition and against the stock modules, in fp64."""
 
+import re
 import sys
+from collections.abc import Callable
+from importlib import metadata
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch._subclasses import FakeTensorMode
+from transformers import modeling_flash_attention_utils as flash
 
-from opd.data.batch import to_device
 from opd.models import liger
-from opd.models.attention import BACKENDS, attend, choose, lacking, vision_attention
+from opd.models.attention import PACKAGES, announce, attend, choose, vision_attention
 from opd.models.load import ModelError, place, prepare
 from opd.settings import ModelConfig
 from tests.helpers import (
@@ -221,75 +227,193 @@ def test_backends_without_a_mask_are_the_definition(
         assert relative(grad, truth) < WITHIN or truth.abs().max() < WITHIN
 
 
-def test_auto_takes_what_is_there_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose("model.attention", "auto", cpu) == "sdpa"
-    told = (
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that FlashAttention packages are installed: stand-in modules, whose innermost
+    functions compute in plain torch, behind transformers' own dispatch."""
+
+    def install(*backends: str, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(flash, "_loaded_implementation", None)
+        names = [PACKAGES[backend] for backend in backends]
+
+        def version(name: str) -> str:
+            if name == "transformers":
+                return transformers.__version__
+            if name in names:
+                return "9.9"
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr("opd.models.attention.metadata.version", version)
+        for backend, (path, *others) in MODULES.items():
+            check = f"is_flash_attn_{backend[-1]}_available"
+            for owner in (transformers.utils, flash):
+                monkeypatch.setattr(owner, check, lambda there=backend in backends: there)
+            if backend in backends:
+                for name in (path, *others):
+                    monkeypatch.setitem(sys.modules, name, stand_in(name))
+
+    announce.cache_clear()
+    return install
+
+
+MODULES = {
+    "flash_attention_2": ("flash_attn", "flash_attn.bert_padding"),
+    "flash_attention_3": ("flash_attn_interface",),
+    "flash_attention_4": ("flash_attn.cute", "flash_attn"),
+}
+CALLS: list[tuple[str, bool]] = []  # of the stand-ins: function, whether causal
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False
+) -> Tensor:
+    """Of the package: `[B, L, heads, D]`."""
+    CALLS.append(("dense", causal))
+    rows = q.shape[1]
+    mask = torch.ones(rows, k.shape[1], dtype=torch.bool)
+    mask = (mask.tril() if causal else mask)[None, None]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return naive(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Of the package: `[S, heads, D]`; refuses what the CUDA kernel would."""
+    CALLS.append(("varlen", causal))
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert type(max_seqlen_q) is type(max_seqlen_k) is int
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    parts = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        sides = (x[start:end][None] for x in (q, k, v))
+        parts.append(flash_attn_func(*sides, softmax_scale=softmax_scale, causal=causal)[0])
+        CALLS.pop()
+    return torch.cat(parts)
+
+
+def stand_in(name: str) -> ModuleType:
+    """A module of a FlashAttention package."""
+    module = ModuleType(name)
+    for function in (flash_attn_func, flash_attn_varlen_func):
+        setattr(module, function.__name__, function)
+    for unused in ("flash_attn_with_kvcache", "pad_input", "unpad_input"):
+        setattr(module, unused, lambda *_, **__: pytest.fail("called"))
+    return module
+
+
+def test_auto_takes_the_first_usable_backend(installed, capsys) -> None:
+    assert choose("model.attention", "auto", CPU, torch.float32) == "sdpa"
+    installed("flash_attention_2", "flash_attention_4")
+    assert choose("model.attention", "auto", GPU, BF16) == "flash_attention_4"
+    installed("flash_attention_2", "flash_attention_4", capability=(8, 0))
+    assert choose("model.attention", "auto", GPU, BF16) == "flash_attention_2"
+    installed()
+    assert choose("model.attention", "auto", GPU, BF16) == "varlen"
+    # FlashAttention has no fp32 kernels.
+    assert choose("model.attention", "auto", GPU, torch.float32) == "sdpa"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_reason_for_an_unusable_backend_is_named(installed) -> None:
+    message = (
         "^model.attention=flash_attention_2: needs a CUDA device, this is cpu; "
         "usable here: sdpa, eager$"
     )
-    with pytest.raises(ValueError, match=told):
-        choose("model.attention", "flash_attention_2", cpu)
+    with pytest.raises(ValueError, match=message):
+        choose("model.attention", "flash_attention_2", CPU, torch.float32)
     with pytest.raises(ModelError, match=r"^model.vision_attention=varlen: needs a CUDA"):
-        place(ModelConfig(vision_attention="varlen"), cpu)
-    installed = {"2": True, "3": False, "4": True}
-    for number, there in installed.items():
-        name = f"is_flash_attn_{number}_available"
-        monkeypatch.setattr(f"transformers.utils.{name}", lambda there=there: there)
-    capability = [(9, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
-    assert choose("model.attention", "auto", gpu) == "flash_attention_4"
-    capability[0] = (8, 0)
-    assert choose("model.attention", "auto", gpu) == "flash_attention_2"
+        place(ModelConfig(vision_attention="varlen"), CPU)
+    installed("flash_attention_2", "flash_attention_4", capability=(8, 0))
     with pytest.raises(ValueError, match="flash_attention_4: needs Hopper or later; usable here"):
-        choose("model.attention", "flash_attention_4", gpu)
+        choose("model.attention", "flash_attention_4", GPU, BF16)
     with pytest.raises(ValueError, match=r"not installed \(pip install flash-attn-3\)"):
-        choose("model.attention", "flash_attention_3", gpu)
+        choose("model.attention", "flash_attention_3", GPU, BF16)
+    with pytest.raises(ValueError, match="flash_attention_2: needs bfloat16"):
+        choose("model.attention", "flash_attention_2", GPU, torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["flash_attention_2", "varlen"])
+def test_a_broken_package_is_named_with_its_error(installed, monkeypatch, capsys) -> None:
+    """Installed, but built for another torch: `auto` says so and falls back."""
+    installed("flash_attention_2")
+    monkeypatch.delitem(sys.modules, "flash_attn.bert_padding")
+    monkeypatch.setattr(sys, "meta_path", [])
+    broken = r"flash_attention_2 is broken: flash-attn 9.9 raises ModuleNotFoundError: No module"
+    for _ in range(2):
+        assert choose("model.attention", "auto", GPU, BF16) == "varlen"
+    told = capsys.readouterr().err
+    assert re.match(rf"^model.attention=auto: {broken} .*; using varlen\n$", told)
+    with pytest.raises(ValueError, match=r"^model.attention=flash_attention_2: broken: flash-attn"):
+        choose("model.attention", "flash_attention_2", GPU, BF16)
+
+
+def test_a_package_that_transformers_refuses_is_named(installed, monkeypatch, capsys) -> None:
+    installed("flash_attention_2")
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    assert choose("model.attention", "auto", GPU, BF16) == "varlen"
+    assert "flash-attn 9.9 is installed, which transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", MODULES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_backends_are_given_what_they_need(
-    backend: str, family: str, monkeypatch: pytest.MonkeyPatch
+def test_flash_attention_through_the_dispatch_of_transformers(
+    backend: str, family: str, installed
 ) -> None:
-    """With the definition in the place of the CUDA kernels: layout, boundaries, causality, scale,
-    and a whole prompt that is the one of sdpa."""
+    """Prompts and videos on each FlashAttention backend are those of sdpa, gradients too."""
+    installed(backend)
+    CALLS.clear()
+    plain = ours("student", family, trainable="all")
+    batch = batch_of(unequal_prompts(plain))
+    packed = prepare(build("student", family), backend, backend)
+    packed.train_only("all")
+    prefixes = [prefill_of(lm, batch) for lm in (packed, plain)]
+    assert set(CALLS) == {("varlen", True), ("varlen", False)}
+    found, expected = prefixes
+    assert relative(found.last_hidden, expected.last_hidden) < 1e-11
+    assert relative(found.keys[-1], expected.keys[-1]) < 1e-11
+    for prefix in prefixes:
+        (prefix.last_hidden.square().sum() + prefix.keys[-1].square().sum()).backward()
+    expected_grads = gradients(plain.model)
+    for name, grad in gradients(packed.model).items():
+        assert relative(grad, expected_grads[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])  # torch 2.11 does not
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torchs_packed_attention(takes_groups: bool, family: str, monkeypatch) -> None:
     calls: list[bool] = []
 
-    def by_definition(sides: list[Tensor], edges: Tensor, scale: float, causal: bool) -> Tensor:
-        calls.append(causal)
-        assert edges.dtype == torch.int32
-        out = torch.empty_like(sides[0])
-        for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in sides)
-            mask = torch.ones(end - start, end - start, dtype=torch.bool)
-            mask = (mask.tril() if causal else mask)[None, None]
-            out[start:end] = naive(q, k, v, mask, scale)[0]
-        return out
+    def varlen(*args: Any, scale: float, window_size: Any) -> Tensor:
+        query, key, _, edges, others, longest, also = args
+        assert others is edges and also == longest == int(edges.diff().max())
+        calls.append({(-1, 0): True, (-1, -1): False}[window_size])
+        assert takes_groups or query.shape[1] == key.shape[1]
+        return flash_attn_varlen_func(*args, softmax_scale=scale, causal=calls[-1])
 
-    def varlen(*args: Any, scale: float, window_size: Any, enable_gqa: bool) -> Tensor:
-        query, key, value, edges, others, longest, also = args
-        assert others is edges and also == longest == int((edges[1:] - edges[:-1]).max())
-        assert enable_gqa == (query.shape[1] != key.shape[1])
-        causal = {(-1, 0): True, (-1, -1): False}[window_size]
-        return by_definition([query, key, value], edges, scale, causal)
+    def with_groups(*args: Any, scale: float, window_size: Any, enable_gqa: bool = False) -> Tensor:
+        assert enable_gqa == (args[0].shape[1] != args[1].shape[1])
+        return varlen(*args, scale=scale, window_size=window_size)
 
-    def flash(
-        module: nn.Module, *sides: Tensor, scaling: float, is_causal: bool, **more: Any
-    ) -> Any:
-        edges = more.pop("cu_seq_lens_q")
-        longest = int((edges[1:] - edges[:-1]).max())
-        assert more.pop("cu_seq_lens_k") is edges and more.pop("attention_mask") is None
-        assert more == {"max_length_q": longest, "max_length_k": longest}
-        rows = [x[0].transpose(0, 1) for x in sides]
-        return by_definition(rows, edges, scaling, is_causal)[None], None
-
-    monkeypatch.setattr("opd.models.attention._varlen", lambda: varlen)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    function = with_groups if takes_groups else varlen
+    monkeypatch.setattr("opd.models.attention._varlen", lambda: function)
     plain = ours("student", family)
     batch = batch_of(unequal_prompts(plain))
     expected = prefill_of(plain, batch)
-    packed = prepare(build("student", family), backend, backend)
+    packed = prepare(build("student", family), "varlen", "varlen")
     packed.train_only("language")
     found = prefill_of(packed, batch)
     assert set(calls) == {True, False}
@@ -297,25 +421,23 @@ def test_packed_backends_are_given_what_they_need(
     assert relative(found.keys[-1], expected.keys[-1]) < 1e-11
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_on_every_backend_of_the_gpu(backend: str, family: str) -> None:
-    device = torch.device("cuda")
-    reason = lacking(backend, device)
-    if reason is not None:
-        pytest.skip(reason)
-    truth = ours("student", family)
-    batch = batch_of(unequal_prompts(truth))
-    expected = prefill_of(truth, batch)
-    errors = []
-    for name in ("eager", backend):
-        lm = prepare(build("student", family).to(device, torch.bfloat16), name, name)
-        lm.train_only("language")
-        found = prefill_of(lm, to_device(batch, device))
-        errors.append(relative(found.last_hidden.double().cpu(), expected.last_hidden))
-    assert errors[1] < 2 * errors[0] + 1e-3
+def test_masked_attention_never_reaches_cudnn(monkeypatch) -> None:
+    """On a GPU cuDNN would make a plan for every key length of a decode loop."""
+    enabled = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*sides: Tensor, **options: Any) -> Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*sides, **options)
+
+    monkeypatch.setattr("opd.models.attention.scaled_dot_product_attention", spy)
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 5, 16, device="cuda", dtype=BF16)
+        keys = torch.empty(2, 2, 9, 16, device="cuda", dtype=BF16)
+        mask = torch.ones(2, 1, 5, 9, dtype=torch.bool, device="cuda")
+        out, _ = attend(nn.Module(), query, keys, keys, mask)
+    assert out.shape == (2, 5, 4, 16)
+    assert enabled == [False]
 
 
 def test_liger_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,29 +450,3 @@ def test_liger_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert not liger.wanted("auto", gpu)
     with pytest.raises(ValueError, match=r"not installed \(pip install liger-kernel\)$"):
         liger.wanted("on", gpu)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ligers_modules_are_the_stock_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
-    device = torch.device("cuda")
-    lm = prepare(build("student", family).to(device, torch.float32))
-    lm.train_only("language")
-    module = sys.modules[type(lm.language_model).__module__]
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # put back
-    batch = to_device(batch_of(unequal_prompts(lm)), device)
-
-    def forward_and_backward() -> tuple[Tensor, dict[str, Tensor]]:
-        lm.model.zero_grad()
-        found = prefill_of(lm, batch)
-        (found.last_hidden.square().sum() + found.keys[-1].square().sum()).backward()
-        return found.last_hidden.detach(), gradients(lm.model)
-
-    expected, truths = forward_and_backward()
-    liger.install(lm.language_model)
-    found, grads = forward_and_backward()
-    assert not torch.equal(found, expected), "nothing was replaced"
-    assert relative(found, expected) < 1e-4
-    assert all(relative(grads[name], truth) < 1e-3 for name, truth in truths.items())

@@ -1,5 +1,5 @@
 """Attention: one function for the language model, and a vision attention that batches equal
-segments; each on a backend that is named, and never changed in silence.
+segments. Each runs on a backend that is named in the configuration or announced on stderr.
 
     prompts                       the backend's causal attention
     completions (with a mask)     sdpa with query groups folded: FlashAttention takes no such mask
@@ -8,18 +8,24 @@ segments; each on a backend that is named, and never changed in silence.
 
 import inspect
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import modeling_flash_attention_utils as flash
 from transformers import utils as transformers_utils
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from opd import world
+from opd.device import fetch, send
 from opd.settings import BACKENDS
 
 PACKAGES = {
@@ -27,48 +33,81 @@ PACKAGES = {
     "flash_attention_3": "flash-attn-3",
     "flash_attention_2": "flash-attn",
 }
+# cuDNN builds a plan for every shape and stride, tens of milliseconds on the host for each key
+# length of a decode loop. The math kernel is the last resort, for fp64.
+MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def lacking(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot be used on this device, if it cannot."""
+def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why a backend cannot serve tensors of this device and dtype; None if it can."""
     if backend in ("sdpa", "eager"):
         return None
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16, model.dtype is {str(dtype).removeprefix('torch.')}"
     if backend == "varlen":
         return None if _varlen() else f"torch {torch.__version__} has no such attention"
-    there = getattr(transformers_utils, f"is_flash_attn_{backend[-1]}_available", bool)
-    if not there():
-        return f"not installed (pip install {PACKAGES[backend]})"
-    newest = torch.cuda.get_device_capability(device) >= (9, 0)
-    return None if newest or backend == "flash_attention_2" else "needs Hopper or later"
+    capable = torch.cuda.get_device_capability(device) >= (9, 0)
+    return _not_importable(backend) or (
+        None if capable or backend == "flash_attention_2" else "needs Hopper or later"
+    )
 
 
-def choose(key: str, asked: str, device: torch.device) -> str:
-    """The backend that is asked for, or of `auto` the first that can be used. ValueError, one line
-    that names the key, for one that cannot."""
+def _not_importable(backend: str) -> str | None:
+    """The reason why transformers cannot import the package of a FlashAttention backend."""
+    package = PACKAGES[backend]
+    try:
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed (pip install {package})"
+    is_accepted = getattr(transformers_utils, f"is_flash_attn_{backend[-1]}_available", bool)
+    if not is_accepted():
+        accepted_by = f"transformers {metadata.version('transformers')}"
+        return f"broken: {package} {version} is installed, which {accepted_by} does not accept"
+    try:
+        flash.lazy_import_flash_attention(backend)
+    except Exception as error:  # a package compiled for another torch raises almost anything
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"broken: {package} {version} raises {type(error).__name__}: {first_line}"
+    return None
+
+
+def choose(key: str, asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use: `asked`, or for `auto` the first usable one, which announces a backend
+    that is installed but broken. ValueError, one line that names the key, for an unusable one."""
+    reasons = {backend: unusable(backend, device, dtype) for backend in BACKENDS}
+    usable = [backend for backend, reason in reasons.items() if reason is None]
     if asked == "auto":
-        return next(backend for backend in BACKENDS if lacking(backend, device) is None)
-    reason = lacking(asked, device)
-    if reason is not None:
-        usable = ", ".join(b for b in BACKENDS if lacking(b, device) is None)
-        raise ValueError(f"{key}={asked}: {reason}; usable here: {usable}")
+        for backend in BACKENDS[: BACKENDS.index(usable[0])]:
+            reason = reasons[backend]
+            if reason is not None and reason.startswith("broken"):
+                announce(f"{key}=auto: {backend} is {reason}; using {usable[0]}")
+        return usable[0]
+    if reasons[asked] is not None:
+        raise ValueError(f"{key}={asked}: {reasons[asked]}; usable here: {', '.join(usable)}")
     return asked
 
 
+@lru_cache
+def announce(message: str) -> None:
+    """Print a line on stderr, once, from the first rank."""
+    if world.is_first():
+        print(message, file=sys.stderr)
+
+
 def _varlen() -> Callable[..., torch.Tensor] | None:
-    """torch's own variable-length FlashAttention, where it takes grouped queries."""
+    """torch's own variable-length FlashAttention, where it takes a scale and a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"enable_gqa", "scale", "window_size"} <= known.keys() else None  # type: ignore[return-value]
+    parameters = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size"} <= parameters.keys() else None  # type: ignore[return-value]
 
 
 def packed(
     backend: str,
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -77,26 +116,37 @@ def packed(
     scale: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """FlashAttention over sequences that lie one after the other, `[S, heads, D]`; `edges` int32
-    are their boundaries."""
+    """FlashAttention over sequences that lie one after the other.
+
+    Args:
+        query: `[S, heads, D]`; key and value: `[S, kv_heads, D]`, bf16 or fp16.
+        edges: int32 `[sequences + 1]`, their boundaries; longest: length of the longest sequence.
+
+    Returns: `[S, heads, D]`.
+    """
     if backend == "varlen":
         attention = _varlen()
         assert attention is not None
-        window = (-1, 0) if causal else (-1, -1)
-        groups = {"enable_gqa": query.shape[1] != key.shape[1]}
-        sides = edges, edges, longest, longest
-        return attention(query, key, value, *sides, scale=scale, window_size=window, **groups)
-    sides = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out, _ = ALL_ATTENTION_FUNCTIONS[backend](
-        module,
-        *sides,
+        options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1), "scale": scale}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and "enable_gqa" in inspect.signature(attention).parameters:
+            options["enable_gqa"] = True
+        elif groups > 1:  # torch 2.11
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return attention(query, key, value, edges, edges, longest, longest, **options)
+    # transformers' `flash_attention_forward` takes the kernel's name from the module's
+    # configuration, where ours is registered; this function takes it as an argument.
+    out = flash._flash_attention_forward(
+        *(x[None] for x in (query, key, value)),
         attention_mask=None,
-        scaling=scale,
+        query_length=len(query),
         is_causal=causal,
+        softmax_scale=scale,
         cu_seq_lens_q=edges,
         cu_seq_lens_k=edges,
         max_length_q=longest,
         max_length_k=longest,
+        attn_implementation=backend,
     )
     return out[0]
 
@@ -155,13 +205,47 @@ def attend(
             return out.transpose(1, 2).contiguous(), None
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
-        out = packed(backend, module, q, k, v, edges, length, scaling, True)
+        out = packed(backend, q, k, v, edges, length, scaling, True)
         return out.view(batch, length, heads, dim), None
     # Query groups fold into the length: every key/value head is read once and never repeated.
     folded = query.reshape(batch, heads // groups, groups * length, dim)
     mask = attention_mask if groups == 1 else attention_mask.repeat(1, 1, groups, 1)
-    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    with masked_kernels(query.device):
+        out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+def masked_kernels(device: torch.device) -> AbstractContextManager[Any]:
+    """The context of masked attention: on a GPU every kernel of sdpa but cuDNN's."""
+    return sdpa_kernel(MASKED_KERNELS) if device.type == "cuda" else nullcontext()
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The boundaries of packed vision segments, `edges` int32 `[segments + 1]` on the device and
+    `lengths` on the host, where asking for them costs nothing."""
+
+    edges: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, edges: torch.Tensor, device: torch.device | None = None) -> "Segments":
+        """From boundaries on the host, sent to `device`, or on a device, which then has to answer
+        for the lengths."""
+        lengths = fetch(edges).diff().tolist()
+        return cls(edges.int() if device is None else send(edges.int(), device), tuple(lengths))
+
+    @cached_property
+    def rows_by_length(self) -> dict[int, torch.Tensor | None]:
+        """The rows of all segments of each distinct length, one after the other; None for all
+        rows, where there is one length."""
+        distinct = sorted(set(self.lengths))
+        if len(distinct) == 1:
+            return {distinct[0]: None}
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        rows = {n: (starts[lengths == n][:, None] + torch.arange(n)).flatten() for n in distinct}
+        return {length: send(index, self.edges.device) for length, index in rows.items()}
 
 
 def vision_attention(
@@ -170,13 +254,17 @@ def vision_attention(
     cu_seqlens: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     backend: str = "sdpa",
+    segments: Sequence[Segments] = (),
     **_: Any,
 ) -> torch.Tensor:
     """The stock vision attention over packed segments, one batched call per distinct segment
     length, or one call where the backend takes packed segments.
 
     Args:
-        hidden_states: `[S, H]`, segments one after the other; cu_seqlens: their boundaries.
+        hidden_states: `[S, H]`, segments one after the other.
+        cu_seqlens: their boundaries, int32.
+        segments: what the host knows of boundaries; without those of `cu_seqlens` the device is
+            asked for them.
 
     The stock module calls sdpa once a segment: hundreds of calls a layer for a batch of videos.
     """
@@ -184,18 +272,14 @@ def vision_attention(
     size = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
     query, key = rotate(query, key, *position_embeddings)
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    known = next((part for part in segments if part.edges is cu_seqlens), None)
+    known = known or Segments.of(cu_seqlens)
     if backend not in ("sdpa", "eager"):
-        edges, longest = cu_seqlens.int(), int(lengths.max())
-        out = packed(backend, self, query, key, value, edges, longest, self.scaling, False)
+        longest = max(known.lengths)
+        out = packed(backend, query, key, value, known.edges, longest, self.scaling, False)
         return self.proj(out.reshape(size, -1))
-    distinct = lengths.unique().tolist()
-    out = torch.empty_like(query) if len(distinct) > 1 else None
-    for length in distinct:
-        rows = None
-        if out is not None:
-            starts = cu_seqlens[:-1][lengths == length]
-            rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
+    out = torch.empty_like(query) if len(known.rows_by_length) > 1 else None
+    for length, rows in known.rows_by_length.items():
         q, k, v = (
             (x if rows is None else x[rows])
             .view(-1, length, self.num_heads, x.shape[-1])

@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from opd.device import send
 from opd.models import attention, liger, tiny
 from opd.models.positions import qwen2_5_vl_positions, qwen3_vl_positions
+from opd.models.tower import tower_arguments
 from opd.settings import ModelConfig
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
@@ -87,13 +89,15 @@ class VideoLM:
         """One call of the vision tower for a batch of videos; no graph where the tower is frozen.
 
         Args:
-            pixel_values: `[patches, patch_dim]`; grid_thw: int64 `[B, 3]`, in patches.
+            pixel_values: `[patches, patch_dim]`, on the host or the device; grid_thw: int64 `[B,
+                3]` on the host, in patches.
 
         Returns: Embeddings `[vision tokens, H]`, and one such tensor per deepstack level (none for
             Qwen2.5-VL).
         """
+        pixels = send(pixel_values, self.device).to(self.head.weight.dtype)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-            out = self.visual(pixel_values.to(self.head.weight.dtype), grid_thw=grid_thw)
+            out = self.visual(pixels, **tower_arguments(self.visual, grid_thw, self.device))
         return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
 
     def positions(
@@ -141,15 +145,15 @@ def place(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, dtype)
     try:
         backends = (
-            attention.choose("model.attention", config.attention, device),
-            attention.choose("model.vision_attention", config.vision_attention, device),
+            attention.choose("model.attention", config.attention, device, dtype),
+            attention.choose("model.vision_attention", config.vision_attention, device, dtype),
         )
         fused = liger.wanted(config.liger, device)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    dtype = getattr(torch, dtype)
     return {"dtype": dtype, "device": device, "backends": backends, "fused": fused}
 
 

@@ -1,0 +1,57 @@
+"""What a vision tower computes from the sizes of its videos, computed on the host.
+
+The stock towers derive positions, interpolation weights and segment boundaries from `grid_thw`, and
+on a GPU wait for the device a dozen times on the way. They also accept all of these as arguments.
+"""
+
+from typing import Any
+
+import torch
+from transformers import vision_utils
+
+from opd.device import fetch, send
+from opd.models.attention import Segments
+
+
+def tower_arguments(tower: Any, grid_thw: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for a Qwen-VL vision tower.
+
+    Args:
+        grid_thw: int64 `[B, 3]`, the videos' sizes in patches, best on the host.
+
+    Returns: `grid_thw` on the host and, on `device`, all that the tower would derive from it.
+    """
+    grid, config = fetch(grid_thw), tower.config
+    merge = config.spatial_merge_size
+    frames = Segments.of(vision_utils.get_vision_cu_seqlens(grid), device)
+    arguments: dict[str, Any] = {
+        "grid_thw": grid,
+        "position_ids": send(vision_utils.get_vision_position_ids(grid, merge), device),
+        "cu_seqlens": frames.edges,
+        "max_seqlen": max(frames.lengths),
+        "segments": [frames],
+    }
+    if hasattr(tower, "window_size"):  # Qwen2.5-VL
+        order, edges = vision_utils.get_vision_window_index(
+            grid, merge, tower.window_size, tower.patch_size
+        )
+        windows = Segments.of(edges, device)
+        arguments |= {
+            "window_index": send(order, device),
+            "cu_window_seqlens": windows.edges,
+            "max_window_seqlen": max(windows.lengths),
+            "segments": [frames, windows],
+        }
+    else:
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        arguments |= {
+            "interp_indices": send(indices, device),
+            "interp_weights": send(weights, device),
+        }
+    return arguments
