@@ -33,12 +33,13 @@ def full_logits(lm: VideoLM, batch: PromptBatch, rollouts: Rollouts) -> torch.Te
     shape = rollouts.completion_ids.shape
     prompts, mask = (x.repeat_interleave(shape[1], 0) for x in (batch.input_ids, batch.mask))
     ids = torch.cat([prompts, rollouts.completion_ids.flatten(0, 1)], dim=1)
-    mask = torch.cat([mask, rollouts.completion_mask.flatten(0, 1)], dim=1)
+    mask = torch.cat([mask, rollouts.completion_mask.flatten(0, 1).to(mask.device)], dim=1)
+    pixels = torch.cat([p for p in batch.pixels for _ in range(shape[1])])
     out = lm.model(
         input_ids=ids,
         attention_mask=mask.long(),
-        pixel_values_videos=torch.cat([p for p in batch.pixels for _ in range(shape[1])]),
-        video_grid_thw=batch.video_grid_thw.repeat_interleave(shape[1], 0),
+        pixel_values_videos=pixels.to(lm.device),
+        video_grid_thw=batch.video_grid_thw.repeat_interleave(shape[1], 0).to(lm.device),
         mm_token_type_ids=2 * (ids == lm.model.config.video_token_id),  # 2 is video
         logits_to_keep=shape[2] + 1,
         use_cache=False,
@@ -48,7 +49,7 @@ def full_logits(lm: VideoLM, batch: PromptBatch, rollouts: Rollouts) -> torch.Te
 
 def chosen(log_probs: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
     """Of `[N, V]`, those of the N tokens of the loss."""
-    ids = rollouts.completion_ids[rollouts.loss_mask]
+    ids = rollouts.in_loss(rollouts.completion_ids)
     return log_probs.gather(-1, ids[:, None])[:, 0]
 
 
@@ -81,7 +82,7 @@ def dense_loss(
     if name == "grpo" and not config.grpo.kl_coef:
         assert rollouts.rewards is not None
         relative = advantages(rollouts.rewards, config.grpo.advantage)
-        relative = relative[..., None].expand_as(mask)[mask]
+        relative = relative[..., None].expand_as(mask)[mask].to(ratio.device)
         clipped = ratio.clamp(1 - config.grpo.clip, 1 + config.grpo.clip)
         return -torch.minimum(ratio * relative, clipped * relative).sum()
     raise ValueError(f"no definition of {name} here")
@@ -100,14 +101,15 @@ def train_on(
     old_logprobs: torch.Tensor | None = None,
 ) -> Loss:
     """Add the gradient of one full forward; the teacher, if there is one, forwards as much."""
-    mask, teacher = rollouts.loss_mask, None
+    teacher = None
     if trainer.teacher is not None:
         with torch.no_grad():
-            logits = full_logits(trainer.teacher.lm, batch, rollouts)[mask]
+            logits = rollouts.in_loss(full_logits(trainer.teacher.lm, batch, rollouts))
             teacher = trainer.policy.log_probs(logits)
-    log_probs = trainer.policy.log_probs(full_logits(trainer.student, batch, rollouts)[mask])
-    loss = dense_loss(trainer, log_probs, rollouts, teacher, old_logprobs)
-    trainer.engine.backward(loss / (trainer.known_denominator or 1))
+    logits = rollouts.in_loss(full_logits(trainer.student, batch, rollouts))
+    log_probs = trainer.policy.log_probs(logits)
+    loss = dense_loss(trainer, log_probs, rollouts, teacher, old_logprobs) * trainer.token_weight
+    trainer.engine.backward(loss)
     return Loss(loss.detach())
 
 
@@ -121,7 +123,7 @@ def published_style(trainer: Trainer, batch: PromptBatch, step: int) -> tuple[Lo
     """Adds the gradient of one batch of rollouts."""
     rollouts = generate(trainer, batch, step)
     with torch.no_grad():
-        logits = full_logits(trainer.student, batch, rollouts)[rollouts.loss_mask]
+        logits = rollouts.in_loss(full_logits(trainer.student, batch, rollouts))
         old_logprobs = chosen(trainer.policy.log_probs(logits), rollouts)
         full_logits(trainer.student, batch, rollouts)  # thrown away
     return train_on(trainer, batch, rollouts, old_logprobs), rollouts

@@ -155,7 +155,8 @@ def prove_equal(
     tokens."""
     assert trainer.config.normalize == "token"
     (loss, rollouts), summed = gradient(trainer, lambda: trainer.micro_step(batch, 0))
-    ids, mask = rollouts.completion_ids[:, 0], rollouts.completion_mask[:, 0].long()
+    ids = rollouts.completion_ids[:, 0]
+    mask = rollouts.completion_mask[:, 0].long().to(ids.device)
     inputs = {
         "prompt_ids": batch.input_ids,
         "prompt_mask": batch.mask.long(),

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 
 from opd.data.batch import Prompt, PromptBatch, collate
+from opd.device import send
 from opd.models.load import VideoLM
 from opd.prefix import Prefix, encode, forward, prefill, run_behind
 
@@ -48,7 +49,7 @@ def forward_by_video(lm: VideoLM, batch: PromptBatch) -> Prefix:
     groups = groups_of(batch, lm.model.config.video_token_id)
     if lm.sharded or not any(shared for shared, _ in groups):
         return forward(lm, batch)
-    pad, parts = int(batch.input_ids[0, 0]), []
+    pad, parts = 0, []  # `forward` cuts padding off again
     for shared, prompts in groups:
         if not shared:
             parts.append(forward(lm, collate(prompts, pad, lm.device)))
@@ -68,8 +69,9 @@ def forward_by_video(lm: VideoLM, batch: PromptBatch) -> Prefix:
 def _branch(lm: VideoLM, prefix: Prefix, prompts: Sequence[Prompt], shared: int) -> Prefix:
     """The prefixes of prompts of one length, from that of the tokens that they share."""
     device, count = lm.device, len(prompts)
-    ids = torch.stack([prompt.input_ids[shared:] for prompt in prompts]).to(device)
-    positions = torch.stack([prompt.position_ids[:, shared:] for prompt in prompts], 1).to(device)
+    ids = send(torch.stack([prompt.input_ids[shared:] for prompt in prompts]), device)
+    positions = torch.stack([prompt.position_ids[:, shared:] for prompt in prompts], 1)
+    positions = send(positions, device)
     width = ids.shape[1]
     causal = torch.ones(width, shared + width, dtype=torch.bool, device=device).tril(shared)
     before = [
@@ -83,5 +85,5 @@ def _branch(lm: VideoLM, prefix: Prefix, prompts: Sequence[Prompt], shared: int)
     ]
     keys, values = map(list, zip(*joined, strict=True))
     mask = torch.ones(count, shared + width, dtype=torch.bool, device=device)
-    ends = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    ends = send(torch.tensor([prompt.next_position for prompt in prompts]), device)
     return Prefix(keys, values, mask, hidden[:, -1], ends)

@@ -15,7 +15,7 @@ alike. Each objective runs inside the forward of the student's head, which owns 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from fused_kl import (
     topk_reverse_kl,
 )
 from opd.config import Config
+from opd.device import fetch
 from opd.rollout import Policy
 
 
@@ -44,7 +45,7 @@ class Loss(NamedTuple):
 
     def cpu(self) -> "Loss":
         """The same numbers, without a graph."""
-        found = {k: v.detach().cpu() for k, v in self._asdict().items() if v is not None}
+        found = {k: fetch(v) for k, v in self._asdict().items() if v is not None}
         return Loss(**found)
 
 
@@ -55,7 +56,8 @@ class Targets:
 
     `token_ids` int64 `[N]`; `teacher_hidden` `[N, H_T]` and `teacher_lm_head` `[V', H_T]`, absent
     for sft, and for grpo those of the starting student, if it is asked for. `advantages` and
-    `old_logprobs` fp32 `[N]` are those of grpo; without the latter rho is 1.
+    `old_logprobs` fp32 `[N]` are those of grpo; without the latter rho is 1. `token_weight` is the
+    factor of every token's loss.
     """
 
     token_ids: torch.Tensor
@@ -65,6 +67,18 @@ class Targets:
     advantages: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     config: Config = field(default_factory=Config)
+    token_weight: float = 1.0
+
+    def _rules(self, student_hidden: torch.Tensor) -> dict[str, Any]:
+        """What every loss is told: the policy, and the weights of the tokens."""
+        count, dtype = len(student_hidden), torch.promote_types(student_hidden.dtype, torch.float32)
+        return {
+            "allowed_columns": self.policy.allowed_columns,
+            "temperature": self.policy.temperature,
+            "token_weights": torch.full(
+                (count,), self.token_weight, dtype=dtype, device=student_hidden.device
+            ),
+        }
 
     def reverse_kl(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
         """Full-vocabulary KL(student || teacher), `student_hidden` `[N, H]`, gradients made in
@@ -100,8 +114,7 @@ class Targets:
             student_lm_head,
             self.token_ids,
             advantages=torch.full(self.token_ids.shape, -1.0, device=self.token_ids.device),
-            allowed_columns=self.policy.allowed_columns,
-            temperature=self.policy.temperature,
+            **self._rules(student_hidden),
         )
         return exact._replace(loss=out.loss)
 
@@ -109,8 +122,9 @@ class Targets:
         """The configured objective plus `opd.reward_coef` times the group's policy gradient."""
         sides = student_hidden, student_lm_head
         distilled = getattr(self, self.config.objective)(*sides)
-        rewarded = self.grpo(*sides)
-        return distilled._replace(loss=distilled.loss + self.config.opd.reward_coef * rewarded.loss)
+        weight = self.config.opd.reward_coef * self.token_weight
+        rewarded = replace(self, token_weight=weight).grpo(*sides)
+        return distilled._replace(loss=distilled.loss + rewarded.loss)
 
     def _divergence(
         self,
@@ -126,8 +140,7 @@ class Targets:
             self.teacher_hidden,
             self.teacher_lm_head,
             token_ids=self.token_ids,
-            allowed_columns=self.policy.allowed_columns,
-            temperature=self.policy.temperature,
+            **self._rules(student_hidden),
             **rules,
         )
         return Loss(
@@ -144,24 +157,24 @@ class Targets:
             student_hidden,
             student_lm_head,
             self.token_ids,
-            allowed_columns=self.policy.allowed_columns,
-            temperature=self.policy.temperature,
+            **self._rules(student_hidden),
         )
         return Loss(out.loss, student_entropy=out.entropy, student_logprobs=out.logprobs)
 
     def grpo(self, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
         """The clipped surrogate of the group's advantages (arXiv 2402.03300)."""
         assert self.advantages is not None
-        rules = {
-            "allowed_columns": self.policy.allowed_columns,
-            "temperature": self.policy.temperature,
-        }
+        rules = self._rules(student_hidden)
         reference = None
         if self.config.grpo.kl_coef:
             assert self.teacher_hidden is not None and self.teacher_lm_head is not None
             with torch.no_grad():
                 reference = linear_logprobs(
-                    self.teacher_hidden, self.teacher_lm_head, self.token_ids, **rules
+                    self.teacher_hidden,
+                    self.teacher_lm_head,
+                    self.token_ids,
+                    allowed_columns=self.policy.allowed_columns,
+                    temperature=self.policy.temperature,
                 ).logprobs
         out = linear_policy_loss(
             student_hidden,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opd import world
 from opd.data.batch import PromptBatch
+from opd.device import send
 from opd.models.load import Video, VideoLM
 
 
@@ -193,12 +194,10 @@ def prefill(
     language_model = lm.language_model
     embeds, deepstack = video
     hidden = language_model.embed_tokens(batch.input_ids)
-    is_video = batch.input_ids == lm.model.config.video_token_id
-    hidden = hidden.masked_scatter(is_video[..., None], embeds.to(hidden.dtype))
-    levels = [
-        torch.zeros_like(hidden).masked_scatter(is_video[..., None], d.to(hidden.dtype))
-        for d in deepstack
-    ]
+    rows = batch.video_rows(lm.model.config.video_token_id)
+    assert len(rows) == len(embeds), "a vision token for each place in the prompts"
+    rows, shape = send(rows, hidden.device), hidden.shape
+    hidden = hidden.flatten(0, 1).index_copy(0, rows, embeds.to(hidden.dtype)).view(shape)
     rotary = language_model.rotary_emb(hidden, batch.position_ids)
 
     def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -223,8 +222,9 @@ def prefill(
                 hidden, key, value = run(layer, hidden)
             keys.append(key)
             values.append(value)
-            if index < len(levels):
-                hidden = hidden + levels[index]
+            if index < len(deepstack):
+                level = deepstack[index].to(hidden.dtype)
+                hidden = hidden.flatten(0, 1).index_add(0, rows, level).view(shape)
     last_hidden = language_model.norm(hidden[:, -1])
     return Prefix(keys, values, batch.mask, last_hidden, batch.next_position)
 

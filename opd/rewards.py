@@ -102,4 +102,4 @@ def grade(
         ]
         for answers, example in zip(decode_answers(rollouts, tokenizer), examples, strict=True)
     ]
-    return replace(rollouts, rewards=torch.tensor(values, device=rollouts.truncated.device))
+    return replace(rollouts, rewards=torch.tensor(values))

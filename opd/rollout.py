@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from opd import world
 from opd.data.batch import PromptBatch
 from opd.decode import Decoder
+from opd.device import fetch, send
 from opd.models.load import VideoLM, end_token_ids
 from opd.prefix import LayerCounter, Prefix
 
@@ -60,16 +62,17 @@ class Policy:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """Completions `[B, R, T]`, right-padded: ids, mask (first end token included) and the sampler's
-    log-probabilities.
+    """Completions `[B, R, T]`, right-padded, with the sampler's log-probability of each token.
 
-    `truncated` `[B, R]` marks those that reached the length limit without an end token. `rewards`
-    `[B, R]` are there where answers are compared or routed; `trained` `[B, R]`, where it is given,
-    says which completions take part in the loss, and `horizon` how many of their tokens.
+    `completion_ids` and `rollout_logprobs` (fp32, 0 behind the end) are on the device. What decides
+    about them is on the host, `[B, R]`: `lengths`, the number of tokens with the first end token;
+    `truncated`, whether the length limit came before an end token; `rewards`, where answers are
+    compared or routed; `trained`, where some completions take no part in the loss; and `horizon`,
+    the number of tokens of each that do.
     """
 
     completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
+    lengths: torch.Tensor
     rollout_logprobs: torch.Tensor
     truncated: torch.Tensor
     rewards: torch.Tensor | None = None
@@ -77,19 +80,46 @@ class Rollouts:
     horizon: int | None = None
 
     @property
-    def loss_mask(self) -> torch.Tensor:
-        """Boolean `[B, R, T]`: the tokens of the loss."""
-        mask = self.completion_mask
+    def num_tokens(self) -> int:
+        """Tokens of all completions."""
+        return int(self.lengths.sum())
+
+    @property
+    def loss_lengths(self) -> torch.Tensor:
+        """`[B, R]`, on the host: how many tokens of each completion, from its first, are in the
+        loss."""
+        lengths = self.lengths
         if self.trained is not None:
-            mask = mask & self.trained[..., None]
-        if self.horizon is not None:
-            mask = mask & (torch.arange(mask.shape[2], device=mask.device) < self.horizon)
-        return mask
+            lengths = lengths * self.trained
+        return lengths if self.horizon is None else lengths.clamp_max(self.horizon)
+
+    @property
+    def completion_mask(self) -> torch.Tensor:
+        """Boolean `[B, R, T]`, on the host: tokens of completions."""
+        return self._first(self.lengths)
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """Boolean `[B, R, T]`, on the host: tokens of the loss."""
+        return self._first(self.loss_lengths)
+
+    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.completion_ids.shape[2]) < lengths[..., None]
+
+    @cached_property
+    def loss_rows(self) -> torch.Tensor:
+        """int64 `[N]`, on the device: the tokens of the loss among `completion_ids.flatten()`."""
+        rows = self.loss_mask.flatten().nonzero().flatten()
+        return send(rows, self.completion_ids.device)
+
+    def in_loss(self, values: torch.Tensor) -> torch.Tensor:
+        """The entries `[N, ...]` of `values` `[B, R, T, ...]` at the tokens of the loss."""
+        return values.flatten(0, 2).index_select(0, self.loss_rows)
 
     def cpu(self) -> "Rollouts":
-        """The same on the CPU."""
-        tensors = {k: v.cpu() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors)
+        """The same on the host; waits for the device."""
+        ids, logprobs = fetch(self.completion_ids), fetch(self.rollout_logprobs)
+        return replace(self, completion_ids=ids, rollout_logprobs=logprobs)
 
     def routed(self, lockstep: bool = False) -> tuple[list[int], "Rollouts"]:
         """The prompts with a completion that is trained on, and of their rollouts those alone, as
@@ -105,14 +135,19 @@ class Rollouts:
         # The trained ones of each prompt come first, in their order.
         first = (~self.trained[rows]).byte().argsort(dim=1, stable=True)[:, :width]
         kept = rows[:, None], first
-        lengths = (self.completion_mask[kept] & self.trained[kept][..., None]).sum(2)
-        length = max(1, int(lengths.max())) if len(rows) else 0
+        lengths = self.lengths[kept]
+        longest = max(1, int((lengths * self.trained[kept]).max())) if len(rows) else 0
+        # One index for the device: places in `[B * R]`.
+        places = send(rows[:, None] * self.lengths.shape[1] + first, self.completion_ids.device)
+
+        def gathered(values: torch.Tensor) -> torch.Tensor:
+            return values.flatten(0, 1)[places][..., :longest]
 
         return rows.tolist(), replace(
             self,
-            completion_ids=self.completion_ids[kept][..., :length],
-            completion_mask=self.completion_mask[kept][..., :length],
-            rollout_logprobs=self.rollout_logprobs[kept][..., :length],
+            completion_ids=gathered(self.completion_ids),
+            lengths=lengths.clamp_max(longest),
+            rollout_logprobs=gathered(self.rollout_logprobs),
             truncated=self.truncated[kept],
             rewards=None if self.rewards is None else self.rewards[kept],
             trained=self.trained[kept],
@@ -122,9 +157,9 @@ class Rollouts:
     def references(cls, batch: PromptBatch, pad_token_id: int) -> "Rollouts":
         """The reference answers in the place of sampled ones, one per prompt; nobody knows the
         probability with which they were written."""
-        ids, mask = batch.references(pad_token_id)
+        ids, lengths = batch.references(pad_token_id)
         unknown = torch.full_like(ids, torch.nan, dtype=torch.float32)
-        return cls(ids, mask, unknown, torch.zeros_like(mask[..., 0]))
+        return cls(ids, lengths, unknown, torch.zeros_like(lengths, dtype=torch.bool))
 
 
 def uniforms(
@@ -148,11 +183,11 @@ def uniforms(
 
 def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     """Token ids from `[..., V]` log-probabilities: the most likely, or the inverse of the
-    cumulative distribution at `draws`."""
+    cumulative distribution at `draws` `[...]`."""
     if draws is None:
         return log_probs.argmax(-1)
     cumulative = log_probs.double().exp().cumsum(-1)
-    points = draws.to(cumulative.device)[..., None] * cumulative[..., -1:]
+    points = draws[..., None] * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, points, right=True)[..., 0]
     return ids.clamp_max(log_probs.shape[-1] - 1)
 
@@ -160,13 +195,10 @@ def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
 def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
     """The text of each completion, special tokens left out: one list of R answers per prompt."""
     answers = []
-    for ids, mask in zip(
-        rollouts.completion_ids.tolist(), rollouts.completion_mask.tolist(), strict=True
+    for ids, lengths in zip(
+        fetch(rollouts.completion_ids).tolist(), rollouts.lengths.tolist(), strict=True
     ):
-        kept = [
-            [t for t, m in zip(row, valid, strict=True) if m]
-            for row, valid in zip(ids, mask, strict=True)
-        ]
+        kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         answers.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
     return answers
 
@@ -187,27 +219,30 @@ def sample(
     """
     batch, device = len(prefix.last_hidden), prefix.last_hidden.device
     num_rollouts = 1 if draws is None else draws.shape[1]
-    ends = torch.tensor(policy.eos_token_ids, device=device)
+    if draws is not None:
+        draws = send(draws, device)
+    ends = send(torch.tensor(policy.eos_token_ids), device)
     decoder = Decoder(lm, prefix, num_rollouts, max_completion_length - 1)
     hidden = prefix.last_hidden[:, None].expand(-1, num_rollouts, -1)
     done = torch.zeros(batch, num_rollouts, dtype=torch.bool, device=device)
-    ids, masks, logprobs = [], [], []
+    lengths = torch.zeros(batch, num_rollouts, dtype=torch.long, device=device)
+    ids, logprobs = [], []
     every = CHECK_EVERY.get(device.type, 1)
     for position in range(max_completion_length):
         log_probs = policy.log_probs(lm.head(hidden))
         token = choose(log_probs, None if draws is None else draws[:, :, position])
-        masks.append(~done)
+        lengths += ~done
         ids.append(torch.where(done, policy.pad_token_id, token))
         logprobs.append(log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0))
         done = done | torch.isin(token, ends)
         if position + 1 == max_completion_length:
             break
         if (position + 1) % every == 0:
-            left = int(not done.all())
+            left = int(not fetch(done).all())
             if not (world.most(left) if lm.sharded else left):
                 break
         hidden = decoder.step(ids[-1], counter)
-    mask = torch.stack(masks, 2)
-    length = int(mask.any(1).any(0).sum())  # without what came after the last end token
-    tokens, drawn = (torch.stack(values, 2)[..., :length] for values in (ids, logprobs))
-    return Rollouts(tokens, mask[..., :length], drawn, ~done)
+    lengths, ended = fetch(torch.stack([lengths, done.long()])).unbind()
+    longest = int(lengths.max())  # without what came after the last end token
+    tokens, drawn = (torch.stack(values, 2)[..., :longest] for values in (ids, logprobs))
+    return Rollouts(tokens, lengths, drawn, ended == 0)

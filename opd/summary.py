@@ -57,8 +57,8 @@ def signals(
         return float(values.mean()) if known else None  # type: ignore[union-attr]
 
     kl = joined("token_kl")
-    ids = torch.cat([r.completion_ids[r.loss_mask] for r in rollouts])
-    length = sum(int(r.completion_mask.sum()) for r in rollouts)
+    ids = torch.cat([r.in_loss(r.completion_ids) for r in rollouts])
+    length = sum(r.num_tokens for r in rollouts)
     completions = sum(r.truncated.numel() for r in rollouts)
     row = {
         "kl": mean(kl),
@@ -73,7 +73,7 @@ def signals(
         "reward": None,
         "reward_std": None,
         "equal_groups": None,
-        "trained_share": sum(int(r.loss_mask.any(2).sum()) for r in rollouts) / completions,
+        "trained_share": sum(int((r.loss_lengths > 0).sum()) for r in rollouts) / completions,
         "sample": None,
     }
     rewards = [r.rewards for r in rollouts if r.rewards is not None]
@@ -87,7 +87,7 @@ def signals(
         return row | {"trained_share": None}
     chosen = joined("student_logprobs")
     if chosen is not None:
-        drawn = torch.cat([r.rollout_logprobs[r.loss_mask] for r in rollouts])
+        drawn = torch.cat([r.in_loss(r.rollout_logprobs) for r in rollouts])
         row["logprob_gap"] = mean((chosen - drawn).abs())
     if tokenizer is not None:
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())

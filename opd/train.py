@@ -26,6 +26,7 @@ from opd.checkpoint import Progress, Stopped
 from opd.config import Config, ConfigError, command_line, fail, load_config
 from opd.data.batch import PromptBatch
 from opd.data.examples import DataError
+from opd.device import fetch, send
 from opd.engine import Engine, TorchEngine
 from opd.ledger import Cost, Ledger, step_flops
 from opd.memory import settled
@@ -119,36 +120,43 @@ class Trainer:
             trained, prefixes = [parts[i] for i in rows], [prefixes[i] for i in rows]
         result = Loss(torch.zeros((), device=student.device))
         if trained:
-            mask, teacher_hidden = answers.loss_mask, None
+            teacher_hidden = None
             if self.teacher is not None:
                 with phase("teacher"):
                     prefix = Prefix.join([self.teacher.prefill(part) for part in trained])
-                    teacher_hidden = self.teacher.extend(prefix, answers.completion_ids)[mask]
+                    teacher_hidden = self.teacher.extend(prefix, answers.completion_ids)
+                    teacher_hidden = answers.in_loss(teacher_hidden)
             with phase("extend"):
                 prefix = Prefix.join(prefixes)
-                hidden = extend(student, prefix, answers.completion_ids, self.counter)[mask]
+                hidden = extend(student, prefix, answers.completion_ids, self.counter)
+                hidden = answers.in_loss(hidden)
             with phase("loss"):
                 old_logprobs = earlier[0].student_logprobs if earlier else None
                 result = self.loss(hidden, answers, teacher_hidden, old_logprobs)
             with phase("backward"):
-                loss = result.loss * self.engine.loss_factor / (self.known_denominator or 1)
-                self.engine.backward(loss)
+                self.engine.backward(result.loss)
         again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
         drawn = None if config.on_references or earlier else rollouts.completion_mask
         flops = step_flops(self.costs, parts, drawn, trained, answers.completion_mask, again)
-        spent = batch.num_tokens + int(rollouts.completion_mask.sum()), *flops.values()
+        spent = batch.num_tokens + rollouts.num_tokens, *flops.values()
         tokens, *spent = world.total(spent)
         self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
         return result, rollouts
 
     @property
     def known_denominator(self) -> int | None:
-        """What a loss is divided by where that is known before sampling; it goes into the loss. All
-        else scales the gradient after the last micro-batch."""
+        """What a loss is divided by where that is known before sampling; it goes into the weights
+        of the tokens. All else scales the gradient after the last micro-batch."""
         config = self.config
         if config.normalize == "token" or config.method == "grpo":
             return None
         return config.batch_size * config.num_rollouts
+
+    @property
+    def token_weight(self) -> float:
+        """The factor of every token's loss, so that backward begins with a gradient of exactly 1
+        and the head's gradient needs no further pass."""
+        return self.engine.loss_factor / (self.known_denominator or 1)
 
     def loss(
         self,
@@ -158,20 +166,22 @@ class Trainer:
         old_logprobs: torch.Tensor | None,
     ) -> Loss:
         """The objective on the N tokens of the loss, inside the forward of the student's head."""
-        config, mask = self.config, rollouts.loss_mask
+        config, device = self.config, student_hidden.device
         relative = None
         if config.compares:
             assert rollouts.rewards is not None
-            relative = advantages(rollouts.rewards, config.grpo.advantage)
-            relative = relative[..., None].expand_as(mask)[mask]
+            of_rollouts = advantages(rollouts.rewards, config.grpo.advantage)
+            relative = of_rollouts.flatten().repeat_interleave(rollouts.loss_lengths.flatten())
+            relative = send(relative, device)
         targets = Targets(
-            rollouts.completion_ids[mask],
+            rollouts.in_loss(rollouts.completion_ids),
             self.policy,
             teacher_hidden,
             self.teacher.head_weight if self.teacher is not None else None,
             relative,
             old_logprobs,
             config,
+            self.token_weight,
         )
         name = config.objective if config.method == "opd" else config.method
         name = "with_reward" if config.opd.reward_coef else name
@@ -225,8 +235,8 @@ class Trainer:
             finite,
             prompt_tokens=sum(num_tokens),
             rollouts=sum(r.truncated.numel() for r in drawn),
-            generated_tokens=sum(int(r.completion_mask.sum()) for r in drawn),
-            trained_rollouts=sum(int(r.loss_mask.any(2).sum()) for r in drawn),
+            generated_tokens=sum(r.num_tokens for r in drawn),
+            trained_rollouts=sum(int((r.loss_lengths > 0).sum()) for r in drawn),
             equal_groups=health.get("equal_groups") or 0,
         )
         return {
@@ -241,17 +251,14 @@ class Trainer:
     def update(self, made: list[tuple[Loss, Rollouts]]) -> tuple[float, float]:
         """Step on the gradients of these micro-batches; the loss, and the gradient's norm before
         clipping. Where no token takes part, neither weights nor optimizer change."""
-        masks = [rollouts.loss_mask for _, rollouts in made]
-        by_token = self.config.normalize == "token"
-        known = self.known_denominator
-        count, tokens, loss = world.total(
-            [
-                sum(int((mask if by_token else mask.any(2)).sum()) for mask in masks),
-                sum(int(mask.sum()) for mask in masks),
-                sum(float(result.loss.detach()) for result, _ in made),
-            ]
+        lengths = torch.cat([rollouts.loss_lengths.flatten() for _, rollouts in made])
+        losses = fetch(torch.stack([result.loss.detach() for result, _ in made]))
+        tokens, answers, loss = world.total(
+            [int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())]
         )
-        loss /= max(1, known or count)
+        count = tokens if self.config.normalize == "token" else answers
+        known = self.known_denominator
+        loss /= self.engine.loss_factor * (1 if known else max(1, count))
         with self.ledger.phase("optimizer"):
             if not tokens:
                 self.engine.skip()

@@ -62,11 +62,11 @@ def test_signals_by_hand() -> None:
 
     answers = ["1 to 2 s", "nothing!", "3 to 4 s", "9 to 8 s"]
     ids = torch.tensor([[ord(c) for c in answer] for answer in answers]).view(2, 2, 8)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, 1, 5:] = False  # "9 to "
-    count = int(mask.sum())
+    lengths = torch.tensor([[8, 8], [8, 5]])  # the last is "9 to "
+    count = int(lengths.sum())
     kl = torch.arange(count, dtype=torch.float32)
-    rollouts = Rollouts(ids, mask, torch.zeros(2, 2, 8), torch.tensor([[False, True], [False] * 2]))
+    truncated = torch.tensor([[False, True], [False, False]])
+    rollouts = Rollouts(ids, lengths, torch.zeros(2, 2, 8), truncated)
     chosen = torch.full((count,), -0.25)
     loss = Loss(torch.zeros(()), kl, kl / 10, kl / 100, chosen)
     examples = [

@@ -117,8 +117,8 @@ def test_collation_pads_on_the_left(prompts: Prompts) -> None:
         assert torch.equal(batch.input_ids[row, batch.mask[row]], item.input_ids)
         assert torch.equal(batch.position_ids[:, row, batch.mask[row]], item.position_ids)
         assert batch.mask[row, -1]
-    ids, mask = batch.references(prompts.tokenizer.pad_token_id)
-    assert torch.equal(ids[3, 0][mask[3, 0]], items[3].completion_ids)
+    ids, lengths = batch.references(prompts.tokenizer.pad_token_id)
+    assert torch.equal(ids[3, 0, : lengths[3, 0]], items[3].completion_ids)
 
 
 def test_every_example_once_an_epoch_in_an_order_that_repeats() -> None:

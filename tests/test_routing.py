@@ -184,9 +184,9 @@ def test_a_step_without_any_touches_nothing(trainer):
 def test_routed_keeps_the_order_of_the_tokens():
     ids = torch.arange(3 * 3 * 4).view(3, 3, 4)
     lengths = torch.tensor([[4, 1, 3], [2, 2, 2], [1, 2, 4]])
-    mask = torch.arange(4) < lengths[..., None]
     trained = torch.tensor([[False, True, True], [False] * 3, [True, True, False]])
-    whole = Rollouts(ids, mask, ids.float(), torch.zeros(3, 3, dtype=torch.bool), trained=trained)
+    truncated = torch.zeros(3, 3, dtype=torch.bool)
+    whole = Rollouts(ids, lengths, ids.float(), truncated, trained=trained)
     rows, found = whole.routed()
     assert rows == [0, 2]
     assert found.completion_ids.shape == (2, 2, 3)  # the longest routed has 3 tokens

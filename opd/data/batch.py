@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from opd.data.examples import Example
+from opd.device import send
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,20 @@ class Prompt:
     completion_ids: torch.Tensor
     features: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def num_patches(self) -> int:
+        """Rows of `pixel_values`, 0 where there are none."""
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts side by side, left-padded to the longest: `input_ids` `[B, P]`, `mask` boolean,
-    `position_ids` `[3, B, P]`."""
+    `position_ids` `[3, B, P]`, `next_position` `[B]`.
+
+    `pixel_values` and `video_grid_thw` stay on the host: a vision tower sends for the patches of a
+    few videos when it is their turn, and sizes are only ever read there.
+    """
 
     prompts: tuple[Prompt, ...]
     input_ids: torch.Tensor
@@ -58,14 +68,20 @@ class PromptBatch:
     @property
     def pixels(self) -> tuple[torch.Tensor, ...]:
         """Each prompt's patches; none of those whose vision tokens are kept."""
-        patches = [0 if p.pixel_values is None else len(p.pixel_values) for p in self.prompts]
-        return self.pixel_values.split(patches)
+        return self.pixel_values.split([prompt.num_patches for prompt in self.prompts])
+
+    def video_rows(self, video_token_id: int) -> torch.Tensor:
+        """int64, on the host: which rows of the flattened `input_ids` `[B * P]` are vision tokens.
+        For batches without padding."""
+        ids = torch.cat([prompt.input_ids for prompt in self.prompts])
+        return (ids == video_token_id).nonzero().flatten()
 
     def parts(self, alone: bool = False) -> "list[PromptBatch]":
         """Neighbours of one length together, or every prompt alone: batches without padding, whose
         attention needs no mask."""
         lengths = [len(prompt.input_ids) for prompt in self.prompts]
         edges = [i for i, n in enumerate(lengths) if alone or i == 0 or n != lengths[i - 1]]
+        patches = [0, *accumulate(prompt.num_patches for prompt in self.prompts)]
         found = []
         for start, end in pairwise([*edges, len(lengths)]):
             rows, columns = slice(start, end), slice(-lengths[start], None)
@@ -75,26 +91,29 @@ class PromptBatch:
                 mask=self.mask[rows, columns],
                 position_ids=self.position_ids[:, rows, columns],
                 next_position=self.next_position[rows],
-                pixel_values=torch.cat(self.pixels[rows]),
+                pixel_values=self.pixel_values[patches[start] : patches[end]],
                 video_grid_thw=self.video_grid_thw[rows],
             )
             found.append(part)
         return found
 
     def references(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference completions, right-padded: ids and mask `[B, 1, T]`."""
+        """Reference completions, right-padded: ids `[B, 1, T]` on the batch's device and lengths
+        `[B, 1]` on the host."""
         rows = [prompt.completion_ids for prompt in self.prompts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        device = self.input_ids.device
-        return ids[:, None].to(device), mask[:, None].to(device)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        return send(ids[:, None], self.input_ids.device), lengths
 
 
 def collate(
-    prompts: Sequence[Prompt], pad_token_id: int, device: torch.device | str = "cpu"
+    prompts: Sequence[Prompt],
+    pad_token_id: int,
+    device: torch.device | str = "cpu",
+    pixel_dtype: torch.dtype | None = None,
 ) -> PromptBatch:
-    """Left-pad prompts to the longest of them and join their videos."""
+    """Left-pad prompts to the longest of them and join their videos. What is on the host of a batch
+    stays there, its pixels in `pixel_dtype`, or as they are."""
     width = max(len(p.input_ids) for p in prompts)
     batch = len(prompts)
     videos = [p.pixel_values for p in prompts if p.pixel_values is not None]
@@ -106,18 +125,19 @@ def collate(
         ids[row, start:] = prompt.input_ids
         mask[row, start:] = True
         positions[:, row, start:] = prompt.position_ids
-    return PromptBatch(
+    host = PromptBatch(
         prompts=tuple(prompts),
-        input_ids=ids.to(device),
-        mask=mask.to(device),
-        position_ids=positions.to(device),
-        next_position=torch.tensor([p.next_position for p in prompts]).to(device),
-        pixel_values=torch.cat(videos or [torch.empty(0)]).to(device),
-        video_grid_thw=torch.tensor([p.grid_thw for p in prompts]).to(device),
+        input_ids=ids,
+        mask=mask,
+        position_ids=positions,
+        next_position=torch.tensor([p.next_position for p in prompts]),
+        pixel_values=torch.cat([v.to(pixel_dtype) for v in videos] or [torch.empty(0)]),
+        video_grid_thw=torch.tensor([p.grid_thw for p in prompts]),
     )
+    return to_device(host, device)
 
 
 def to_device(batch: PromptBatch, device: torch.device | str) -> PromptBatch:
-    """The batch's tensors on a device."""
-    tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **tensors)
+    """The batch on a device, without waiting; pixels and sizes stay on the host."""
+    names = ("input_ids", "mask", "position_ids", "next_position")
+    return replace(batch, **{name: send(getattr(batch, name), device) for name in names})

@@ -17,6 +17,7 @@ from opd.data.frames import Frames
 from opd.data.schedule import split
 from opd.data.video import TEMPORAL_PATCH, VideoFrames
 from opd.data_settings import RECIPES, DataConfig
+from opd.device import pin
 from opd.options import require
 from opd.prompts import load_template
 
@@ -239,6 +240,9 @@ def batches(
     Raises DataError where nothing decodes.
     """
     pad = prompts.tokenizer.pad_token_id
+    device = torch.device(device)
+    dtypes = {model.head.weight.dtype for model in models}
+    pixel_dtype = dtypes.pop() if len(dtypes) == 1 else None
 
     def make(indices: Sequence[int]) -> PromptBatch | None:
         found = []
@@ -253,8 +257,12 @@ def batches(
                 f"no video of {len(prompts)} decodes; {next(iter(prompts.broken.values()))}"
             )
         found = [prompt for prompt in found if prompt is not None]
-        found = prompts.side_by_side(found, models)
-        return collate(found, pad) if found else None
+        if not found:
+            return None
+        batch = collate(prompts.side_by_side(found, models), pad, pixel_dtype=pixel_dtype)
+        if device.type == "cuda":
+            batch = replace(batch, pixel_values=pin(batch.pixel_values))
+        return batch
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
