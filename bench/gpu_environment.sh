@@ -23,8 +23,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "${PYTHON:-python3.12}" -m venv "$folder/venv"
 python="$folder/venv/bin/python"
 # Without a GPU the Triton programs are interpreted, and the interpreter of Triton 3.6 takes arrays of one element for
-# numbers, which NumPy 2.5 refuses. No GPU machine interprets, so none needs the limit.
-"$python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 transformers==5.17.0 "numpy<2.5"
+# numbers, which NumPy 2.4 refuses. No GPU machine interprets, so none needs the limit.
+"$python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4"
 "$python" -m pip install --quiet pytest pytest-xdist hypothesis  # to run the tests with
 "$python" -m pip install --quiet --no-index --no-deps "$wheels"/*.whl
 "$python" -m pip freeze
