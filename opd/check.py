@@ -2,7 +2,7 @@
 loaded:
 
 python -m opd.check DATA [dotted.key=value ...]
-python -m opd.check [CONFIG.yaml] [dotted.key=value ...] [--ranks 8] [--memory-gib 80]
+python -m opd.check [CONFIG.yaml] [dotted.key=value ...] [--ranks 8] [--memory-gib 80] [--stages]
 
 DATA is what `data.train` could be. A configuration's own data is looked through, too, where it is
 there.
@@ -24,9 +24,34 @@ from opd.data.sources import check_leak, check_sources, sources_of
 from opd.evaluation import progress_bar
 from opd.memory import USABLE, Plan, Shapes, capacity_of, too_little
 from opd.models.load import ModelError, load_processor, place
+from opd.shapes import MOMENTS
 
 GIB = 2**30
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")  # what a dotted argument begins with
+
+
+def _parts(title: str, parts: dict[str, int]) -> list[str]:
+    """The larger parts first, those below 0.01 GiB left out."""
+    known = sorted(parts.items(), key=lambda part: -part[1])
+    return [title] + [
+        f"  {name:40}{number / GIB:9.2f} GiB" for name, number in known if number >= 0.005 * GIB
+    ]
+
+
+def stage_lines(shapes: Shapes, ranks: int, capacity: int) -> list[str]:
+    """What each ZeRO stage needs with so many ranks, a line each, and which needs least."""
+    plans = shapes.stages(ranks, capacity)
+    told = [
+        "ZeRO stages (0: plain torch), each as it would be chosen and with every layer recomputed:"
+    ]
+    for stage, (chosen, least) in plans.items():
+        fits = "" if chosen.total <= USABLE * capacity else ", does not fit"
+        told.append(
+            f"  {stage}: {chosen.total / GIB:7.2f} GiB with prefix.recompute={chosen.recompute}"
+            f"{fits}; {least.total / GIB:7.2f} GiB {MOMENTS[least.peak]}"
+        )
+    least_stage = min(plans, key=lambda stage: plans[stage][1].total)
+    return [*told, f"  stage {least_stage} needs least"]
 
 
 def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
@@ -44,10 +69,17 @@ def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
         vision, trained = size.vision / 1e9, size.trained / 1e9
         more = f", {trained:.3g}B trained" if name == "student" else ", frozen"
         told.append(f"{name}: {size.total / 1e9:.3g}B weights ({vision:.2g}B vision{more})")
-    told += [f"{part:36}{number / GIB:9.2f} GiB" for part, number in plan.parts.items() if number]
-    told.append(f"{'in all, with 5% for the allocator':36}{plan.total / GIB:9.2f} GiB")
+    told += _parts("held throughout a step:", plan.held)
+    told += _parts(f"beside them {MOMENTS[plan.peak]}, the peak:", plan.moments[plan.peak])
+    told.append(f"{'in all, with 5% for the allocator':42}{plan.total / GIB:9.2f} GiB")
+    others = (
+        f"{plan.total_at(moment) / GIB:.1f} {MOMENTS[moment]}"
+        for moment in plan.moments
+        if moment != plan.peak
+    )
+    told.append(f"less at other moments, GiB: {', '.join(others)}")
     if plan.cpu:
-        told.append(f"{'in the machine, for each device':36}{plan.cpu / GIB:9.2f} GiB")
+        told.append(f"{'in the machine, for each device':42}{plan.cpu / GIB:9.2f} GiB")
     choice = f"prefix.recompute={plan.recompute}"
     if shapes.teacher is not None:
         choice += f" teacher.placement={plan.placement}"
@@ -96,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="opd.check", description=__doc__)
     parser.add_argument("--ranks", type=int, default=world.size(), help="devices")
     parser.add_argument("--memory-gib", type=float, help="of a device; default: of this machine's")
+    parser.add_argument("--stages", action="store_true", help="compare the ZeRO stages, too")
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     try:
         if rest and not rest[0].endswith((".yaml", ".yml")) and not KEY.match(rest[0]):
@@ -111,13 +144,16 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"data not looked through: {error}")
             else:
                 print("\n".join(check_data(texts, config)))
-        check_memory(config, given.ranks, given.memory_gib)
+        check_memory(config, given.ranks, given.memory_gib, given.stages)
     except (ConfigError, DataError, ModelError) as error:
         fail(error)
 
 
-def check_memory(config: Config, ranks: int, memory_gib: float | None) -> None:
-    """Print the plan for so many devices; ConfigError where it does not fit."""
+def check_memory(
+    config: Config, ranks: int, memory_gib: float | None, stages: bool = False
+) -> None:
+    """Print the plan for so many devices, `stages` those of other ZeRO stages, too; ConfigError
+    where it does not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = place(config.model, device)["dtype"]
     if memory_gib is not None and config.model.dtype == "auto":
@@ -125,6 +161,8 @@ def check_memory(config: Config, ranks: int, memory_gib: float | None) -> None:
     capacity = int(memory_gib * GIB) if memory_gib else capacity_of(device)
     shapes = Shapes.of(config, dtype)
     plan = shapes.best(ranks, capacity)
+    if stages:
+        print("\n".join(stage_lines(shapes, ranks, capacity)))
     print("\n".join(lines(plan, shapes, ranks, capacity)))
     if plan.total > USABLE * capacity:
         raise too_little(plan, capacity)

@@ -1,4 +1,8 @@
-"""What a run will need in memory on each device, from shapes alone, and what `auto` chooses."""
+"""What a run will need in memory on each device, from shapes alone, and what `auto` chooses.
+
+A plan has what is held throughout a step, and what is alive beside it in each moment of the step.
+The moment with the most decides: the others' needs never coincide with it, and are not added.
+"""
 
 import os
 import sys
@@ -11,22 +15,18 @@ from opd import world
 from opd.config import Config, ConfigError, to_yaml
 from opd.models.load import VideoLM, place
 from opd.models.lora import add_lora
-from opd.shapes import Size, graph_bytes, on_meta, size_of
+from opd.shapes import Size, Work, on_meta, pixel_bytes, size_of, student_step, teacher_step
 from opd.zero import BUCKET
 
-CHUNK_BYTES = 2**30  # about what the fused loss allows its chunk of logits
 TEXT = 64  # tokens of template and query, about
 STAMP = 10  # tokens around each frame pair of Qwen3-VL: its time and its marks
 FRAME_TOKENS = 768  # of a frame pair at most, in the processors' own budget
 UNKNOWN = 1.05  # allocator's rounding, the libraries' own buffers
 USABLE = 0.9  # of a device: what a plan may be wrong by, and the driver's own
-
-
-def cache_elements(lm: VideoLM, tokens: int) -> int:
-    """Of the keys and values of so many tokens, all layers."""
-    text = lm.model.config.text_config
-    head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    return 2 * len(lm.language_model.layers) * text.num_key_value_heads * head_dim * tokens
+CONTEXT_BYTES = 2**29 + 2**25  # about: a CUDA context with its kernels, cuBLAS's workspace
+# About: up to 32 channels of a ring and a tree, some 6 MiB for each neighbour in each of them.
+NCCL_BYTES = 2**30
+SUB_GROUP = 1_000_000_000  # weights that ZeRO-3 updates at once, DeepSpeed's default
 
 
 def _bytes(dtype: torch.dtype) -> int:
@@ -35,17 +35,36 @@ def _bytes(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each device by what holds them, and what was chosen."""
+    """Bytes on each device by what holds them, and what was chosen.
 
-    parts: dict[str, int]
+    `held` is there throughout a step; `moments` has what is alive beside it, moment by moment.
+    """
+
+    held: dict[str, int]
+    moments: dict[str, dict[str, int]]
     recompute: str
     placement: str
     cpu: int = 0  # in the machine's memory, for each device
     sizes: dict[str, Size] = field(default_factory=dict)
 
+    def total_at(self, moment: str) -> int:
+        """What a device holds then, with something for what nobody knows."""
+        both = sum(self.held.values()) + sum(self.moments[moment].values())
+        return int(UNKNOWN * both)
+
+    @property
+    def peak(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=self.total_at)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to the peak."""
+        return self.held | self.moments[self.peak]
+
     @property
     def total(self) -> int:
-        return int(UNKNOWN * sum(self.parts.values()))
+        return self.total_at(self.peak)
 
 
 @dataclass(frozen=True)
@@ -58,10 +77,14 @@ class Shapes:
     teacher: VideoLM | None
     tokens: int
     video_tokens: int
+    device_type: str
+    # Steps that were gone through, by what was asked of them.
+    _steps: dict[object, dict] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, config: Config, dtype: torch.dtype) -> "Shapes":
-        """For the longest prompt that the configuration allows."""
+    def of(cls, config: Config, dtype: torch.dtype, device_type: str | None = None) -> "Shapes":
+        """For the longest prompt that the configuration allows. Without a `device_type` fp32 is
+        planned for a CPU where there is no GPU, and everything else for a GPU."""
         student, model, teacher = on_meta(config.model.student, dtype), config.model, None
         student.train_only(model.trainable)
         if model.lora_rank is not None:
@@ -72,76 +95,126 @@ class Shapes:
             teacher = on_meta(model.student, dtype)
         video = config.data.video_tokens or FRAME_TOKENS * config.data.max_frames // 2
         stamps = STAMP * config.data.max_frames // 2 if student.family == "qwen3_vl" else 0
-        return cls(config, dtype, student, teacher, video + stamps + TEXT, video)
+        gpu = torch.cuda.is_available() or dtype != torch.float32
+        device_type = device_type or ("cuda" if gpu else "cpu")
+        return cls(config, dtype, student, teacher, video + stamps + TEXT, video, device_type)
 
     def prompts(self, ranks: int) -> int:
         """In a micro-batch."""
         return self.config.micro_batch_size or max(1, self.config.batch_size // ranks)
 
+    def work(self, ranks: int) -> Work:
+        """What a rank does in a micro-batch."""
+        config, prompts = self.config, self.prompts(ranks)
+        whole = prompts, self.tokens, self.video_tokens, config.batch_size // ranks > prompts
+        return Work.of(config, self.device_type, _bytes(self.dtype) >= 4, *whole)
+
     def plan(self, ranks: int, recompute: str, placement: str) -> Plan:
         """Of one choice."""
-        config, each, student = self.config, _bytes(self.dtype), self.student
-        size, stage = size_of(student), config.engine.zero_stage
-        shard = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks,) * 3}[stage]
-        prompts = self.prompts(ranks)
-        layers = len(student.language_model.layers)
-        own_masters = each == 4 and stage == 0  # fp32 weights of plain torch
-        states = 12 - 4 * own_masters
-        optimizer = states * size.trained // shard[2]
-        length = config.sample.max_completion_length * config.num_rollouts
-        cache = each * cache_elements(student, self.tokens + length)
-        kept = graph_bytes(student, self.tokens, self.video_tokens, recompute)
-        one = graph_bytes(student, self.tokens, self.video_tokens, "none") // layers
-        answers = graph_bytes(student, max(2, length), 1, "none")
-        parts = {
-            "student weights": each * size.total // shard[0],
-            "gathered weights": each * self._gathered(size) if stage == 3 else 0,
-            "optimizer and fp32 weights": 0 if config.engine.offload else optimizer,
-            "gradients": 4 * size.trained // shard[1],
-            "reduction buffers": each * (0, 1, 1, 2)[stage] * min(BUCKET, size.trained),
-            "prompt activations": prompts * kept,
-            "a layer's activations": int(1.5 * prompts * one),
-            "completion activations": prompts * answers,
-            "decode cache": prompts * cache,
-            "loss": self._loss(size, prompts * length),
-        }
-        cpu = optimizer if config.engine.offload else 0
+        each, student = _bytes(self.dtype), self.student
+        size, engine, work = size_of(student), self.config.engine, self.work(ranks)
+        stage, cpu, gpu = engine.zero_stage, 0, self.device_type == "cuda"
+        weights, gradients, states = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks)}.get(
+            stage, (ranks,) * 3
+        )
+        own_masters = each >= 4 and stage == 0  # fp32 weights of plain torch
+        optimizer = (12 - 4 * own_masters) * size.trained // states
+        shard = 4 * size.trained // gradients  # fp32 gradients
+        moments = {name: dict(parts) for name, parts in self._student_step(work, recompute).items()}
+        moments["optimizer"] = {}
+        held = {"student's weights": each * size.total // weights}
+        if engine.offload:
+            cpu += optimizer + 2 * shard  # gradients, and a flat copy of them
+        else:
+            held["optimizer's states, fp32 weights"] = optimizer
+            moments["optimizer"]["AdamW's temporaries"] = self._temporaries(work, shard)
+            if stage == 3 or work.several:
+                held["gradients (fp32)"] = shard
+            else:
+                moments["optimizer"]["gradients (fp32)"] = shard
+                if stage:
+                    moments["backward"]["gradients (fp32)"] = shard
+        if stage:
+            bucket = each * (BUCKET if gpu else min(BUCKET, size.trained))
+            moments["backward"]["reduction buffers"] = bucket
+            if stage == 3:
+                held["reduction buffer"] = bucket
+        if stage == 3:
+            few = each * (2 * size.layer + student.head.weight.numel())
+            for name in moments.keys() - {"optimizer", "teacher"}:
+                whole = name == "sample" and engine.gather
+                moments[name]["gathered weights"] = each * size.total if whole else few
+        if gpu:
+            held["CUDA's context, cuBLAS's workspace"] = CONTEXT_BYTES
+            held["NCCL's buffers"] = NCCL_BYTES if ranks > 1 else 0
+        else:  # frames are where everything is: those of a step, and parts of a micro-batch
+            frames = max(1, self.config.batch_size // ranks) + work.prompts
+            held["pixels of a step"] = frames * pixel_bytes(student, self.video_tokens)
         sizes = {"student": size}
         if self.teacher is not None:
-            parts |= self._teacher(ranks, placement, prompts, length)
+            cpu += self._add_teacher(ranks, placement, work, held, moments)
             sizes["teacher"] = size_of(self.teacher)
-            if placement == "offload":
-                cpu += each * sizes["teacher"].total // ranks
-        return Plan(parts, recompute, placement, cpu, sizes)
+        else:
+            del moments["teacher"]
+        return Plan(held, moments, recompute, placement, cpu, sizes)
 
-    def _gathered(self, size: Size) -> int:
-        """All to sample, or two layers and the head."""
-        if self.config.engine.gather:
-            return size.total
-        return 2 * size.layer + self.student.head.weight.numel()
+    def _student_step(self, work: Work, recompute: str) -> dict[str, dict[str, int]]:
+        key = work, recompute
+        if key not in self._steps:
+            self._steps[key] = student_step(self.student, work, recompute)
+        return self._steps[key]
 
-    def _loss(self, size: Size, tokens: int) -> int:
-        """Two chunks of fp32 logits, the head's fp32 gradient, hidden states."""
-        text = self.student.model.config.text_config
-        chunk = min(tokens * text.vocab_size * 4, CHUNK_BYTES)
-        return 2 * chunk + 4 * self.student.head.weight.numel()
+    def _temporaries(self, work: Work, shard: int) -> int:
+        """Of AdamW's update, which makes a root of every second moment at once; and of DeepSpeed's
+        copies of the gradients, in what stage 3 updates at once."""
+        stage = self.config.engine.zero_stage
+        if stage == 3:  # a flat copy, and the roots
+            return 2 * min(shard, 4 * SUB_GROUP)
+        # Before the last micro-batch's gradients are added to those of the others they are there
+        # once in the model's dtype and once in fp32.
+        several = stage > 0 and work.several
+        return shard + shard * _bytes(self.dtype) // 4 * several
 
-    def _teacher(self, ranks: int, placement: str, prompts: int, length: int) -> dict[str, int]:
+    def _add_teacher(
+        self,
+        ranks: int,
+        placement: str,
+        work: Work,
+        held: dict[str, int],
+        moments: dict[str, dict[str, int]],
+    ) -> int:
+        """Put the teacher's parts into a plan; returns bytes in the machine's memory."""
         assert self.teacher is not None
-        lm, each = self.teacher, _bytes(self.dtype)
-        size, text = size_of(lm), lm.model.config.text_config
-        cache = each * cache_elements(lm, self.tokens + length)
-        moving = 2 * size.layer + lm.head.weight.numel()  # a layer ahead; the head stays whole
-        weights = {
-            "replica": each * size.total,
-            "shard": each * (size.total // ranks + moving),
-            "offload": each * moving,
-        }[placement]
-        passing = self.tokens * each * (4 * text.hidden_size + 3 * text.intermediate_size)
-        return {
-            "teacher weights": weights,
-            "teacher cache": prompts * cache + passing,
-        }
+        each, size, head = _bytes(self.dtype), size_of(self.teacher), self.teacher.head.weight
+        if "teacher" not in self._steps:
+            self._steps["teacher"] = {}
+        if work not in self._steps["teacher"]:
+            self._steps["teacher"][work] = teacher_step(self.teacher, work)
+        for name, number in self._steps["teacher"][work].items():
+            moments["teacher"][f"teacher: {name}"] = number
+        hidden = each * work.completion_tokens * head.shape[1]
+        for name in ("extend", "loss", "backward"):
+            moments[name]["teacher's hidden states"] = hidden
+        whole = {"replica": size.total, "shard": size.total // ranks, "offload": 0}[placement]
+        held["teacher's weights"] = each * whole
+        if placement == "replica":
+            return 0
+        held["teacher's head"] = each * head.numel()  # stays whole
+        moments["teacher"]["teacher: gathered layers"] = each * 2 * size.layer  # a layer ahead
+        return each * size.total // ranks if placement == "offload" else 0
+
+    def stages(self, ranks: int, capacity: int) -> dict[int, tuple[Plan, Plan]]:
+        """Of each engine (0 is plain torch) with this number of ranks: what `best` chooses, and the
+        same with all layers recomputed. The one whose second plan is smallest needs least."""
+        found = {}
+        for stage in (0, 2, 3):
+            kind = "deepspeed" if stage else "torch"
+            offload = self.config.engine.offload and stage > 0
+            engine = replace(self.config.engine, kind=kind, zero_stage=stage, offload=offload)
+            shapes = replace(self, config=replace(self.config, engine=engine))
+            chosen = shapes.best(ranks, capacity)
+            found[stage] = chosen, shapes.plan(ranks, "all", chosen.placement)
+        return found
 
     def best(self, ranks: int, capacity: int) -> Plan:
         """What `auto` chooses: the first placement, and of it the fewest recomputed layers, that
@@ -151,23 +224,31 @@ class Shapes:
         placements = ("replica", "shard", "offload") if self.teacher else ("replica",)
         if config.teacher.placement != "auto":
             placements = (config.teacher.placement,)
-        layers = len(self.student.language_model.layers)
-        modes: Sequence[str] = (config.prefix.recompute,)
         found: list[Plan] = []
         for placement in placements:
+            modes: Sequence[str] = (config.prefix.recompute,)
             if config.prefix.recompute == "auto":
-                few, all_ = (self.plan(ranks, mode, placement) for mode in ("none", "all"))
-                saved = (few.total - all_.total) / layers
-                missing = max(0.0, few.total - capacity)
-                number = min(layers, -int(-missing // saved)) if saved > 0 else layers
-                modes = ("all",) if number == layers else (str(number), "all")
-                modes = modes if missing else ("none",)
+                modes = self._modes(ranks, placement, capacity)
             for mode in modes:
                 plan = self.plan(ranks, mode, placement)
                 if plan.total <= capacity:
                     return plan
                 found.append(plan)
         return min(found, key=lambda plan: plan.total)
+
+    def _modes(self, ranks: int, placement: str, capacity: int) -> list[str]:
+        """What to try for `prefix.recompute`: in each moment a recomputed layer saves about as much
+        as the next, so two plans tell how many it takes."""
+        few, most = (self.plan(ranks, mode, placement) for mode in ("none", "all"))
+        layers = len(self.student.language_model.layers)
+        number = 0
+        for moment in few.moments:
+            missing = few.total_at(moment) - capacity
+            saved = (few.total_at(moment) - most.total_at(moment)) / layers
+            if missing > 0:
+                number = max(number, -int(-missing // saved) if saved > 0 else layers)
+        tried = [str(n) if n else "none" for n in (number, number + 1) if n < layers]
+        return [*tried, "all"]
 
 
 def capacity_of(device: torch.device) -> int:
@@ -202,7 +283,7 @@ def settled(config: Config, device: torch.device) -> Config:
     if "auto" in (recompute, placement):
         asked = replace(config, teacher=replace(config.teacher, placement=placement))
         capacity = capacity_of(device)
-        plan = Shapes.of(asked, where["dtype"]).best(world.size(), capacity)
+        plan = Shapes.of(asked, where["dtype"], device.type).best(world.size(), capacity)
         if plan.total > capacity:
             raise too_little(plan, capacity)
         recompute, placement = plan.recompute, plan.placement

@@ -1,44 +1,44 @@
-"""Models on the meta device: shapes without weights, and what autograd would keep of a prompt's
-forward."""
+"""Models on the meta device: shapes without weights, and the memory that a step of them takes.
 
+A step is gone through with the trainer's own functions (`prefill`, `Decoder`, `extend`, backward).
+`Live` counts which tensors are alive and remembers, for each moment of the step, the largest sum.
+Attention, vision tower and loss are stand-ins that allocate what the real ones allocate.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForImageTextToText as AutoModel
 from transformers.masking_utils import sdpa_mask
 
+from opd.config import Config
 from opd.data.batch import PromptBatch
+from opd.decode import Decoder
 from opd.models import tiny
-from opd.models.load import VideoLM, prepare, resolve
-from opd.prefix import Prefix, prefill
+from opd.models.attention import attend
+from opd.models.live import FusedAttention, FusedLoss, Live
+from opd.models.load import Video, VideoLM, prepare, resolve
+from opd.prefix import Prefix, extend, prefill
+from opd.rollout import Policy, choose
 
+MOMENTS = {  # of a step, and how one says when they are
+    "vision": "while the student sees",
+    "prefill": "in the prompts' forward",
+    "sample": "while sampling",
+    "teacher": "while the teacher scores",
+    "extend": "in the completions' forward",
+    "loss": "in the loss",
+    "backward": "in backward",
+    "optimizer": "in the optimizer's update",
+}
 ATTENTION = "opd-shapes"
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps for backward what a fused attention keeps: its inputs, its output and one number a
-    row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
-        out = torch.empty_like(query)
-        rows = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, out, rows)
-        return out
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *_: Any,
-    **__: Any,
-) -> tuple[torch.Tensor, None]:
-    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def on_meta(spec: str, dtype: torch.dtype) -> VideoLM:
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
+    for block in lm.visual.blocks:
+        block.attn.forward = partial(_vision_attention, block.attn)
     return lm
 
 
@@ -84,59 +86,223 @@ def size_of(lm: VideoLM) -> Size:
     )
 
 
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    """The language model's attention on stand-ins of torch's kernels."""
+    with FusedAttention():
+        return attend(*args, **kwargs)
+
+
+def _vision_attention(
+    self: Any, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any
+) -> torch.Tensor:
+    """The vision attention's tensors; its segments change none of their sizes."""
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
+    size = len(hidden_states)
+    query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
+    query, key = rotate(query, key, *position_embeddings)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    with FusedAttention():
+        out = scaled_dot_product_attention(query, key, value)
+    return self.proj(out[0].transpose(0, 1).reshape(size, -1))
+
+
+def pixel_bytes(lm: VideoLM, video_tokens: int) -> int:
+    """Of one video's patches, in the dtype of the tower."""
+    config = lm.model.config.vision_config
+    patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    patches = video_tokens * config.spatial_merge_size**2
+    return patches * patch * lm.head.weight.element_size()
+
+
+def see(lm: VideoLM, live: Live, video_tokens: int) -> Video:
+    """One video through the vision tower: what `encode` returns for it."""
+    visual, config = lm.visual, lm.model.config.vision_config
+    patches = video_tokens * config.spatial_merge_size**2
+    dtype = lm.head.weight.dtype
+    with live.label("pixels"):
+        size = pixel_bytes(lm, video_tokens) // dtype.itemsize // patches
+        pixels = torch.empty(patches, size, dtype=dtype, device="meta")
+    levels, chosen = [], list(getattr(config, "deepstack_visual_indexes", ()))
+    with torch.set_grad_enabled(lm.trains_vision and torch.is_grad_enabled()):
+        hidden = visual.patch_embed(pixels)
+        hidden = hidden + torch.empty_like(hidden)  # positions
+        dim = config.hidden_size // config.num_heads
+        angles = [torch.empty(patches, dim, device="meta") for _ in range(2)]
+        for index, block in enumerate(visual.blocks):
+            hidden = block(hidden, cu_seqlens=None, position_embeddings=tuple(angles))
+            if index in chosen:
+                levels.append(visual.deepstack_merger_list[chosen.index(index)](hidden))
+        return visual.merger(hidden), levels
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """Stands for a prompt of so many tokens."""
+    """Stands for a prompt of these tokens, on the host."""
 
     input_ids: torch.Tensor
 
 
-class Kept:
-    """Context that remembers what autograd keeps for backward of a model's forward, weights left
-    out."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a rank does in a micro-batch of a step."""
 
-    def __init__(self, lm: VideoLM) -> None:
-        self._weights = {p.untyped_storage()._cdata for p in lm.model.parameters()}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x)
+    device_type: str  # cpu or cuda
+    prompts: int
+    tokens: int  # of a prompt
+    video_tokens: int  # of them
+    rollouts: int
+    length: int  # of a completion
+    sampled: bool  # completions, instead of reference answers
+    losses: tuple[int, ...]  # of each loss that is trained on, how many heads have logits
+    several: bool  # micro-batches in a step
+    fp32_gradients: bool  # each is copied to fp32 when it is complete
+    kept_gradients: bool  # they stay, because no earlier micro-batch has left any to add them to
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._weights:
-            self._storages[storage._cdata] = storage
-        return tensor
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        device_type: str,
+        wide: bool,
+        prompts: int,
+        tokens: int,
+        video_tokens: int,
+        several: bool,
+    ) -> "Work":
+        """That of a configuration; `wide` says that weights are fp32 already, `several` that a
+        step has more than one micro-batch."""
+        torch_engine = config.engine.kind == "torch"
+        losses = (2,) if config.method == "opd" and config.objective != "constant" else (1,)
+        return cls(
+            device_type=device_type,
+            prompts=prompts,
+            tokens=tokens,
+            video_tokens=video_tokens,
+            rollouts=config.num_rollouts,
+            length=max(2, config.sample.max_completion_length),
+            sampled=not config.on_references,
+            losses=(*losses, 1) if config.opd.reward_coef else losses,
+            several=several,
+            fp32_gradients=torch_engine and not wide,
+            kept_gradients=torch_engine and not several,
+        )
 
-    def __enter__(self) -> "Kept":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def nbytes(self, prefix: Prefix) -> int:
-        """In all, with the prefix that came of the forward."""
-        for tensor in (*prefix.keys, *prefix.values):
-            self._keep(tensor)
-        return sum(storage.nbytes() for storage in self._storages.values())
+    @property
+    def completion_tokens(self) -> int:
+        return self.prompts * self.rollouts * self.length
 
 
-def graph_bytes(lm: VideoLM, tokens: int, video_tokens: int, recompute: str) -> int:
-    """What autograd keeps of one forward of a prompt on the meta device, weights left out."""
+def one_prompt(lm: VideoLM, work: Work) -> PromptBatch:
+    """Of the planned length. Prompts of a micro-batch hardly ever have the same length, so each
+    is a part of its own."""
     meta: dict[str, Any] = {"device": "meta"}
-    ids = torch.empty(1, tokens, dtype=torch.long, **meta)
-    batch = PromptBatch(
-        prompts=(_Shape(ids[0]),),  # type: ignore[arg-type]
-        input_ids=ids,
-        mask=torch.ones(1, tokens, dtype=torch.bool, **meta),
-        position_ids=torch.zeros(3, 1, tokens, dtype=torch.long, **meta),
-        next_position=torch.zeros(1, dtype=torch.long, **meta),
+    ids = torch.zeros(work.tokens, dtype=torch.long)
+    ids[: work.video_tokens] = lm.model.config.video_token_id
+    return PromptBatch(
+        prompts=(_Shape(ids),),  # type: ignore[arg-type]
+        input_ids=ids[None].to("meta"),
+        mask=torch.empty(1, work.tokens, dtype=torch.bool, **meta),
+        position_ids=torch.empty(3, 1, work.tokens, dtype=torch.long, **meta),
+        next_position=torch.empty(1, dtype=torch.long, **meta),
         pixel_values=torch.empty(0, **meta),
-        video_grid_thw=torch.zeros(1, 3),
+        video_grid_thw=torch.empty(1, 3, dtype=torch.long, **meta),
     )
-    config = lm.model.config.vision_config
-    levels = len(getattr(config, "deepstack_visual_indexes", ()))
-    dtype = lm.head.weight.dtype
-    video = torch.empty(video_tokens, config.out_hidden_size, dtype=dtype, **meta)
-    with torch.enable_grad(), Kept(lm) as kept:
-        prefix = prefill(lm, batch, (video, [video] * levels), recompute)
-    return kept.nbytes(prefix)
+
+
+def completions(work: Work) -> torch.Tensor:
+    """Token ids `[B, R, T]`."""
+    size = work.prompts, work.rollouts, work.length
+    return torch.empty(size, dtype=torch.long, device="meta")
+
+
+def rows_of(hidden: torch.Tensor) -> torch.Tensor:
+    """The tokens of the loss `[N, H]` among `[B, R, T, H]`: all of them."""
+    flat = hidden.flatten(0, 2)
+    return flat.index_select(0, torch.empty(len(flat), dtype=torch.long, device="meta"))
+
+
+@contextmanager
+def taken_gradients(lm: VideoLM, live: Live, work: Work) -> Iterator[None]:
+    """Inside, the gradient of a weight goes where the engine puts it as soon as it is complete."""
+    kept = []
+
+    def take(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float() if work.fp32_gradients else parameter.grad
+        parameter.grad = None
+        if work.kept_gradients:
+            live.rename(gradient, "gradients (fp32)")
+            kept.append(gradient)
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(take)
+        for parameter in lm.model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
+    """The last token of a decode, when the cache is full: `rollout.sample`."""
+    with live.label("decode cache"):
+        decoder = Decoder(lm, prefix, work.rollouts, work.length - 1)
+    size = work.prompts, work.rollouts
+    hidden = prefix.last_hidden[:, None].expand(-1, work.rollouts, -1)
+    if work.length > 1:
+        decoder.step_index = work.length - 2
+        hidden = decoder.step(torch.empty(size, dtype=torch.long, device="meta"))
+    allowed = torch.empty(len(lm.head.weight), dtype=torch.bool, device="meta")
+    with live.label("logits"):
+        log_probs = Policy(allowed, 1.0, (0,), 0).log_probs(lm.head(hidden))
+        choose(log_probs, torch.empty(size, dtype=torch.float64, device="meta"))
+
+
+def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str, int]]:
+    """For each moment of a micro-batch what is alive of the student's when most is, in bytes by
+    name; weights are left out. `teacher` is what stays while the teacher works."""
+    live = Live(lm.model.parameters(), work.device_type)
+    with torch.enable_grad(), live:
+        with live.moment("vision", "vision tower's activations, tokens"):
+            parts = [one_prompt(lm, work) for _ in range(work.prompts)]
+            videos = [see(lm, live, work.video_tokens) for _ in parts]
+        with live.moment("prefill", "prompts' activations"):
+            prefixes = [
+                prefill(lm, part, video, recompute)
+                for part, video in zip(parts, videos, strict=True)
+            ]
+        prefix = None
+        if work.sampled:
+            with live.moment("sample", "decode step"), torch.no_grad():
+                prefix = Prefix.join([part.detach() for part in prefixes])
+                sample_once(lm, live, work, prefix)
+        with live.moment("teacher"):
+            pass
+        with live.moment("extend", "completions' activations"):
+            prefix = Prefix.join(prefixes)
+            hidden = rows_of(extend(lm, prefix, completions(work)))
+        with live.moment("loss", "loss, without logits"):
+            loss = torch.zeros((), device="meta")
+            for heads in work.losses:
+                loss = loss + FusedLoss.apply(hidden, lm.head.weight, heads)
+        if loss.requires_grad:
+            with live.moment("backward", "backward of a layer"), taken_gradients(lm, live, work):
+                loss.backward()
+    return live.peaks
+
+
+def teacher_step(lm: VideoLM, work: Work) -> dict[str, int]:
+    """What is alive of the teacher's when most is, in bytes by name; weights are left out."""
+    live = Live(lm.model.parameters(), work.device_type)
+    with torch.no_grad(), live, live.moment("teacher", "activations, cache"):
+        prefix = Prefix.join(
+            [
+                prefill(lm, one_prompt(lm, work), see(lm, live, work.video_tokens))
+                for _ in range(work.prompts)
+            ]
+        )
+        rows_of(extend(lm, prefix, completions(work)))
+    return live.peaks["teacher"]
