@@ -1,7 +1,8 @@
 """Fixtures that several files of tests share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,68 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# Of the project and of its tests: a GPU machine may lack them, and tests that import them are
+# skipped there. Where the project is installed, all are present.
+PACKAGES = (
+    "accelerate",
+    "build",
+    "datasets",
+    "decord",
+    "deepspeed",
+    "liger_kernel",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "psutil",
+    "skvideo",
+    "tensorboard",
+    "trl",
+)
+
+
+def _missing(error: BaseException | None) -> str | None:
+    """Why a test cannot run here, if an error is about a package that is not installed."""
+    while error is not None:
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        if name is not None and name.partition(".")[0] in PACKAGES:
+            package = name.partition(".")[0]
+            # Installed, but not the part of it that is looked for: an error.
+            return None if find_spec(package) else f"{package} is not installed"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that a missing package stops is skipped, with the package's name."""
+    report = yield
+    if call.excinfo is not None and (reason := _missing(call.excinfo.value)):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> Generator[None, pytest.Module, pytest.Module]:
+    """A file that imports a missing package is skipped, with the package's name."""
+    module = yield
+    imported = module._getobj
+
+    def getobj() -> Any:
+        try:
+            return imported()
+        except module.CollectError as error:
+            if reason := _missing(error):
+                pytest.skip(reason, allow_module_level=True)
+            raise
+
+    module._getobj = getobj  # type: ignore[method-assign]
+    return module
 
 
 @pytest.fixture
