@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from opd import world
 from opd.checkpoint import Checkpoints, read_rows, write_rows
@@ -147,6 +146,8 @@ class RunFolder:
             write_rows(curve, [row for row in read_rows(curve) if row["step"] <= first_step])
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._samples = (self.path / "samples.jsonl").open("a", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
 
     def write(self, rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import pairwise
 from types import ModuleType
@@ -16,7 +16,14 @@ from torch._subclasses import FakeTensorMode
 from transformers import modeling_flash_attention_utils as flash
 
 from opd.models import liger
-from opd.models.attention import PACKAGES, announce, attend, choose, vision_attention
+from opd.models.attention import (
+    PACKAGES,
+    announce,
+    attend,
+    choose,
+    not_importable,
+    vision_attention,
+)
 from opd.models.load import ModelError, place, prepare
 from opd.settings import ModelConfig
 from tests.helpers import (
@@ -232,13 +239,14 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Pretend that FlashAttention packages are installed: stand-in modules, whose innermost
     functions compute in plain torch, behind transformers' own dispatch."""
 
     def install(*backends: str, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(flash, "_loaded_implementation", None)
+        not_importable.cache_clear()
         names = [PACKAGES[backend] for backend in backends]
 
         def version(name: str) -> str:
@@ -258,7 +266,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                     monkeypatch.setitem(sys.modules, name, stand_in(name))
 
     announce.cache_clear()
-    return install
+    yield install
+    not_importable.cache_clear()
 
 
 MODULES = {
@@ -351,7 +360,6 @@ def test_a_broken_package_is_named_with_its_error(installed, monkeypatch, capsys
     """Installed, but built for another torch: `auto` says so and falls back."""
     installed("flash_attention_2")
     monkeypatch.delitem(sys.modules, "flash_attn.bert_padding")
-    monkeypatch.setattr(sys, "meta_path", [])
     broken = r"flash_attention_2 is broken: flash-attn 9.9 raises ModuleNotFoundError: No module"
     for _ in range(2):
         assert choose("model.attention", "auto", GPU, BF16) == "varlen"
@@ -364,6 +372,7 @@ def test_a_broken_package_is_named_with_its_error(installed, monkeypatch, capsys
 def test_a_package_that_transformers_refuses_is_named(installed, monkeypatch, capsys) -> None:
     installed("flash_attention_2")
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    not_importable.cache_clear()
     assert choose("model.attention", "auto", GPU, BF16) == "varlen"
     assert "flash-attn 9.9 is installed, which transformers" in capsys.readouterr().err
 
@@ -445,8 +454,25 @@ def test_liger_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert not liger.wanted("auto", cpu) and not liger.wanted("off", gpu)
     with pytest.raises(ModelError, match=r"^model.liger=on: needs a CUDA device, this is cpu$"):
         place(ModelConfig(liger="on"), cpu)
+    monkeypatch.setattr(liger, "find_spec", lambda _: object())
+    monkeypatch.setattr(liger, "_modules", lambda: None)
     assert liger.wanted("auto", gpu) and liger.wanted("on", gpu)
     monkeypatch.setattr(liger, "find_spec", lambda _: None)
     assert not liger.wanted("auto", gpu)
     with pytest.raises(ValueError, match=r"not installed \(pip install liger-kernel\)$"):
         liger.wanted("on", gpu)
+
+
+def test_a_broken_liger_is_named_with_its_error(monkeypatch, capsys) -> None:
+    def broken() -> None:
+        raise ImportError("cannot import name 'x' from 'triton'\nmore")
+
+    announce.cache_clear()
+    monkeypatch.setattr(liger, "find_spec", lambda _: object())
+    monkeypatch.setattr(liger, "_modules", broken)
+    assert not liger.wanted("auto", GPU) and not liger.wanted("off", GPU)
+    reason = "broken: importing it raises ImportError: cannot import name 'x' from 'triton'"
+    told = f"model.liger=auto: liger-kernel is {reason}; using the stock modules\n"
+    assert capsys.readouterr().err == told
+    with pytest.raises(ValueError, match=f"^model.liger=on: {reason}$"):
+        liger.wanted("on", GPU)

@@ -28,6 +28,7 @@ from opd.models.load import VideoLM, prepare
 from opd.rollout import CHECK_EVERY, Policy
 from opd.teacher import Teacher
 from opd.train import Trainer
+from tests.fake import shape_of
 from tests.helpers import FAMILIES, PAD, make_prompt
 
 LENGTH = 9  # of completions: one stop check
@@ -65,7 +66,7 @@ class Ahead(TorchDispatchMode):
             raise Waits(f"{name}: a host tensor of shape {[list(x.shape) for x in on_host]}")
         try:
             with self.fake:
-                return func(*tree_map(self._fake, args), **kwargs)
+                return shape_of(func, tree_map(self._fake, args), kwargs)
         except Exception as error:
             raise Waits(f"{name}: {type(error).__name__}: {error}") from error
 

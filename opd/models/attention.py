@@ -49,13 +49,15 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "varlen":
         return None if _varlen() else f"torch {torch.__version__} has no such attention"
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    return _not_importable(backend) or (
+    return not_importable(backend) or (
         None if capable or backend == "flash_attention_2" else "needs Hopper or later"
     )
 
 
-def _not_importable(backend: str) -> str | None:
-    """The reason why transformers cannot import the package of a FlashAttention backend."""
+@lru_cache
+def not_importable(backend: str) -> str | None:
+    """The reason why transformers cannot import the package of a FlashAttention backend. Asked
+    once: transformers 5.17 takes a second attempt for a success."""
     package = PACKAGES[backend]
     try:
         version = metadata.version(package)

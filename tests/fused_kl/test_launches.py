@@ -28,6 +28,7 @@ from fused_kl import (
     tiles,
     topk_reverse_kl,
 )
+from tests.fake import shape_of
 
 triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
 V, TEACHER_V, HS, HT = 151_936, 152_064, 2048, 4096
@@ -51,7 +52,7 @@ class Launches(TorchDispatchMode):
         self.programs: set[tuple] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = shape_of(func, args, kwargs or {})
         name = func._schema.name.removeprefix("aten::")
         on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in tree_leaves(out))
         if on_gpu and not func.is_view and name not in NO_KERNEL:
