@@ -81,7 +81,7 @@ def test_kept_bytes_are_those_of_real_tensors(family: str, recompute: str, tmp_p
     left = student_step(shapes, work, recompute)["teacher"]  # between prefill and extend
     planned = sum(left.values()) - left["vision tower's activations, tokens"]
     rotary = 2 * len(prompt.input_ids) * 32 * 4  # a closure keeps it, where layers run again
-    assert real <= planned <= 1.03 * real + rotary
+    assert 0.999 * real <= planned <= 1.001 * real + rotary
 
 
 def test_tensors_count_while_they_are_alive() -> None:
@@ -98,14 +98,15 @@ def test_tensors_count_while_they_are_alive() -> None:
         with live.moment("second", "b"), live.label("c"):
             mask = torch.empty(4, 1, dtype=torch.bool, device="meta")
             del product
-            torch.empty(4, 8, device="meta").masked_scatter(mask, kept)
+            torch.empty(4, 8, device="meta").masked_fill(mask, 0)
+            live.note(1000)  # a kernel's own
     assert live.peaks["first"] == {"a": 8000}
-    # The kernel widens the mask to every element, a byte each, with an int64 prefix sum.
-    assert live.peaks["second"] | {"a": 4000} == {
+    # Both of the second moment's tensors, then the kernel beside what is left.
+    assert live.peaks["second"] == {
         "a": 4000,
-        "c": 2 * 4 * 8 * 4,
+        "c": 0,
         "attention masks": 4,
-        "kernels' scratch": 9 * 4 * 8,
+        "kernels' scratch": 1000,
     }
 
 

@@ -103,8 +103,6 @@ class Live(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._count(tensor, JOINED if joins else self._label)
-        if function is torch.ops.aten.masked_scatter.default and self.device_type == "cuda":
-            self.note(9 * out.numel())  # the mask, widened to every element, and its prefix sum
         return out
 
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
