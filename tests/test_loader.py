@@ -191,3 +191,24 @@ def test_frames_are_scaled_down_to_a_budget_of_vision_tokens(
     )
     frames, rows, columns = inputs["video_grid_thw"][0].tolist()
     assert (frames, rows // 2, columns // 2) == (8, side, side)
+
+
+def test_pixels_wait_in_pinned_memory_in_the_towers_dtype(
+    prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a GPU the loader's thread rounds and pins them; nothing of them is on the device before a
+    vision tower sends for them."""
+    lm = prompts.lm
+    monkeypatch.setattr(lm.model, "lm_head", torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr("opd.data.loader.pin", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr("opd.data.loader.to_device", lambda batch, _: batch)
+    (batch,) = batches(prompts, [[0, 1]], "cuda", [lm])
+    assert batch.pixel_values.dtype == torch.bfloat16
+    assert [x.data_ptr() for x in pinned] == [batch.pixel_values.data_ptr()]
+    exact = torch.cat([prompts[prompt_id].pixel_values for prompt_id in (0, 1)])
+    assert len(exact) == len(batch.pixel_values)
+    parts = batch.parts(alone=True)
+    start = batch.pixel_values.data_ptr()
+    assert parts[0].pixel_values.data_ptr() == start, "a part's pixels are copied, out of the pin"
+    assert sum(len(part.pixel_values) for part in parts) == len(exact)
