@@ -103,7 +103,10 @@ def test_a_gpu_fills_its_cells() -> None:
     assert "| GRPO, Qwen3-VL 2B from 8B | not measured |" in steps
     table = part(text, "### Kernels on a GPU, seconds by those of the bare products")
     first = next(line for line in table.splitlines() if line.startswith(f"| {PAIR}"))
-    assert "| 1.25 [1.24, 1.26] | 2 [1.99, 2.01] | not measured | out of memory at" in first
+    assert (
+        "| 1.25 [1.24, 1.26] | 2 [1.99, 2.01] | not measured | not measured | out of memory at"
+        in first
+    )
     assert "| trl | skipped: not installed (pip …) |" in text
     asked = row(text, f"fast, x bare products, {PAIR}")
     assert asked[1:] == ["at most 1.2", "1.25", "g", "**no**"]
