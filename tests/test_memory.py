@@ -247,17 +247,14 @@ def test_what_never_coincides_is_not_added(folder: Path) -> None:
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_more_work_never_needs_less(folder: Path, recompute: str) -> None:
     for key, values in {
-        "num_rollouts": (1, 3, 8),
-        "sample.max_completion_length": (2, 20, 100),
-        "data.video_tokens": (400, 401, 800),
-        "micro_batch_size": (1, 2, 4),
+        "num_rollouts": (2, 8),
+        "sample.max_completion_length": (2, 100),
+        "data.video_tokens": (400, 401),
+        "micro_batch_size": (1, 2),
     }.items():
         keys = "method=grpo", "num_rollouts=2", "batch_size=4"
         plans = [
-            shapes_of(folder, *keys, f"{key}={max(2, v) if key == 'num_rollouts' else v}").plan(
-                1, recompute, "replica"
-            )
-            for v in values
+            shapes_of(folder, *keys, f"{key}={v}").plan(1, recompute, "replica") for v in values
         ]
         totals = [plan.total for plan in plans]
         assert totals == sorted(totals), key
@@ -406,7 +403,6 @@ REAL = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if "# Devices:" in 
 # Reasons by which a recipe does not fit; whoever removes the reason removes the entry.
 TOO_LARGE = {
     "grpo_32b.yaml": "every weight's bf16 gradient waits for the prompts' backward: 60 GiB",
-    "rlt_3b.yaml": "every layer keeps a mask of its own of 8 x 512 completion tokens: 2 GiB each",
 }
 
 
