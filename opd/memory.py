@@ -26,6 +26,7 @@ USABLE = 0.9  # of a device: what a plan may be wrong by, and the driver's own
 CONTEXT_BYTES = 2**29 + 2**25  # about: a CUDA context with its kernels, cuBLAS's workspace
 # About: up to 32 channels of a ring and a tree, some 6 MiB for each neighbour in each of them.
 NCCL_BYTES = 2**30
+PLACEMENTS = ("replica", "shard", "offload")  # of the teacher, the fastest first
 SUB_GROUP = 1_000_000_000  # weights that ZeRO-3 updates at once, DeepSpeed's default
 
 
@@ -204,24 +205,30 @@ class Shapes:
         return each * size.total // ranks if placement == "offload" else 0
 
     def stages(self, ranks: int, capacity: int) -> dict[int, tuple[Plan, Plan]]:
-        """Of each engine (0 is plain torch) with this number of ranks: what `best` chooses, and the
-        same with all layers recomputed. The one whose second plan is smallest needs least."""
-        found = {}
+        """Of each engine (0 is plain torch) with this number of ranks: what `best` chooses, and a
+        plan that can be compared with the others': all layers recomputed, and the teacher where the
+        most demanding stage that fits needs it. The smallest of these needs least."""
+        chosen: dict[int, tuple[Shapes, Plan]] = {}
         for stage in (0, 2, 3):
             kind = "deepspeed" if stage else "torch"
             offload = self.config.engine.offload and stage > 0
             engine = replace(self.config.engine, kind=kind, zero_stage=stage, offload=offload)
             shapes = replace(self, config=replace(self.config, engine=engine))
-            chosen = shapes.best(ranks, capacity)
-            found[stage] = chosen, shapes.plan(ranks, "all", chosen.placement)
-        return found
+            chosen[stage] = shapes, shapes.best(ranks, capacity)
+        plans = [plan for _, plan in chosen.values()]
+        fitting = [plan for plan in plans if plan.total <= USABLE * capacity] or plans
+        placement = max((plan.placement for plan in fitting), key=PLACEMENTS.index)
+        return {
+            stage: (plan, shapes.plan(ranks, "all", placement))
+            for stage, (shapes, plan) in chosen.items()
+        }
 
     def best(self, ranks: int, capacity: int) -> Plan:
         """What `auto` chooses: the first placement, and of it the fewest recomputed layers, that
         fits in `USABLE` of `capacity` bytes; else the one that needs least."""
         capacity = int(USABLE * capacity)
         config = self.config
-        placements = ("replica", "shard", "offload") if self.teacher else ("replica",)
+        placements = PLACEMENTS if self.teacher else PLACEMENTS[:1]
         if config.teacher.placement != "auto":
             placements = (config.teacher.placement,)
         found: list[Plan] = []
