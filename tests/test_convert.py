@@ -9,7 +9,7 @@ import pytest
 from opd.data.convert import CONVERTERS, main
 from opd.data.formats import read_examples, recognise
 
-DOCS = Path(__file__).parents[1] / "docs" / "DATA.md"
+DOCS = Path(__file__).parents[1] / "docs" / "data.md"
 
 MVBENCH = {
     "video": "166583.webm",
