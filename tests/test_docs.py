@@ -40,6 +40,7 @@ NAMED = re.compile(r"`((?:opd|kernels|bench|configs|tests|docs)/[\w./-]*)`")
 KEY = re.compile(r"`([a-z]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`")
 WORDS = 900  # of README.md: about two screens
 MOST_FILES = 8  # of a walk through the code
+SCORES = "miou", "sampled_miou"
 
 # The pages describe the folders of opd/ and the files of fused_kl that are being made.
 PARTS = ROOT / "opd" / "method", ROOT / "kernels" / "fused_kl" / "head.py"
@@ -222,6 +223,31 @@ def test_keys_are_keys(capsys: pytest.CaptureFixture[str]) -> None:
         for key in KEY.findall(page.read_text()):
             if key.split(".")[0] in groups and key not in {module for _, module, _ in COMMANDS}:
                 assert key in keys, f"{name_of(page)}: {key}: no such key"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_default_run_scores_what_was_measured(page: str) -> None:
+    text = (ROOT / page).read_text()
+    kept = json.loads((ROOT / "bench" / "results" / "embedded_cpu.json").read_text())
+    rows = [[arm[seed] for seed in "012"] for arm in kept["seeds"].values()]
+    for row in rows:
+        greedy, drawn = (", ".join(f"{run['after'][score]:.3f}" for run in row) for score in SCORES)
+        assert f"| {greedy} | {drawn} |" in text
+    before = [f"{r['after'][s] - r['gain'][s]['mean']:.3f}" for s in SCORES for r in rows[0]]
+    assert f"| student before | {before[0]} | {', '.join(before[3:])} |" in text
+    teacher = " | ".join(f"{kept['teacher'][score]:.3f}" for score in SCORES)
+    assert f"| teacher | {teacher} |" in text
+
+
+def test_the_methods_score_what_was_measured() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    arms = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())["arms"]
+    for arm in arms.values():
+        steps, seconds = (
+            [arm[score][at] for score in SCORES] for at in ("at_equal_steps", "at_equal_device_s")
+        )
+        means = [s["mean"] for s in steps] + [s["with_scoring"]["mean"] for s in seconds]
+        assert f"| {' | '.join(f'{mean:.3f}' for mean in means)} |" in text
 
 
 @pytest.fixture
