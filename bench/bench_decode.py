@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from bench.timing import interleaved, ratio
-from opd.data.frames import Frames
-from opd.data.video import VideoFrames, sample_frames
-from opd.data_settings import DataConfig
+from opd.config.data import DataConfig
+from opd.data.video.frames import Frames
+from opd.data.video.sampling import VideoFrames, sample_frames
 
 decord = pytest.importorskip("decord")
 

@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from bench.timing import interleaved, ratio
-from opd.branches import forward_by_video
-from opd.config import Config, load_config
+from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
 from opd.data.examples import Example
-from opd.data.loader import Prompts, batches
+from opd.data.loader import batches
+from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
-from opd.models.load import VideoLM, load_model, load_processor, place
-from opd.prefix import forward
-from opd.rollout import Policy, decode_answers, sample
+from opd.generation.prefix import forward
+from opd.generation.sampling import Policy, decode_answers, sample
+from opd.generation.shared_video import forward_by_video
+from opd.models.load import load_model, load_processor, place
+from opd.models.video_lm import VideoLM
 
 ROUNDS, QUERIES, LENGTH = 4, 8, 20
 COLOURS = ("red", "green", "blue", "yellow", "white")

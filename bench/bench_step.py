@@ -30,11 +30,12 @@ from bench.steps import (
     stepper,
 )
 from bench.timing import peak_bytes
-from opd import train
-from opd.config import Config, load_config
+from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
-from opd.folder import RunFolder
-from opd.ledger import Ledger
+from opd.method import trainer as trainer_module
+from opd.method.trainer import Trainer
+from opd.record.folder import RunFolder
+from opd.record.ledger import Ledger
 
 ROUNDS, FEW = 5, 4
 PROMPTS, SOME = 16, 5  # against other loops, and of this project's steps against each other
@@ -88,7 +89,7 @@ def test_single_pass_against(benchmark, config: Config, name: str) -> None:
     keep(benchmark, f"single pass / {name}", **result, limit_ratio=limit, **told)
 
 
-def analytic_ratio(trainer: train.Trainer, batch: PromptBatch, loop: Loop) -> float:
+def analytic_ratio(trainer: Trainer, batch: PromptBatch, loop: Loop) -> float:
     """FLOPs of the single pass by those of a loop, both from shapes, of the same rollouts."""
     made = []
     ours = ledger_flops(trainer, lambda: made.append(trainer.micro_step(batch, 0)))
@@ -185,8 +186,8 @@ def test_what_watching_costs(benchmark, config: Config, tmp_path: Path) -> None:
 
     def without(step: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "signals", lambda *_: {})
-            patch.setattr(train, "step_flops", lambda *_: {})
+            patch.setattr(trainer_module, "signals", lambda *_: {})
+            patch.setattr(trainer_module, "step_flops", lambda *_: {})
             bare.step([batch], step)
 
     proof = {"watched": prove_equal(watched, batch), "bare": prove_equal(bare, batch)}
@@ -211,7 +212,7 @@ ROUTED = {  # by about how many tokens a prompt has: settings of data, prompts a
 }
 
 
-def suspending_half(config: Config, batch: PromptBatch) -> train.Trainer:
+def suspending_half(config: Config, batch: PromptBatch) -> Trainer:
     """A trainer that routes, and suspends about half of a batch's rollouts: those whose reward
     reaches the median."""
 

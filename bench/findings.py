@@ -9,7 +9,7 @@ from bench.compare import OURS
 from bench.kernels import PAIRS
 from bench.methods_report import cell as scored
 from bench.tables import NOT_MEASURED, cell, is_kernel, walk
-from opd.report import SCORES
+from opd.record.curve import SCORES
 
 SMALL, SMALLER = "512 from 1024, 256 tokens", "512 from 1024, 32 tokens"
 LONG, SHORT = (f"{next(iter(PAIRS))}, {count} tokens" for count in (16_384, 640))

@@ -20,15 +20,16 @@ from bench.failures import DeviceLost, attempt
 from bench.part_result import PartResult
 from bench.random_models import AnyTokens, Scale, make_prompt, policy_of, random_model
 from bench.timing import held_bytes, peak_bytes
-from opd.config import Config, load_config
+from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch, collate
-from opd.engine import set_up
-from opd.ledger import mfu
-from opd.memory import Plan, Shapes, capacity_of, settled
+from opd.distributed import set_up
+from opd.method.teacher import Teacher
+from opd.method.trainer import Trainer
 from opd.models import tiny
 from opd.models.load import place
-from opd.teacher import Teacher
-from opd.train import Trainer
+from opd.planning.memory import Plan, Shapes, capacity_of
+from opd.planning.settled import settled
+from opd.record.flops import mfu
 
 GIB = 2**30
 WARM_UP = 2  # steps: allocators, kernels

@@ -12,9 +12,9 @@ import sys
 import torch
 
 from bench.bench_step import make_trainer
-from opd.config import load_config
+from opd.config.run import load_config
 from opd.data.batch import PromptBatch
-from opd.train import Trainer
+from opd.method.trainer import Trainer
 
 
 def gradient(trainer: Trainer, batch: PromptBatch, step: int) -> torch.Tensor:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 
 from opd.data.batch import PromptBatch
-from opd.ledger import Cost
-from opd.models.load import VideoLM
-from opd.objectives import Loss
-from opd.prefix import forward
-from opd.rewards import advantages
-from opd.rollout import Rollouts
-from opd.train import Trainer
+from opd.generation.prefix import forward
+from opd.generation.sampling import Rollouts
+from opd.method.advantages import advantages
+from opd.method.objectives import Loss
+from opd.method.trainer import Trainer
+from opd.models.video_lm import VideoLM
+from opd.record.flops import Cost
 
 Loop = Callable[[Trainer, PromptBatch, int], tuple[Loss, Rollouts]]
 
@@ -60,7 +60,7 @@ def dense_loss(
     teacher_log_probs: torch.Tensor | None,
     old_logprobs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The sum over N tokens of what `trainer` minimises, by definition (`opd.objectives`).
+    """The sum over N tokens of what `trainer` minimises, by definition (`opd.method.objectives`).
 
     Args: log_probs and teacher_log_probs: `[N, V]`; old_logprobs: `[N]`, without them the student's
         own. Raises ValueError for an objective that has no definition here.

@@ -17,7 +17,7 @@ from typing import Any
 from bench.methods_report import write
 from bench.protocol import Protocol, Run
 from bench.record import origin
-from opd.checkpoint import read_rows
+from opd.files import read_rows
 from opd.models.load import checksums
 from opd.report import read
 

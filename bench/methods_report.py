@@ -8,7 +8,7 @@ from typing import Any
 from bench.protocol import Protocol
 from bench.tables import NOT_MEASURED
 from bench.tables import table as markdown
-from opd.report import NOT_TRAINING, SCORES, Curve, plot, thresholds
+from opd.record.curve import NOT_TRAINING, SCORES, Curve, plot, thresholds
 
 
 def published_style_s(result: dict[str, Any]) -> float:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from opd.config import Config
+from opd.config.run import Config
 from opd.data.batch import Prompt
 from opd.data.examples import Example
-from opd.forms import format_spans
-from opd.memory import STAMP, TEXT
+from opd.generation.sampling import Policy
 from opd.models import liger
-from opd.models.load import VideoLM, place, prepare
-from opd.rollout import Policy
+from opd.models.load import place, prepare
+from opd.models.video_lm import VideoLM
+from opd.planning.memory import STAMP, TEXT
+from opd.text.forms import format_spans
 
 WORDS = 1000  # of the vocabulary, in prompts
 NEVER = -1  # an end token that is never drawn

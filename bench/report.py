@@ -32,7 +32,7 @@ from bench.tables import (
     walk,
     with_interval,
 )
-from opd.report import SCORES
+from opd.record.curve import SCORES
 
 Result = Mapping[str, Any]
 Results = dict[str, Result]  # by the name of the file, without its end

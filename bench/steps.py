@@ -13,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.failures import attempt
 from bench.loops import FORWARDS, Loop, trl_style
 from bench.timing import Times, interleaved, peak_bytes, ratio
-from opd.config import Config
+from opd import train
+from opd.config.run import Config
 from opd.data.batch import PromptBatch, collate
-from opd.data.loader import Prompts
+from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
-from opd.engine import set_up
-from opd.train import Trainer
+from opd.distributed import set_up
+from opd.method.trainer import Trainer
+from opd.planning.settled import settled
 
 Calls = Mapping[str, Callable[[int], object]]
 RESIDENT = 0.1  # what a heap's fragments make of resident memory, from one run to another
@@ -27,7 +29,7 @@ RESIDENT = 0.1  # what a heap's fragments make of resident memory, from one run 
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
     device = set_up(config.threads, config.seed)
-    trainer = Trainer.of(config, device)
+    trainer = train.make_trainer(settled(config, device), device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, trainer.processor, trainer.student)
     prompts = sorted((pool[i] for i in range(len(pool))), key=lambda p: len(p.input_ids))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.failures import wait
-from opd.engine import reuse_freed_memory
+from opd.distributed import reuse_freed_memory
 
 Times = dict[str, list[float]]
 

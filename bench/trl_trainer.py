@@ -21,10 +21,10 @@ from trl import DistillationConfig, DistillationTrainer  # type: ignore[attr-def
 
 from bench.steps import errors, gradient
 from bench.timing import Times, now
-from opd.config import Config
+from opd.config.run import Config
 from opd.data.batch import Prompt, PromptBatch, collate
-from opd.models.load import VideoLM
-from opd.train import Trainer
+from opd.method.trainer import Trainer
+from opd.models.video_lm import VideoLM
 
 STAND_IN = "<|vision_pad|>"
 COPIED = (

@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
-from opd import world
-from opd.config import Config, ConfigError, fail, load_config
-from opd.data.examples import DataError, Example
+from opd import distributed
+from opd.config.command_line import fail
+from opd.config.run import Config, load_config
+from opd.data.examples import Example
 from opd.data.inspection import describe, inspect, plot
 from opd.data.sources import check_leak, check_sources, sources_of
-from opd.evaluation import progress_bar
-from opd.memory import USABLE, Plan, Shapes, capacity_of, too_little
-from opd.models.load import ModelError, load_processor, place
-from opd.shapes import MOMENTS
+from opd.distributed import progress_bar
+from opd.errors import ConfigError, DataError, ModelError
+from opd.models.load import load_processor, place
+from opd.planning.memory import USABLE, Plan, Shapes, capacity_of, too_little
+from opd.planning.shapes import MOMENTS
 
 GIB = 2**30
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")  # what a dotted argument begins with
@@ -126,7 +128,7 @@ def check_data(texts: dict[str, str], config: Config) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command; exit code 2 where data cannot be used and where nothing fits."""
     parser = argparse.ArgumentParser(prog="opd.check", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=world.size(), help="devices")
+    parser.add_argument("--ranks", type=int, default=distributed.size(), help="devices")
     parser.add_argument("--memory-gib", type=float, help="of a device; default: of this machine's")
     parser.add_argument("--stages", action="store_true", help="compare the ZeRO stages, too")
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)

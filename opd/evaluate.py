@@ -16,23 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd import world
-from opd.checkpoint import read_rows, write_rows
-from opd.config import Config, ConfigError, command_line, fail, load_config, to_yaml
-from opd.data import synthetic
-from opd.data.examples import DataError, Example
-from opd.data.formats import recognise
-from opd.data.loader import Prompts
+from opd import distributed
+from opd.config.command_line import command_line, fail
+from opd.config.run import Config, load_config, to_yaml
+from opd.data.annotations.formats import recognise
+from opd.data.examples import Example
+from opd.data.prompts import Prompts
 from opd.data.sources import check_leak, load_split, sources_of
-from opd.engine import set_up
-from opd.evaluation import Evaluation, evaluate, graded, progress_bar
-from opd.folder import environment
-from opd.metrics import paired_interval
-from opd.models.load import ModelError, checksum, load_model, load_processor, place, resolve
-from opd.official import score
-from opd.results import BUCKETS, breakdown
-from opd.rollout import Policy
-from opd.timeline import timeline
+from opd.data.synthetic import splits
+from opd.distributed import progress_bar, set_up
+from opd.errors import ConfigError, DataError, ModelError
+from opd.files import checksum, read_rows, write_rows
+from opd.generation.sampling import Policy
+from opd.method.answering import evaluate
+from opd.models.load import load_model, load_processor, place, resolve
+from opd.record.environment import environment
+from opd.scoring.evaluation import Evaluation, graded
+from opd.scoring.metrics import paired_interval
+from opd.scoring.official import score
+from opd.scoring.results import BUCKETS, breakdown
+from opd.scoring.timeline import timeline
 
 METRICS = {  # of a data set's own scorer, by format; all others are of grounding
     "qvhighlights": "qvhighlights",
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ConfigError(f"usage: python -m {usage}")
         configs = [config_of(target, keys, len(targets) > 1) for target in targets]
         found = [run(target, c) for target, c in zip(targets, configs, strict=True)]
-        if world.is_first():
+        if distributed.is_first():
             print(json.dumps(found[0], indent=2) if len(found) == 1 else compared(targets, found))
     except (ConfigError, DataError, ModelError) as error:
         fail(error)
@@ -81,7 +84,7 @@ def config_of(target: str, keys: list[str], several: bool) -> Config:
 def run(target: str, config: Config) -> dict[str, Any]:
     """Evaluate one target; its scores, with what they depend on, as they are stored."""
     folder = Path(config.run_dir)
-    path, part = folder / "evaluation.jsonl", folder / f"evaluation.{world.rank()}.part"
+    path, part = folder / "evaluation.jsonl", folder / f"evaluation.{distributed.rank()}.part"
     going_on = config.resume == "auto"
     if path.exists() and not config.overwrite and not going_on:
         raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
@@ -91,7 +94,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
             raise DataError(f"{target}: no such file of answers")
         resolve(config.model.student)
     device = set_up(config.threads, config.seed)
-    world.start()
+    distributed.start()
     left_out: list[str] = []
     sized: dict[str, Any] = {}
 
@@ -101,15 +104,15 @@ def run(target: str, config: Config) -> dict[str, Any]:
             _check_trained(config, found)
         return found
 
-    examples = world.from_first(load)
+    examples = distributed.from_first(load)
     folder.mkdir(parents=True, exist_ok=True)
     if stored is not None:
         rows = [graded(*pair, config) for pair in _stored(stored, examples)]
-        if world.is_first():
+        if distributed.is_first():
             write_rows(path, rows)
         found = Evaluation.of(rows)
     else:
-        known = world.from_first(lambda: _known(folder, config, examples))
+        known = distributed.from_first(lambda: _known(folder, config, examples))
         done = {row["id"] for row in known}
         processor = load_processor(config.model.student)
         kept = ("size", "patch_size", "merge_size", "cap_pixels_per_frame")
@@ -127,10 +130,10 @@ def run(target: str, config: Config) -> dict[str, Any]:
 
             with progress_bar(total=len(prompts), desc="evaluate", unit="query") as bar:
                 found = evaluate(lm, prompts, policy, config, path, bar.update, store, known)
-        left_out += world.merged(prompts.broken).values()
-        world.wait()
+        left_out += distributed.merged(prompts.broken).values()
+        distributed.wait()
         part.unlink(missing_ok=True)
-    if not world.is_first():
+    if not distributed.is_first():
         return {}
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
@@ -266,7 +269,7 @@ def _check_trained(config: Config, held_out: Sequence[Example]) -> None:
     trained: list[Example] = []
     try:
         for source in sources_of(config.data.train, config.data):
-            if source.format is not None or synthetic.path_of(source.root, source.path).is_file():
+            if source.format is not None or splits.path_of(source.root, source.path).is_file():
                 trained += source.examples([])
     except DataError as error:
         print(f"not checked against what was trained on: data.train: {error}", file=sys.stderr)

@@ -1,298 +1,271 @@
-"""Video-OPD, top to bottom: the student answers, a frozen teacher scores every token, the student
-follows.
-
-    p = student, q = teacher, y ~ p( . | video, query).  Minimise KL(p || q) over the tokens of y:
-    the gradient pulls the student towards what the teacher would have said after the student's own
-    words.
-
-One step forwards the student's prompt once, with its graph kept: completions are sampled from a
-detached view of its keys and values, and the training pass continues from the same ones, completion
-tokens only. Left out on purpose: a reward, a value model, importance clipping, a reference model.
-They are not part of the method; `method=grpo`, to compare it with, has its own, and all else alike.
+"""A whole run: evaluate the student, train it in rounds, evaluate it again, write the run folder.
 
     python -m opd.train [CONFIG.yaml] [dotted.key=value ...]
+
+The step itself, and with it the method, is `opd.method.trainer`.
 """
 
-import math
+import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from opd import world
-from opd.checkpoint import Progress, Stopped
-from opd.config import Config, ConfigError, command_line, fail, load_config
+from opd import distributed
+from opd.config.command_line import command_line, fail
+from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
-from opd.data.examples import DataError
-from opd.device import fetch, send
-from opd.engine import Engine, TorchEngine
-from opd.ledger import Cost, Ledger, step_flops
-from opd.memory import settled
-from opd.models.load import ModelError, VideoLM, load_model, load_processor, place
-from opd.models.lora import add_lora
-from opd.objectives import Loss, Targets
-from opd.prefix import LayerCounter, Prefix, encode, extend, prefill, recomputed_layers
-from opd.rewards import advantages, all_equal, grade
-from opd.rollout import Policy, Rollouts, sample, uniforms
-from opd.summary import signals, table
-from opd.teacher import Teacher
-from opd.zero import ZeroEngine, load_frozen
+from opd.data.loader import batches
+from opd.data.prompts import Prompts
+from opd.data.schedule import schedule
+from opd.data.sources import check_leak, check_sources, load_split
+from opd.distributed import progress_bar, set_up
+from opd.errors import ConfigError, DataError, ModelError, Stopped
+from opd.files import read_rows
+from opd.generation.sampling import Policy
+from opd.method import curriculum
+from opd.method.answering import evaluate
+from opd.method.teacher import Teacher
+from opd.method.trainer import Trainer
+from opd.models.compatibility import check_pair
+from opd.models.load import load_model, load_processor, place, resolve
+from opd.models.lora import save_adapter, save_student
+from opd.models.sharded import load_frozen
+from opd.models.video_lm import VideoLM
+from opd.planning.settled import settled
+from opd.record.folder import RunFolder
+from opd.record.interrupts import Signals
+from opd.record.summary import plot_curves, summarise, table
+from opd.scoring.evaluation import Evaluation
 
 
-@dataclass
-class Trainer:
-    """What a step needs; `micro_step` is the method. Freezes what `model.trainable` leaves out."""
+def train(config: Config) -> dict[str, Any]:
+    """A whole run: evaluate, train, evaluate, write the run folder; returns the summary. With
+    resume=auto, a run that was stopped goes on, and one that is finished stays as it is.
 
-    config: Config
-    processor: Any
-    student: VideoLM
-    teacher: Teacher | None
-    policy: Policy
+    Raises Stopped on SIGINT, on SIGTERM and where losses stay no numbers, with the state saved.
+    """
+    started = time.perf_counter()
+    _ = config.shares  # before anything is loaded
+    device = set_up(config.threads, config.seed)
+    distributed.start()
+    resolve(config.model.student, "model.student")
+    if config.method == "opd":
+        resolve(config.model.teacher, "model.teacher")
+        check_pair(config.model.student, config.model.teacher)
+    config = settled(config, device)
+    folder = RunFolder(config)
+    if folder.finished:  # resume=auto, started once more
+        return folder.summary()
+    check_sources(config.data)
+    data = config.data
 
-    def __post_init__(self) -> None:
-        self.student.train_only(self.config.model.trainable)
-        if self.config.model.lora_rank is not None:
-            add_lora(self.student, self.config.model.lora_rank, self.config.model.lora_alpha)
-        self.ledger = Ledger(self.student.device)
-        self.counter = LayerCounter().attach(self.student)
-        self.progress = Progress()
-        models = [self.student] if self.teacher is None else [self.student, self.teacher.lm]
-        self.costs = {lm: Cost.of(lm) for lm in models}
-        updates = self.config.steps * self.epochs
-        if self.config.engine.kind == "torch":
-            self.engine: Engine = TorchEngine(self.student.model, self.config.optim, updates)
-        else:
-            parts = self.config.engine, len(self.config.shares)
-            self.engine = ZeroEngine(self.student, self.config.optim, updates, *parts)
+    def splits() -> Any:
+        found: tuple[list[str], list[str]] = [], []
+        train_examples = load_split(data, "train", config.needs, found[0])
+        eval_examples = load_split(data, "eval", ["spans", "options"], found[1])
+        check_leak(train_examples, eval_examples, data)
+        return train_examples, eval_examples, found
 
-    @classmethod
-    def of(cls, config: Config, device: torch.device) -> "Trainer":
-        """The trainer of the models that the configuration names."""
-        config = settled(config, device)
-        where = place(config.model, device)
-        processor = load_processor(config.model.student)
-        student = load_model(config.model.student, seed=config.seed, **where)
-        teacher = None
-        if config.method == "opd":
-            teacher = Teacher(load_frozen(config.model.teacher, config, **where))
-        elif config.method == "grpo" and config.grpo.kl_coef:
-            teacher = Teacher(load_frozen(config.model.student, config, **where))
-        policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
-        return cls(config, processor, student, teacher, policy)
+    train_examples, eval_examples, unread = distributed.from_first(splits)
+    trainer = make_trainer(config, device)
+    pool = Prompts(train_examples, data, trainer.processor, trainer.student)
+    held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)
+    if folder.resumed:
+        folder.states.load(trainer.load)
+    folder.open(trainer.progress.step)
+    progress, started = trainer.progress, started - trainer.progress.wall_s
 
-    @property
-    def sharded(self) -> bool:
-        """Whether all ranks must forward the same number of prompts, because of either model."""
-        return any(lm.sharded for lm in self.costs)
+    def left_out() -> dict[str, int]:
+        found: dict[str, list[str]] = {}
+        for name, told, prompts in zip(("train", "eval"), unread, (pool, held_out), strict=True):
+            found[name] = [*told, *distributed.merged(prompts.broken).values()]
+        folder.write_left_out(found)
+        return {name: len(lines) for name, lines in found.items()}
 
-    @property
-    def epochs(self) -> int:
-        """Optimizer steps per batch of rollouts."""
-        return self.config.grpo.epochs if self.config.method == "grpo" else 1
+    signalled = Signals()
+    try:
+        with signalled.watch():
+            evaluations = run(trainer, folder, pool, held_out, signalled, started)
+    except Stopped as stopped:
+        progress.wall_s = time.perf_counter() - started
+        folder.write(trainer.ledger.closed(wait=True))
+        folder.states.save(progress.step, trainer.save)
+        left_out()
+        told = f"after step {progress.step} of {config.steps}; resume=auto goes on from there"
+        raise Stopped(f"{stopped} {told}", stopped.exit_code) from None
+    finally:
+        folder.close()
+    progress.wall_s = time.perf_counter() - started
+    summary = summarise(trainer, evaluations, left_out())
+    if distributed.is_first():
+        plot_curves(folder.path, summary)
+    folder.finish(summary)
+    return summary
 
-    def micro_step(
-        self, batch: PromptBatch, step: int, earlier: tuple[Loss, Rollouts] | None = None
-    ) -> tuple[Loss, Rollouts]:
-        """Prompt once, sample, score, train: adds the gradient of one micro-batch. With what an
-        `earlier` epoch returned, train on its rollouts again."""
-        config, student, phase = self.config, self.student, self.ledger.phase
-        # Where rollouts are routed every prompt has its own graph, so that a backward walks those
-        # alone that are trained on. Sharded weights are gathered as often on every rank.
-        parts = batch.parts(alone=config.routes or self.sharded)
-        with phase("vision"):
-            videos = [encode(student, part) for part in parts]
-        with phase("prefill"):
-            prefixes = [
-                prefill(student, part, video, config.prefix.recompute, self.counter)
-                for part, video in zip(parts, videos, strict=True)
-            ]
-        with phase("sample"):
-            if earlier:
-                rollouts = earlier[1]
-            else:
-                prefix = Prefix.join([part.detach() for part in prefixes])
-                rollouts = self.rollouts(batch, prefix, step)
-        trained, answers = parts, rollouts
-        if config.routes:  # the others cost neither teacher nor backward
-            rows, answers = rollouts.routed(lockstep=self.engine.lockstep or self.sharded)
-            trained, prefixes = [parts[i] for i in rows], [prefixes[i] for i in rows]
-        result = Loss(torch.zeros((), device=student.device))
-        if trained:
-            teacher_hidden = None
-            if self.teacher is not None:
-                with phase("teacher"):
-                    prefix = Prefix.join([self.teacher.prefill(part) for part in trained])
-                    teacher_hidden = self.teacher.extend(prefix, answers.completion_ids)
-                    teacher_hidden = answers.in_loss(teacher_hidden)
-            with phase("extend"):
-                prefix = Prefix.join(prefixes)
-                hidden = extend(student, prefix, answers.completion_ids, self.counter)
-                hidden = answers.in_loss(hidden)
-            with phase("loss"):
-                old_logprobs = earlier[0].student_logprobs if earlier else None
-                result = self.loss(hidden, answers, teacher_hidden, old_logprobs)
-            with phase("backward"):
-                self.engine.backward(result.loss)
-        again = recomputed_layers(config.prefix.recompute, self.counter.num_layers)
-        drawn = None if config.on_references or earlier else rollouts.completion_mask
-        flops = step_flops(self.costs, parts, drawn, trained, answers.completion_mask, again)
-        spent = batch.num_tokens + rollouts.num_tokens, *flops.values()
-        tokens, *spent = world.total(spent)
-        self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
-        return result, rollouts
 
-    @property
-    def known_denominator(self) -> int | None:
-        """What a loss is divided by where that is known before sampling; it goes into the weights
-        of the tokens. All else scales the gradient after the last micro-batch."""
-        config = self.config
-        if config.normalize == "token" or config.method == "grpo":
-            return None
-        return config.batch_size * config.num_rollouts
+def make_trainer(config: Config, device: torch.device) -> Trainer:
+    """The trainer of the models that a configuration without `auto` names."""
+    where = place(config.model, device)
+    processor = load_processor(config.model.student)
+    student = load_model(config.model.student, seed=config.seed, **where)
+    teacher = None
+    if config.method == "opd":
+        teacher = Teacher(load_frozen(config.model.teacher, config, **where))
+    elif config.method == "grpo" and config.grpo.kl_coef:
+        teacher = Teacher(load_frozen(config.model.student, config, **where))
+    policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
+    return Trainer(config, processor, student, teacher, policy)
 
-    @property
-    def token_weight(self) -> float:
-        """The factor of every token's loss, so that backward begins with a gradient of exactly 1
-        and the head's gradient needs no further pass."""
-        return self.engine.loss_factor / (self.known_denominator or 1)
 
-    def loss(
-        self,
-        student_hidden: torch.Tensor,
-        rollouts: Rollouts,
-        teacher_hidden: torch.Tensor | None,
-        old_logprobs: torch.Tensor | None,
-    ) -> Loss:
-        """The objective on the N tokens of the loss, inside the forward of the student's head."""
-        config, device = self.config, student_hidden.device
-        relative = None
-        if config.compares:
-            assert rollouts.rewards is not None
-            of_rollouts = advantages(rollouts.rewards, config.grpo.advantage)
-            relative = of_rollouts.flatten().repeat_interleave(rollouts.loss_lengths.flatten())
-            relative = send(relative, device)
-        targets = Targets(
-            rollouts.in_loss(rollouts.completion_ids),
-            self.policy,
-            teacher_hidden,
-            self.teacher.head_weight if self.teacher is not None else None,
-            relative,
-            old_logprobs,
-            config,
-            self.token_weight,
-        )
-        name = config.objective if config.method == "opd" else config.method
-        name = "with_reward" if config.opd.reward_coef else name
-        return self.student.head(student_hidden, loss=getattr(targets, name))
+def run(
+    trainer: Trainer,
+    folder: RunFolder,
+    pool: Prompts,
+    held_out: Prompts,
+    signalled: Signals,
+    started: float,
+) -> dict[str, Evaluation | None]:
+    """Evaluate, train from the step that the trainer has reached, evaluate, save the student."""
+    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
+    student, teacher = trainer.student, trainer.teacher
 
-    def rollouts(self, batch: PromptBatch, prefix: Any, step: int) -> Rollouts:
-        """Completions to train on: sampled from the student, or the reference answers."""
-        config = self.config
-        if config.on_references:
-            made = Rollouts.references(batch, self.policy.pad_token_id)
-            return replace(made, horizon=config.opd.horizon)
-        length = config.sample.max_completion_length
-        numbers = uniforms(
-            config.seed, step, [e.id for e in batch.examples], config.num_rollouts, length
-        )
-        with self.engine.whole():
-            made = sample(self.student, prefix, self.policy, length, numbers, self.counter)
-        if config.compares or config.routes:
-            made = grade(made, batch.examples, self.processor.tokenizer, config)
-            assert made.rewards is not None
-            if config.method == "grpo":
-                told_apart = ~all_equal(made.rewards)
-                made = replace(made, trained=told_apart[:, None].expand_as(made.rewards))
-            elif config.routes:
-                made = replace(made, trained=made.rewards < config.curriculum.route_below)
-        return replace(made, horizon=config.opd.horizon)
+    def score(name: str, lm: VideoLM = student) -> Evaluation:
+        path = folder.path / f"eval_{name}.jsonl"
+        if distributed.from_first(path.is_file):  # made before the run was stopped
+            return Evaluation.read(path)
+        bar = progress_bar(total=len(held_out), desc=f"evaluate {name}", unit="query")
 
-    def step(self, micro_batches: list[PromptBatch], step: int) -> dict[str, Any]:
-        """One batch of rollouts, and an optimizer step per epoch over it; returns the row of
-        metrics of the first. A loss or gradient that is not finite changes no weight, and the row
-        names the examples."""
-        lr = self.engine.lr
-        made = [self.micro_step(batch, step) for batch in micro_batches]
-        updates = [self.update(made)]
-        for _ in range(1, self.epochs):
-            pairs = zip(micro_batches, made, strict=True)
-            updates.append(self.update([self.micro_step(b, step, earlier) for b, earlier in pairs]))
-        loss, grad_norm = updates[0]
-        finite = all(math.isfinite(number) for update in updates for number in update)
-        made = [
-            (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens)
-            for (loss, rollouts), batch in zip(made, micro_batches, strict=True)
-        ]
-        made = [micro for rank in world.everyone(made) for micro in rank]
-        losses, rollouts, examples, num_tokens = zip(*made, strict=True)
-        examples = [example for found in examples for example in found]
-        tokenizer = self.processor.tokenizer if self.processor is not None else None
-        health = signals(losses, rollouts, examples, tokenizer, self.config)
-        drawn = [] if self.config.on_references else rollouts
-        self.progress.count(
-            finite,
-            prompt_tokens=sum(num_tokens),
-            rollouts=sum(r.truncated.numel() for r in drawn),
-            generated_tokens=sum(r.num_tokens for r in drawn),
-            trained_rollouts=sum(int((r.loss_lengths > 0).sum()) for r in drawn),
-            equal_groups=health.get("equal_groups") or 0,
-        )
-        return {
-            "step": step,
-            "loss": loss if math.isfinite(loss) else None,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "lr": lr,
-            **health,
-            "skipped": None if finite else [example.id for example in examples],
+        def answered(queries: int) -> None:
+            bar.update(queries)
+            signalled.obey()
+
+        phases = ledger.phase("evaluate"), trainer.counter.label("evaluation")
+        with phases[0], phases[1], bar, trainer.engine.whole():
+            return evaluate(lm, held_out, trainer.policy, config, path, answered)
+
+    def mark(name: str) -> Evaluation:
+        """Evaluate the student, and note what it had cost until then."""
+        folder.write(ledger.closed(wait=True))
+        point = {
+            "step": progress.step,
+            "rollouts": progress.rollouts,
+            "generated_tokens": progress.generated_tokens,
+            "device_s": ledger.everywhere(),
         }
+        found = score(name)
+        folder.add_to_curve(point | found.summary)
+        if config.keep_best is not None and name != "before":
+            keep_if_best(trainer, folder, config.keep_best)
+        return found
 
-    def update(self, made: list[tuple[Loss, Rollouts]]) -> tuple[float, float]:
-        """Step on the gradients of these micro-batches; the loss, and the gradient's norm before
-        clipping. Where no token takes part, neither weights nor optimizer change."""
-        lengths = torch.cat([rollouts.loss_lengths.flatten() for _, rollouts in made])
-        losses = fetch(torch.stack([result.loss.detach() for result, _ in made]))
-        tokens, answers, loss = world.total(
-            [int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())]
-        )
-        count = tokens if self.config.normalize == "token" else answers
-        known = self.known_denominator
-        loss /= self.engine.loss_factor * (1 if known else max(1, count))
-        with self.ledger.phase("optimizer"):
-            if not tokens:
-                self.engine.skip()
-                return 0.0, 0.0
-            scale = 1.0 if known else 1 / count
-            return loss, self.engine.step(scale if math.isfinite(loss) else math.nan)
+    def on_the_way() -> None:
+        step, every = progress.step, config.eval.every
+        if every and step % every == 0 and 0 < step < config.steps:
+            mark(f"step_{step}")
+            ledger.close_step()  # evaluating belongs to no step
 
-    def save(self, folder: Path) -> None:
-        """Write what a resumed run goes on from, this rank's part of it; everything else follows
-        from seed and step."""
-        state = {
-            "ledger": self.ledger.state(),
-            "counter": dict(self.counter.tokens),
-            "progress": asdict(self.progress),
-            "rng": torch.get_rng_state(),
-        }
-        torch.save(state, folder / f"rank_{world.rank()}.pt")
-        self.engine.save(folder)
+    before = None
+    if config.eval.before:
+        before = score("before") if progress.step else mark("before")
+    ledger.close_step()
+    on_the_way()  # where a stop fell into it
+    with progress_bar(
+        total=config.steps, initial=progress.step, desc=config.method, unit="step"
+    ) as bar:
+        for step, micro_batches, begun in steps_left(trainer, folder, pool, signalled):
+            row = trainer.step(micro_batches, step)
+            row["step_s"] = time.perf_counter() - begun
+            progress.train_s += row["step_s"]
+            ledger.close_step(row)
+            folder.write(ledger.closed())
+            numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
+            bar.set_postfix_str(", ".join([*numbers, ledger.shares()]))
+            bar.update()
+            progress.first_step_s = progress.first_step_s or time.perf_counter() - started
+            if progress.skipped_in_a_row >= config.max_skipped:
+                raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
+            signalled.obey()
+            on_the_way()
+            if config.save_every and progress.step % config.save_every == 0:
+                progress.wall_s = time.perf_counter() - started
+                folder.write(ledger.closed(wait=True))
+                with ledger.phase("checkpoint"):
+                    folder.states.save(progress.step, trainer.save)
+    after = mark("after")
+    scored_teacher = None
+    if teacher is not None and config.method == "opd" and config.eval.teacher:
+        scored_teacher = score("teacher", teacher.lm)
+    with ledger.phase("checkpoint"):
+        weights, model = trainer.engine.weights(), config.model
+        if distributed.is_first():
+            save_student(student, weights, trainer.processor, folder.path / "student", model)
+            if model.lora_rank is not None:
+                settings = model.lora_rank, model.lora_alpha, model.student
+                save_adapter(weights, folder.path / "adapter", *settings)
+    return {"before": before, "after": after, "teacher": scored_teacher}
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        path = folder / f"rank_{world.rank()}.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.engine.load(folder)
-        self.ledger.load_state(state["ledger"])
-        self.counter.tokens = dict(state["counter"])
-        self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["rng"])
+
+def keep_if_best(trainer: Trainer, folder: RunFolder, name: str) -> None:
+    """Leave the student in `best`, whole or not at all, if no evaluation had a higher score."""
+
+    def is_best() -> bool:
+        rows = read_rows(folder.path / "curve.jsonl")
+        rows = [row for row in rows if row[name] is not None and row["step"]]
+        best = max(rows, key=lambda row: row[name], default=None)
+        return best is not None and best["step"] == trainer.progress.step
+
+    if distributed.from_first(is_best):
+        part, best = folder.path / "best.part", folder.path / "best"
+        with trainer.ledger.phase("checkpoint"):
+            weights, model = trainer.engine.weights(), trainer.config.model
+            if distributed.is_first():
+                shutil.rmtree(part, ignore_errors=True)
+                save_student(trainer.student, weights, trainer.processor, part, model)
+                shutil.rmtree(best, ignore_errors=True)
+                part.rename(best)
+
+
+def steps_left(
+    trainer: Trainer, folder: RunFolder, pool: Prompts, signalled: Signals
+) -> Iterator[tuple[int, list[PromptBatch], float]]:
+    """Each step from the one that the trainer has reached, its batches, and when it began. A round
+    chooses its examples before its first step."""
+    config, ledger, counter = trainer.config, trainer.ledger, trainer.counter
+    for number, steps in enumerate(curriculum.rounds(config.steps, config.curriculum.rounds)):
+        left = range(max(steps.start, trainer.progress.step), steps.stop)
+        if not left:
+            continue
+        phases = ledger.phase("curriculum"), counter.label("curriculum")
+        with phases[0], phases[1], trainer.engine.whole():
+            chosen = curriculum.choose(
+                trainer.student,
+                trainer.teacher,
+                pool,
+                trainer.policy,
+                config,
+                folder.path,
+                number,
+                lambda _: signalled.obey(),
+            )
+        ledger.close_step()  # choosing belongs to no step
+        weights = [pool.examples[i].weight for i in chosen]
+        seed = config.seed + number
+        plan = schedule(len(chosen), len(steps), config.batch_size, seed, weights)
+        plan = [[chosen[i] for i in indices] for indices in plan[left.start - steps.start :]]
+        micro_plan = [[step[i] for i in places] for step in plan for places in config.shares]
+        loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
+        for step in left:
+            begun = time.perf_counter()
+            with ledger.phase("decode-wait"):
+                made = [next(loader) for _ in config.shares]
+            yield step, made, begun
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; a user's mistake ends with one line and exit code 2."""
-    from opd.loop import train  # which imports this file
-
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
@@ -303,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stopped:
         fail(stopped, stopped.exit_code)
     else:
-        if world.is_first():
+        if distributed.is_first():
             print(table(summary))
             print(f"run folder: {config.run_dir}")
 

@@ -3,22 +3,24 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.config import load_config
+from opd.config.run import load_config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.data.examples import Example
-from opd.loop import train
+from opd.generation.prefix import Prefix, extend, prefill
+from opd.generation.sampling import Policy
+from opd.method.objectives import OBJECTIVES, Loss, Targets
+from opd.method.teacher import Teacher
 from opd.models import tiny
-from opd.models.load import VideoLM, prepare
-from opd.objectives import Loss, Targets
-from opd.prefix import Prefix, extend, prefill
-from opd.rollout import Policy
-from opd.teacher import Teacher
+from opd.models.load import prepare
+from opd.models.video_lm import VideoLM
+from opd.train import train
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 PAD = tiny.tokenizer().pad_token_id
@@ -183,7 +185,7 @@ def single_pass(
         teacher_lm_head = teacher.lm.head.weight
     student_hidden = extend(lm, prefill_of(lm, batch, recompute), ids)[mask]
     targets = Targets(ids[mask], policy, teacher_hidden, teacher_lm_head)
-    return lm.head(student_hidden, loss=getattr(targets, objective))
+    return lm.head(student_hidden, loss=partial(OBJECTIVES[objective], targets))
 
 
 def stock_hidden(model: Any, prompt: Prompt, completion: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from opd import evaluation
-from opd.data.synthetic import ensure_split
+from opd.data.synthetic.splits import ensure_split
 from opd.evaluate import main
-from opd.models.load import checksum
+from opd.files import checksum
+from opd.method import answering
+from tests.engine.test_zero import torchrun
 from tests.helpers import run
-from tests.test_zero import torchrun
 
 KEYS = ["threads=1", "eval.draws=1", "eval.batch_size=4", "sample.max_completion_length=16"]
 
@@ -74,7 +74,7 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
     keys = [*keys_for(annotations, tmp_path / "whole"), "data.prompt=video_first"]
     whole = result(capsys, "embedded:student", *keys)
     keys[-2] = f"run_dir={tmp_path / 'stopped'}"
-    forward, calls = evaluation.forward_by_video, []
+    forward, calls = answering.forward_by_video, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(len(arguments[1].examples))
@@ -82,7 +82,7 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
             raise KeyboardInterrupt
         return forward(*arguments)
 
-    monkeypatch.setattr(evaluation, "forward_by_video", interrupted)
+    monkeypatch.setattr(answering, "forward_by_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["embedded:student", *keys])
     part = tmp_path / "stopped" / "evaluation.0.part"

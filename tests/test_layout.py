@@ -5,51 +5,46 @@ import ast
 import subprocess
 import sys
 import zipfile
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from opd.config import Config, load_config, to_yaml
+from opd.config.run import Config, load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
-FLOORS = (  # a module imports only from floors below its own, or from its own
-    {
-        "config",
-        "options",
-        "settings",
-        "data_settings",
-        "world",
-        "forms",
-        "answers",
-        "prompts",
-        "metrics",
-        "official",
-        "results",
-    },
-    {"data", "models"},
-    {
-        "prefix",
-        "branches",
-        "decode",
-        "rollout",
-        "rewards",
-        "teacher",
-        "objectives",
-        "curriculum",
-        "engine",
-        "zero",
-        "prefetch",
-        "shapes",
-        "checkpoint",
-        "folder",
-        "ledger",
-    },
-    {"train", "loop", "evaluate", "summary", "report", "evaluation", "check", "memory", "timeline"},
+FLOORS = (  # a room imports from the rooms above it in this list, never from those below
+    "errors",
+    "files",
+    "distributed",
+    "device",
+    "text",
+    "config",
+    "data",
+    "models",
+    "generation",
+    "scoring",
+    "engine",
+    "record",
+    "planning",
+    "method",
+    "report",
+    "check",
+    "evaluate",
+    "train",
 )
+LONGEST_CHAIN = 12  # modules, each importing the next
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in (ROOT / "opd").rglob("*.py")}
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it."""
+    """Every module that a file imports, wherever in it; names as `module.name`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -60,22 +55,50 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imports_of_ours(path: Path) -> set[str]:
+    """Modules of `opd` that a file imports, or imports a name of."""
+    names = {name for name in imported(path) if name.split(".")[0] == "opd"}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} - {"opd"}
+
+
 def floor_of(module: str) -> int:
-    part = module.split(".")[1]
-    return next(i for i, floor in enumerate(FLOORS) if part in floor)
+    return FLOORS.index(module.split(".")[1])
 
 
-def test_imports_go_one_way() -> None:
-    for path in sorted((ROOT / "opd").rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if module == "opd.__init__":
+def test_rooms_import_one_way() -> None:
+    for module, path in MODULES.items():
+        if module == "opd":
             continue
+        for other in imports_of_ours(path):
+            assert floor_of(other) <= floor_of(module), f"{module} imports {other}"
+
+
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest path through a graph of imports; CycleError, with the modules, for a circle."""
+    chains: dict[str, list[str]] = {}
+    for module in TopologicalSorter(graph).static_order():
+        below = max((chains[other] for other in graph[module]), key=len, default=[])
+        chains[module] = [module, *below]
+    return max(chains.values(), key=len)
+
+
+def test_no_circle_and_no_long_chain() -> None:
+    """Also not between the modules of one room."""
+    graph = {module: imports_of_ours(path) - {module} for module, path in MODULES.items()}
+    chain = longest_chain(graph)
+    assert len(chain) <= LONGEST_CHAIN, chain
+    with pytest.raises(CycleError):
+        longest_chain({"a": {"b"}, "b": {"a"}})
+
+
+def test_only_the_objectives_use_the_kernels_and_nobody_the_benchmarks() -> None:
+    for module, path in MODULES.items():
         for name in imported(path):
-            if name.startswith("opd."):
-                assert floor_of(name) <= floor_of(module), f"{module} imports {name}"
             assert name.split(".")[0] not in ("bench", "tests"), f"{module} imports {name}"
-            if name.startswith("fused_kl"):
-                assert module == "opd.objectives", f"{module} imports {name}"
+            if name.split(".")[0] == "fused_kl":
+                assert module == "opd.method.objectives", f"{module} imports {name}"
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert not any(name.split(".")[0] == "tests" for name in imported(path)), path
 
 
 def test_the_kernel_library_imports_nothing_of_ours() -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from opd.metrics import best_tiou
 from opd.models.load import EMBEDDED
+from opd.scoring.metrics import best_tiou
 from tests.helpers import metric_rows, run
 
 SHORT = [

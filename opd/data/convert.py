@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opd.config import ConfigError, fail
-from opd.data.examples import DataError, Example
-from opd.data.fields import (
+from opd.config.command_line import fail
+from opd.data.annotations.fields import (
     LETTERS,
     VIDOR_MAP,
     Place,
@@ -38,7 +37,9 @@ from opd.data.fields import (
     span,
     vidor_names,
 )
-from opd.data.records import mcq
+from opd.data.annotations.records import mcq
+from opd.data.examples import Example
+from opd.errors import ConfigError, DataError
 
 Parse = Callable[[Place, Any], dict[str, Any]]
 

@@ -6,13 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.answers import Span
+from opd.text.forms import Span
 
 MOST_OPTIONS = 26
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; its one-line message names the file and the place."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from opd.data.budget import Family, budget_of, video_tokens
-from opd.data.decoding import frame_grid, probe
-from opd.data.examples import DataError, Example
-from opd.data.sources import PROBING, Source, checked_path
-from opd.data_settings import DataConfig
+from opd.config.data import DataConfig, Family
+from opd.data.checked import checked_path
+from opd.data.examples import Example
+from opd.data.sources import PROBING, Source
+from opd.data.video.budget import budget_of, video_tokens
+from opd.data.video.decoding import frame_grid, probe
+from opd.errors import DataError
 
 UNEVEN = 1.5  # times the usual distance of two frames: the frame rate is variable
 PAST_S = 1.0  # by which a span may end after its video

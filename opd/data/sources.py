@@ -5,7 +5,6 @@ separated by commas. `synthetic:SPLIT` is written on first use.
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opd.data import synthetic
-from opd.data.examples import DataError, Example
-from opd.data.formats import FORMATS, read_examples, recognise
-from opd.data.video import probe_duration
-from opd.data_settings import DataConfig
+from opd.config.data import DataConfig
+from opd.data.annotations.formats import FORMATS, read_examples, recognise
+from opd.data.checked import checked_path, is_of, read_checked
+from opd.data.examples import Example
+from opd.data.synthetic import splits
+from opd.data.video.decoding import probe_duration
+from opd.errors import DataError
 
 PROBED_AT_ONCE = 256  # videos, by
 PROBING = 8  # threads
@@ -52,7 +53,7 @@ class Source:
         if colon and name == "synthetic":
             if options:
                 raise DataError(f"{text}: synthetic splits have no options")
-            synthetic.split_of(path)
+            splits.split_of(path)
             return cls(path=path, format=None, root=root)
         known = colon and (name in FORMATS or name == "auto")
         format, path = (name, path) if known else (config.format, head)
@@ -85,7 +86,7 @@ class Source:
     def annotations(self) -> Path:
         """The annotation file; one of our own is written on first use."""
         if self.format is None:
-            return synthetic.ensure_split(self.root, self.path)
+            return splits.ensure_split(self.root, self.path)
         return Path(self.path)
 
     def examples(self, left_out: list[str]) -> list[Example]:
@@ -261,38 +262,3 @@ def _probed(
 
 
 # What `python -m opd.check` left beside an annotation file: a row for each of its videos.
-
-
-def checked_path(annotations: str | Path) -> Path:
-    """Where it is."""
-    return Path(f"{annotations}.checked.jsonl")
-
-
-def read_checked(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """Rows by video. `reason` says why a video is not to be used, or is None."""
-    rows: dict[Path, dict[str, Any]] = {}
-    for path in paths:
-        number = 0
-        try:
-            lines = path.read_text().splitlines() if path.is_file() else []
-            for line in lines:
-                number += 1
-                row = json.loads(line)
-                rows[Path(row["video"])] = row
-                if not row["reason"]:
-                    float(row["duration_s"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a row of opd.check: {error}") from error
-    return rows
-
-
-def is_of(row: dict[str, Any], video: Path) -> bool:
-    """Whether a row is about the file as it is now; one without a size, written by hand, is about
-    any."""
-    if "size" not in row:
-        return bool(row["reason"])
-    try:
-        found = video.stat()
-    except OSError:
-        return False
-    return (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime_ns"])

@@ -10,8 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -24,9 +23,9 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers import utils as transformers_utils
 from transformers.masking_utils import sdpa_mask
 
-from opd import world
-from opd.device import fetch, send
-from opd.settings import BACKENDS
+from opd import distributed
+from opd.config.sections import BACKENDS
+from opd.models.tower import Segments
 
 PACKAGES = {
     "flash_attention_4": "flash-attn-4",
@@ -94,7 +93,7 @@ def choose(key: str, asked: str, device: torch.device, dtype: torch.dtype) -> st
 @lru_cache
 def announce(message: str) -> None:
     """Print a line on stderr, once, from the first rank."""
-    if world.is_first():
+    if distributed.is_first():
         print(message, file=sys.stderr)
 
 
@@ -138,7 +137,8 @@ def packed(
         return attention(query, key, value, edges, edges, longest, longest, **options)
     # transformers' `flash_attention_forward` takes the kernel's name from the module's
     # configuration, where ours is registered; this function takes it as an argument.
-    out = flash._flash_attention_forward(
+    forward: Any = flash._flash_attention_forward
+    out = forward(
         *(x[None] for x in (query, key, value)),
         attention_mask=None,
         query_length=len(query),
@@ -220,34 +220,6 @@ def attend(
 def masked_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """The context of masked attention: on a GPU every kernel of sdpa but cuDNN's."""
     return sdpa_kernel(MASKED_KERNELS) if device.type == "cuda" else nullcontext()
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The boundaries of packed vision segments, `edges` int32 `[segments + 1]` on the device and
-    `lengths` on the host, where asking for them costs nothing."""
-
-    edges: torch.Tensor
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, edges: torch.Tensor, device: torch.device | None = None) -> "Segments":
-        """From boundaries on the host, sent to `device`, or on a device, which then has to answer
-        for the lengths."""
-        lengths = fetch(edges).diff().tolist()
-        return cls(edges.int() if device is None else send(edges.int(), device), tuple(lengths))
-
-    @cached_property
-    def rows_by_length(self) -> dict[int, torch.Tensor | None]:
-        """The rows of all segments of each distinct length, one after the other; None for all
-        rows, where there is one length."""
-        distinct = sorted(set(self.lengths))
-        if len(distinct) == 1:
-            return {distinct[0]: None}
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        rows = {n: (starts[lengths == n][:, None] + torch.arange(n)).flatten() for n in distinct}
-        return {length: send(index, self.edges.device) for length, index in rows.items()}
 
 
 def vision_attention(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from opd.models.load import VideoLM, write_checksums
-from opd.settings import ModelConfig
+from opd.config.sections import ModelConfig
+from opd.models.load import write_checksums
+from opd.models.video_lm import VideoLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig  # only runs with adapters import it

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from opd.data.clips import SIZE
-from opd.data.synthetic import corpus
+from opd.data.synthetic.clips import SIZE
+from opd.data.synthetic.splits import corpus
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -4,13 +4,14 @@ The stock towers derive positions, interpolation weights and segment boundaries 
 on a GPU wait for the device a dozen times on the way. They also accept all of these as arguments.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import vision_utils
 
 from opd.device import fetch, send
-from opd.models.attention import Segments
 
 
 def tower_arguments(tower: Any, grid_thw: torch.Tensor, device: torch.device) -> dict[str, Any]:
@@ -55,3 +56,31 @@ def tower_arguments(tower: Any, grid_thw: torch.Tensor, device: torch.device) ->
             "interp_weights": send(weights, device),
         }
     return arguments
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The boundaries of packed vision segments, `edges` int32 `[segments + 1]` on the device and
+    `lengths` on the host, where asking for them costs nothing."""
+
+    edges: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, edges: torch.Tensor, device: torch.device | None = None) -> "Segments":
+        """From boundaries on the host, sent to `device`, or on a device, which then has to answer
+        for the lengths."""
+        lengths = fetch(edges).diff().tolist()
+        return cls(edges.int() if device is None else send(edges.int(), device), tuple(lengths))
+
+    @cached_property
+    def rows_by_length(self) -> dict[int, torch.Tensor | None]:
+        """The rows of all segments of each distinct length, one after the other; None for all
+        rows, where there is one length."""
+        distinct = sorted(set(self.lengths))
+        if len(distinct) == 1:
+            return {distinct[0]: None}
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        rows = {n: (starts[lengths == n][:, None] + torch.arange(n)).flatten() for n in distinct}
+        return {length: send(index, self.edges.device) for length, index in rows.items()}

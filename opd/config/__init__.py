@@ -1,0 +1,1 @@
+"""Configuration: sections, merging, the command line."""

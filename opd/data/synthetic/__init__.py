@@ -1,0 +1,1 @@
+"""The embedded task: clips, questions about them, splits."""

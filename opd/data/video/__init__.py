@@ -1,0 +1,1 @@
+"""Videos: decoding, sampling, size budgets, a cache, worker processes."""

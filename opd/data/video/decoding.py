@@ -1,0 +1,240 @@
+"""From a video file to the pictures at chosen times: demux, choose, decode. Needs no torch, so that
+a process that only decodes starts quickly and stays small; PyAV and decord are imported when a file
+is opened, because training on tokens alone needs neither."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from opd.errors import DataError
+
+TEMPORAL_PATCH = 2
+"""Frames that Qwen-VL merges into one temporal patch; the number sampled is a multiple of it."""
+
+Backend = Literal["decord", "pyav"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which frames of one file to take.
+
+    Attributes:
+        indices: number of each frame, counted at `source_fps`; F of them, never decreasing.
+        positions: which of the file's own frames is on screen then; F of them, never decreasing.
+        source_fps: average frames per second of the file.
+        source_frames: number of frames at `source_fps`.
+        file_frames: number of frames that the file holds.
+    """
+
+    indices: list[int]
+    positions: list[int]
+    source_fps: float
+    source_frames: int
+    file_frames: int
+
+
+def frame_grid(
+    source_frames: int, source_fps: float, *, fps: float, max_frames: int, min_frames: int = 4
+) -> list[int]:
+    """Numbers of the frames to take: `linspace(0, source_frames - 1, F)`, rounded.
+
+    F is `duration * fps`, at least `min_frames`, at most `max_frames` and the frames there are, and
+    then the next lower even number. That is Qwen3-VL's own rule, except that Qwen3-VL repeats the
+    last frame where F is odd. A file of one frame gives that frame twice.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+    if not fps > 0 or not 0 < min_frames <= max_frames or max_frames < TEMPORAL_PATCH:
+        raise ValueError(f"cannot sample with {fps=}, {min_frames=}, {max_frames=}")
+    wanted = max(int(source_frames / source_fps * fps), min_frames)
+    num_frames = min(wanted, max_frames, source_frames)
+    num_frames = max(num_frames - num_frames % TEMPORAL_PATCH, TEMPORAL_PATCH)
+    return np.linspace(0, source_frames - 1, num_frames).round().astype(int).tolist()
+
+
+def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4) -> Plan:
+    """The frames of `frame_grid` in a file; nothing is decoded.
+
+    Raises:
+        DataError: where the file is missing, empty, truncated or no video; one line naming it.
+        ValueError: for settings out of range.
+    """
+    file_times_s, source_fps = probe(path)
+    source_frames = round(file_times_s[-1] * source_fps) + 1
+    indices = frame_grid(
+        source_frames, source_fps, fps=fps, max_frames=max_frames, min_frames=min_frames
+    )
+    # Half a frame of tolerance, for files that round their timestamps.
+    shown_s = (np.asarray(indices) + 0.5) / source_fps
+    positions = np.searchsorted(file_times_s, shown_s, side="right") - 1
+    return Plan(
+        indices=indices,
+        positions=positions.tolist(),
+        source_fps=source_fps,
+        source_frames=source_frames,
+        file_frames=len(file_times_s),
+    )
+
+
+def planned_images(
+    path: Path, plan: Plan, backend: Backend
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Decode a plan: `(row, repeats, image)` of each picture on screen, in order. It stands at
+    `repeats` indices from `row` on; the image is `[H, W, 3]` uint8 RGB, always of one size.
+
+    Raises DataError, one line naming the file, where it cannot be decoded.
+    """
+    unique, repeats = np.unique(plan.positions, return_counts=True)
+    row, size = 0, None
+    images = DECODERS[backend](path, plan.file_frames, unique.tolist())
+    for image, repeat in zip(images, repeats.tolist(), strict=True):
+        if size not in (None, image.shape):
+            raise DataError(f"{path}: the size of the picture changes within the video")
+        yield row, repeat, image
+        row, size = row + repeat, image.shape
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that there is not."""
+    if backend not in DECODERS:
+        raise ValueError(f"unknown video backend {backend!r}; known: {', '.join(DECODERS)}")
+
+
+def probe_duration(path: str | Path) -> float:
+    """Length in seconds of a video file, without decoding it; DataError where it is unusable."""
+    times_s, source_fps = probe(Path(path))
+    return (round(times_s[-1] * source_fps) + 1) / source_fps
+
+
+def probe(path: Path) -> tuple[np.ndarray, float]:
+    """Times in seconds of a file's visible frames, ascending from 0, and its average frame rate.
+
+    Nothing is decoded. One probe for both backends, so that neither the frames chosen nor their
+    times can depend on the backend. Raises DataError for a file that cannot be used.
+    """
+    import av.error
+
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such video file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the video file is empty")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable video: {error.strerror}") from error
+    try:
+        with _open(path) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: no video stream in the file")
+            stream = container.streams.video[0]
+            # An edit list discards frames; some containers (AVI) hold decoding times only, and then
+            # the two orders are the same. Packets themselves are not kept: they are the whole file.
+            ticks, hidden = [], 0
+            for packet in container.demux(stream):
+                if packet.size and packet.is_discard:
+                    hidden += 1
+                elif packet.size:
+                    ticks.append(packet.pts if packet.pts is not None else packet.dts)
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            tick_s = float(stream.time_base or 0)
+            declared_frames = stream.frames
+            declared_s = (stream.duration or 0) * tick_s
+    except av.error.FFmpegError as error:
+        raise DataError(f"{path}: not a readable video: {error.strerror}") from error
+    if not rate or not tick_s or not ticks or None in ticks:
+        raise DataError(f"{path}: no frames with a time in the video")
+    times_s = np.sort(np.asarray(ticks, dtype=np.float64)) * tick_s
+    times_s -= times_s[0]
+    # Fewer frames alone is no proof: an edit list leaves out those that it needs for nothing.
+    found = len(ticks) + hidden
+    if found < declared_frames and times_s[-1] + 2 / rate < declared_s:
+        raise DataError(f"{path}: truncated, {found} of {declared_frames} frames are there")
+    return times_s, rate
+
+
+def _open(path: Path) -> Any:
+    """The container of a file. Titles and the like may be in any encoding; nobody reads them."""
+    import av
+
+    return av.open(str(path), metadata_errors="replace")
+
+
+def _decode_decord(path: Path, num_frames: int, positions: list[int]) -> Iterator[np.ndarray]:
+    """Yield the frames at ascending positions among `num_frames`, `[H, W, 3]` uint8 each."""
+    import decord  # x86-64 only, so not needed to use the other backend
+
+    reader = None
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        if len(reader) != num_frames:
+            raise DataError(
+                f"{path}: decord counts {len(reader)} frames of {num_frames}, as with an edit "
+                "list, and would misplace them; use the pyav backend or re-encode the video"
+            )
+        keyframes = reader.get_key_indices()
+        following = 0
+        for position in positions:
+            # decord seeks where a skip includes a keyframe, and with an open GOP lands several
+            # frames off (so does get_batch). Read instead of skipped, keyframes are passed exactly.
+            first, last = (bisect_right(keyframes, p) for p in (following, position))
+            for keyframe in keyframes[first:last]:
+                _skip(reader, keyframe - 1 - following)
+                reader.next()
+                following = keyframe
+            _skip(reader, position - following)
+            image = reader.next().asnumpy()
+            following = position + 1
+            if image.shape[2] != 3:
+                raise DataError(
+                    f"{path}: decord garbles a video that is stored rotated; "
+                    "use the pyav backend or re-encode the video"
+                )
+            yield image
+    except (RuntimeError, StopIteration, decord.DECORDError) as error:
+        reason = str(error).strip().splitlines() or ["it ends early"]
+        raise DataError(
+            f"{path}: decord cannot decode it: {reason[-1].rpartition('] ')[2]}"
+        ) from error
+    finally:
+        del reader  # decord keeps file and buffers for as long as the reader lives
+
+
+def _skip(reader: Any, num_frames: int) -> None:
+    if num_frames > 0:
+        reader.skip_frames(num_frames)
+
+
+def _decode_pyav(path: Path, num_frames: int, positions: list[int]) -> Iterator[np.ndarray]:
+    """Yield the frames at ascending positions among `num_frames`, `[H, W, 3]` uint8 each."""
+    import av.error
+
+    remaining = iter(positions)
+    wanted = next(remaining, None)
+    try:
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise DataError(f"{path}: pyav cannot decode it: no decoder for its codec")
+            stream.codec_context.thread_count = 1
+            for position, frame in enumerate(container.decode(stream)):
+                if position == wanted:
+                    image = frame.to_ndarray(format="rgb24")
+                    yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+                    wanted = next(remaining, None)
+                    if wanted is None:
+                        return
+    except av.error.FFmpegError as error:
+        raise DataError(f"{path}: pyav cannot decode it: {error.strerror}") from error
+    raise DataError(f"{path}: ends before frame {wanted} of {num_frames}")
+
+
+DECODERS: dict[str, Callable[[Path, int, list[int]], Iterator[np.ndarray]]] = {
+    "decord": _decode_decord,
+    "pyav": _decode_pyav,
+}

@@ -1,0 +1,172 @@
+"""DeepSpeed ZeRO as an engine: stages 1, 2 and 3 behind the interface of `opd.engine.base`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import distributed
+from opd.config.sections import EngineConfig, OptimConfig
+from opd.engine.base import Engine, adamw
+from opd.models.prefetch import LayersAhead
+from opd.models.sharded import _deepspeed, gathered
+from opd.models.video_lm import VideoLM
+
+BUCKET = 200_000_000  # elements of a reduction buffer
+TAG = "zero"  # folder of DeepSpeed's own files in a checkpoint
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that can be told to do nothing, so that DeepSpeed clears a step's gradients its own
+    way."""
+
+    held = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.held else super().step(closure)
+
+
+class ZeroEngine(Engine):
+    """A model under DeepSpeed ZeRO. Its configuration is made from ours alone: rates, batch sizes
+    and clipping have one source.
+
+    Every rank takes part in every pass (`lockstep`): stages 1 and 2 reduce gradients in backward,
+    and stage 3 gathers weights layer by layer.
+    """
+
+    lockstep = True
+
+    def __init__(
+        self,
+        lm: VideoLM,
+        config: OptimConfig,
+        steps: int,
+        settings: EngineConfig,
+        micro_batches: int,
+    ) -> None:
+        super().__init__(config, steps)
+        self.lm, self.micro_batches, self.settings = lm, micro_batches, settings
+        self._backwards = 0
+        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
+        self.optimizer: _AdamW = adamw(self.parameters, config, _AdamW)
+        self.engine: Any
+        self.engine, *_ = _deepspeed().initialize(
+            model=lm.model,
+            optimizer=self.optimizer,
+            config=zero_settings(lm, config, settings, micro_batches),
+            dist_init_required=False,
+        )
+        lm.model.is_sharded = settings.zero_stage == 3
+        self.ahead: LayersAhead | None = None
+        if settings.zero_stage == 3:
+            self.ahead = LayersAhead(lm, self.engine.optimizer.parameter_offload)
+        self._go_to(0)
+
+    def _settle(self) -> None:
+        """Leave no layer whole or in flight."""
+        if self.ahead is not None:
+            self.ahead.settle()
+
+    @property
+    def loss_factor(self) -> float:
+        return float(distributed.size())  # DeepSpeed averages over the ranks
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._backwards += 1
+        self.engine.set_gradient_accumulation_boundary(self._backwards == self.micro_batches)
+        # A loss that is no number must not hide behind finite gradients: DeepSpeed looks at those
+        # alone when it decides whether to update.
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.engine.optimizer.override_loss_scale(1.0)
+        # What DeepSpeed's own forward would do; ours goes to the layers past it.
+        self.engine.optimizer.clear_backward_seen_flag()
+        if self.ahead is not None:
+            self.ahead.start_backward()
+        self.engine.backward(loss * finite, scale_wrt_gas=False)
+        self._settle()
+
+    def step(self, gradient_scale: float = 1.0) -> float:
+        assert self._backwards == self.micro_batches
+        self._backwards = 0
+        self._settle()
+        # Gradients are divided by it in fp32, before their norm is taken.
+        self.engine.optimizer.override_loss_scale(1 / gradient_scale)
+        self.engine.step()
+        self._go_to(self.steps_done + 1)
+        return float(self.engine.get_global_grad_norm())
+
+    def skip(self) -> None:
+        self.optimizer.held = True
+        try:
+            self.step()
+        finally:
+            self.optimizer.held = False
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if not (self.lm.sharded and self.settings.gather):
+            yield
+            return
+        self._settle()
+        hooked = self.engine.optimizer.parameter_offload
+        parameters = list(self.lm.model.parameters())
+        with gathered(parameters):
+            # With its hooks on, every layer would give its weights away again after use.
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+            hooked._remove_module_hooks()
+            hooked.forward_hooks, hooked.backward_hooks = [], []
+            self.lm.model.is_sharded = False
+            try:
+                yield
+            finally:
+                self.lm.model.is_sharded = True
+                hooked._register_deepspeed_module(hooked.module)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        if not self.lm.sharded:
+            return self.lm.model.state_dict()
+        self._settle()
+        found = {}
+        for name, parameter in self.lm.model.named_parameters(remove_duplicate=False):
+            with gathered([parameter]):
+                if distributed.is_first():
+                    found[name] = parameter.detach().cpu().clone()
+        return found
+
+    def save(self, folder: Path) -> None:
+        self._settle()
+        self.engine.save_checkpoint(str(folder), TAG, {"step": self.steps_done}, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        self._settle()
+        options = {"load_lr_scheduler_states": False}
+        _, ours = self.engine.load_checkpoint(str(folder), TAG, **options)
+        self._go_to(ours["step"])
+
+
+def zero_settings(
+    lm: VideoLM, optim: OptimConfig, settings: EngineConfig, micro_batches: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration; nothing is left to a default of its own that changes a result."""
+    stage: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET}
+    if settings.offload:
+        stage["offload_optimizer"] = {"device": "cpu", "pin_memory": lm.device.type == "cuda"}
+    if settings.zero_stage == 3:
+        stage["stage3_param_persistence_threshold"] = settings.persistence_threshold
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": stage,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {
+            "enabled": lm.head.weight.dtype == torch.bfloat16,
+            "check_grad_overflow": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31 - 1,
+    }

@@ -1,0 +1,72 @@
+"""Token by token from a prefix, without gradients."""
+
+from typing import Any
+
+import torch
+
+from opd.generation.layer_counter import LayerCounter
+from opd.generation.prefix import Prefix, run_layer
+from opd.models.video_lm import VideoLM
+
+
+class Decoder:
+    """Token-by-token continuation of a prefix, R completions per prompt, in one preallocated cache
+    per layer.
+
+    The prompt's keys and values are copied in once; step t appends its R tokens, so the cache is
+    read without gaps.
+    """
+
+    def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
+        self.lm, self.rollouts, self.step_index = lm, rollouts, 0
+        self.mask, self.next_position = prefix.mask, prefix.next_position
+        self.prompt_length = prefix.mask.shape[1]
+        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for key, value in zip(prefix.keys, prefix.values, strict=True):
+            shape = (*key.shape[:2], self.prompt_length + rollouts * max_steps, key.shape[3])
+            pair = key.new_empty(shape), value.new_empty(shape)
+            for buffer, source in zip(pair, (key, value), strict=True):
+                buffer[:, :, : self.prompt_length] = source.detach()
+            self.cache.append(pair)
+
+    @torch.no_grad()
+    def step(self, token_ids: torch.Tensor, counter: LayerCounter | None = None) -> torch.Tensor:
+        """Append one token to each completion, int64 `[B, R]`; returns the next hidden states `[B,
+        R, H]`."""
+        language_model = self.lm.language_model
+        hidden = language_model.embed_tokens(token_ids)
+        positions = (self.next_position + self.step_index)[:, None].expand(3, -1, self.rollouts)
+        rotary = language_model.rotary_emb(hidden, positions)
+        start = self.prompt_length + self.rollouts * self.step_index
+        self.step_index += 1
+        own = torch.eye(self.rollouts, dtype=torch.bool, device=hidden.device).repeat(
+            1, self.step_index
+        )
+        attention_mask = torch.cat(
+            [
+                self.mask[:, None].expand(-1, self.rollouts, -1),
+                own.expand(len(hidden), -1, -1),
+            ],
+            dim=2,
+        )[:, None]
+        with (counter or LayerCounter()).label("decode"):
+            for layer, buffers in zip(language_model.layers, self.cache, strict=True):
+                slot = _Appending(buffers, start)
+                hidden = run_layer(layer, hidden, rotary, slot, attention_mask)
+        return language_model.norm(hidden)
+
+
+class _Appending:
+    """A layer's cache in decoding: writes the new keys and values in place and returns the filled
+    part."""
+
+    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor], start: int) -> None:
+        self.buffers, self.start = buffers, start
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.start + key.shape[2]
+        for buffer, new in zip(self.buffers, (key, value), strict=True):
+            buffer[:, :, self.start : end] = new
+        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]

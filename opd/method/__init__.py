@@ -1,0 +1,1 @@
+"""The method: the step, objectives, the teacher, curricula."""

@@ -1,0 +1,39 @@
+"""The frozen teacher: scores the student's tokens, with the student's prompt, template and
+positions."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from opd.data.batch import PromptBatch
+from opd.generation.prefix import Prefix, extend, forward
+from opd.models.sharded import gathered
+from opd.models.video_lm import VideoLM
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A stronger model of the student's family; no gradient ever reaches it."""
+
+    lm: VideoLM
+
+    def __post_init__(self) -> None:
+        self.lm.model.requires_grad_(False)
+
+    @cached_property
+    def head_weight(self) -> torch.Tensor:
+        """`[V, H]`, whole also where the model is sharded: the loss runs in the student's head."""
+        if not self.lm.sharded:
+            return self.lm.head.weight
+        with gathered([self.lm.head.weight]):
+            return self.lm.head.weight.detach().clone()
+
+    def prefill(self, batch: PromptBatch) -> Prefix:
+        """Forward the prompt once; keys and values only."""
+        return forward(self.lm, batch)
+
+    @torch.no_grad()
+    def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, R, T, H]` that predict each completion token."""
+        return extend(self.lm, prefix, completion_ids)

@@ -1,0 +1,309 @@
+"""Models on the meta device: shapes without weights, and the memory that a step of them takes.
+
+A step is gone through with the trainer's own functions (`prefill`, `Decoder`, `extend`, backward).
+`Live` counts which tensors are alive and remembers, for each moment of the step, the largest sum.
+Attention, vision tower and loss are stand-ins that allocate what the real ones allocate.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AutoModelForImageTextToText as AutoModel
+from transformers.masking_utils import sdpa_mask
+
+from opd.config.run import Config
+from opd.data.batch import PromptBatch
+from opd.generation.decoder import Decoder
+from opd.generation.prefix import Prefix, extend, prefill
+from opd.generation.sampling import Policy, choose
+from opd.models import tiny
+from opd.models.attention import attend
+from opd.models.load import prepare, resolve
+from opd.models.video_lm import Video, VideoLM
+from opd.planning.live import FusedAttention, FusedLoss, Live
+
+MOMENTS = {  # of a step, and how one says when they are
+    "vision": "while the student sees",
+    "prefill": "in the prompts' forward",
+    "sample": "while sampling",
+    "teacher": "while the teacher scores",
+    "extend": "in the completions' forward",
+    "loss": "in the loss",
+    "backward": "in backward",
+    "optimizer": "in the optimizer's update",
+}
+ATTENTION = "opd-shapes"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of weights."""
+
+    language: int  # layers, embedding and norm
+    head: int  # 0 where it is tied to the embedding
+    vision: int
+    trained: int
+    layer: int  # the largest layer
+
+    @property
+    def total(self) -> int:
+        return self.language + self.head + self.vision
+
+
+def on_meta(spec: str, dtype: torch.dtype) -> VideoLM:
+    """A model of the right shapes without weights."""
+    with torch.device("meta"):
+        if spec.startswith("tiny:"):
+            model = tiny.build(spec.removeprefix("tiny:"), 0)
+        else:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(resolve(spec)), dtype=dtype)
+        lm = prepare(model.to(dtype))
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    for block in lm.visual.blocks:
+        block.attn.forward = partial(_vision_attention, block.attn)
+    return lm
+
+
+def size_of(lm: VideoLM) -> Size:
+    def count(parameters: Any) -> int:
+        return sum({id(p): p.numel() for p in parameters}.values())
+
+    tied = lm.head.weight is lm.language_model.embed_tokens.weight
+    return Size(
+        language=count(lm.language_model.parameters()),
+        head=0 if tied else lm.head.weight.numel(),
+        vision=count(lm.visual.parameters()),
+        trained=count(p for p in lm.model.parameters() if p.requires_grad),
+        layer=max(count(layer.parameters()) for layer in lm.language_model.layers),
+    )
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    """The language model's attention on stand-ins of torch's kernels."""
+    with FusedAttention():
+        return attend(*args, **kwargs)
+
+
+def _vision_attention(
+    self: Any, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any
+) -> torch.Tensor:
+    """The vision attention's tensors; its segments change none of their sizes."""
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
+    size = len(hidden_states)
+    query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
+    query, key = rotate(query, key, *position_embeddings)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    with FusedAttention():
+        out = scaled_dot_product_attention(query, key, value)
+    return self.proj(out[0].transpose(0, 1).reshape(size, -1))
+
+
+def pixel_bytes(lm: VideoLM, video_tokens: int) -> int:
+    """Of one video's patches, in the dtype of the tower."""
+    config = lm.model.config.vision_config
+    patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    patches = video_tokens * config.spatial_merge_size**2
+    return patches * patch * lm.head.weight.element_size()
+
+
+def see(lm: VideoLM, live: Live, video_tokens: int) -> Video:
+    """One video through the vision tower: what `encode` returns for it."""
+    visual, config = lm.visual, lm.model.config.vision_config
+    patches = video_tokens * config.spatial_merge_size**2
+    dtype = lm.head.weight.dtype
+    with live.label("pixels"):
+        size = pixel_bytes(lm, video_tokens) // dtype.itemsize // patches
+        pixels = torch.empty(patches, size, dtype=dtype, device="meta")
+    levels, chosen = [], list(getattr(config, "deepstack_visual_indexes", ()))
+    with torch.set_grad_enabled(lm.trains_vision and torch.is_grad_enabled()):
+        hidden = visual.patch_embed(pixels)
+        hidden = hidden + torch.empty_like(hidden)  # positions
+        dim = config.hidden_size // config.num_heads
+        angles = [torch.empty(patches, dim, device="meta") for _ in range(2)]
+        for index, block in enumerate(visual.blocks):
+            hidden = block(hidden, cu_seqlens=None, position_embeddings=tuple(angles))
+            if index in chosen:
+                levels.append(visual.deepstack_merger_list[chosen.index(index)](hidden))
+        return visual.merger(hidden), levels
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Stands for a prompt of these tokens, on the host."""
+
+    input_ids: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a rank does in a micro-batch of a step."""
+
+    device_type: str  # cpu or cuda
+    prompts: int
+    tokens: int  # of a prompt
+    video_tokens: int  # of them
+    rollouts: int
+    length: int  # of a completion
+    sampled: bool  # completions, instead of reference answers
+    losses: tuple[int, ...]  # of each loss that is trained on, how many heads have logits
+    several: bool  # micro-batches in a step
+    fp32_gradients: bool  # each is copied to fp32 when it is complete
+    kept_gradients: bool  # they stay, because no earlier micro-batch has left any to add them to
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        device_type: str,
+        wide: bool,
+        prompts: int,
+        tokens: int,
+        video_tokens: int,
+        several: bool,
+    ) -> "Work":
+        """That of a configuration; `wide` says that weights are fp32 already, `several` that a
+        step has more than one micro-batch."""
+        torch_engine = config.engine.kind == "torch"
+        losses = (2,) if config.method == "opd" and config.objective != "constant" else (1,)
+        return cls(
+            device_type=device_type,
+            prompts=prompts,
+            tokens=tokens,
+            video_tokens=video_tokens,
+            rollouts=config.num_rollouts,
+            length=max(2, config.sample.max_completion_length),
+            sampled=not config.on_references,
+            losses=(*losses, 1) if config.opd.reward_coef else losses,
+            several=several,
+            fp32_gradients=torch_engine and not wide,
+            kept_gradients=torch_engine and not several,
+        )
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.prompts * self.rollouts * self.length
+
+
+def one_prompt(lm: VideoLM, work: Work) -> PromptBatch:
+    """Of the planned length. Prompts of a micro-batch hardly ever have the same length, so each
+    is a part of its own."""
+    meta: dict[str, Any] = {"device": "meta"}
+    ids = torch.zeros(work.tokens, dtype=torch.long)
+    ids[: work.video_tokens] = lm.model.config.video_token_id
+    return PromptBatch(
+        prompts=(_Shape(ids),),  # type: ignore[arg-type]
+        input_ids=ids[None].to("meta"),
+        mask=torch.empty(1, work.tokens, dtype=torch.bool, **meta),
+        position_ids=torch.empty(3, 1, work.tokens, dtype=torch.long, **meta),
+        next_position=torch.empty(1, dtype=torch.long, **meta),
+        pixel_values=torch.empty(0, **meta),
+        video_grid_thw=torch.empty(1, 3, dtype=torch.long, **meta),
+    )
+
+
+def completions(work: Work) -> torch.Tensor:
+    """Token ids `[B, R, T]`."""
+    size = work.prompts, work.rollouts, work.length
+    return torch.empty(size, dtype=torch.long, device="meta")
+
+
+def rows_of(hidden: torch.Tensor) -> torch.Tensor:
+    """The tokens of the loss `[N, H]` among `[B, R, T, H]`: all of them."""
+    flat = hidden.flatten(0, 2)
+    return flat.index_select(0, torch.empty(len(flat), dtype=torch.long, device="meta"))
+
+
+@contextmanager
+def taken_gradients(lm: VideoLM, live: Live, work: Work) -> Iterator[None]:
+    """Inside, the gradient of a weight goes where the engine puts it as soon as it is complete."""
+    kept = []
+
+    def take(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float() if work.fp32_gradients else parameter.grad
+        parameter.grad = None
+        if work.kept_gradients:
+            live.rename(gradient, "gradients (fp32)")
+            kept.append(gradient)
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(take)
+        for parameter in lm.model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
+    """The last token of a decode, when the cache is full: `rollout.sample`."""
+    with live.label("decode cache"):
+        decoder = Decoder(lm, prefix, work.rollouts, work.length - 1)
+    size = work.prompts, work.rollouts
+    hidden = prefix.last_hidden[:, None].expand(-1, work.rollouts, -1)
+    if work.length > 1:
+        decoder.step_index = work.length - 2
+        hidden = decoder.step(torch.empty(size, dtype=torch.long, device="meta"))
+    allowed = torch.empty(len(lm.head.weight), dtype=torch.bool, device="meta")
+    with live.label("logits"):
+        log_probs = Policy(allowed, 1.0, (0,), 0).log_probs(lm.head(hidden))
+        choose(log_probs, torch.empty(size, dtype=torch.float64, device="meta"))
+
+
+def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str, int]]:
+    """For each moment of a micro-batch what is alive of the student's when most is, in bytes by
+    name; weights are left out. `teacher` is what stays while the teacher works."""
+    live = Live(lm.model.parameters(), work.device_type)
+    with torch.enable_grad(), live:
+        with live.moment("vision", "vision tower's activations, tokens"):
+            parts = [one_prompt(lm, work) for _ in range(work.prompts)]
+            videos = [see(lm, live, work.video_tokens) for _ in parts]
+        with live.moment("prefill", "prompts' activations"):
+            prefixes = [
+                prefill(lm, part, video, recompute)
+                for part, video in zip(parts, videos, strict=True)
+            ]
+        prefix = None
+        if work.sampled:
+            with live.moment("sample", "decode step"), torch.no_grad():
+                prefix = Prefix.join([part.detach() for part in prefixes])
+                sample_once(lm, live, work, prefix)
+        with live.moment("teacher"):
+            pass
+        with live.moment("extend", "completions' activations"):
+            prefix = Prefix.join(prefixes)
+            hidden = rows_of(extend(lm, prefix, completions(work)))
+        with live.moment("loss", "loss, without logits"):
+            loss = torch.zeros((), device="meta")
+            for heads in work.losses:
+                loss = loss + FusedLoss.apply(hidden, lm.head.weight, heads)
+        if loss.requires_grad:
+            with live.moment("backward", "backward of a layer"), taken_gradients(lm, live, work):
+                loss.backward()
+    return live.peaks
+
+
+def teacher_step(lm: VideoLM, work: Work) -> dict[str, int]:
+    """What is alive of the teacher's when most is, in bytes by name; weights are left out."""
+    live = Live(lm.model.parameters(), work.device_type)
+    with torch.no_grad(), live, live.moment("teacher", "activations, cache"):
+        prefix = Prefix.join(
+            [
+                prefill(lm, one_prompt(lm, work), see(lm, live, work.video_tokens))
+                for _ in range(work.prompts)
+            ]
+        )
+        rows_of(extend(lm, prefix, completions(work)))
+    return live.peaks["teacher"]

@@ -1,0 +1,48 @@
+"""The environment of a run: versions, hardware, commit, command line."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import distributed
+
+LIBRARIES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "decord", "av", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, the commit of these sources where they are a checkout, and the command
+    line."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    versions["torch"] = torch.__version__  # with its build
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+    try:
+        commit = subprocess.run(git, cwd=Path(__file__).parent, **options).stdout
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    gpu = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "commit": commit.strip() or None,
+        "versions": versions,
+        "cuda": torch.version.cuda if gpu else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.size(),
+    }

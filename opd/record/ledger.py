@@ -1,0 +1,158 @@
+"""The ledger: what a run spends. Seconds of every phase, tokens, and FLOPs from shapes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opd import distributed
+from opd.record.flops import FLOPS
+
+PHASES: tuple[str, ...] = (
+    "decode-wait",
+    "vision",
+    "prefill",
+    "sample",
+    "teacher",
+    "extend",
+    "loss",
+    "backward",
+    "optimizer",
+    "curriculum",
+    "evaluate",
+    "checkpoint",
+    "idle",
+)
+
+
+@dataclass
+class _Passage:
+    """One pass through a phase: seconds on the clock, device seconds, or the events that know."""
+
+    name: str
+    wall_s: float
+    device_s: float | None
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def done(self) -> bool:
+        return self.events is None or self.events[1].query()
+
+    def seconds(self) -> float:
+        """Device seconds; on a GPU the events must have happened."""
+        if self.device_s is None:
+            assert self.events is not None
+            self.device_s = self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.device_s
+
+
+class Ledger:
+    """Adds up phases, FLOPs and tokens, by step and for the run.
+
+    Device time is process CPU seconds on a CPU, and on a GPU time between CUDA events. Events are
+    read when they have happened, steps later if need be: timing never synchronises a step.
+    Prefetching runs beside the phases: its CPU seconds fall into whichever phase was running. What
+    lies between phases is `idle`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self._device: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.flops: dict[str, float] = dict.fromkeys(FLOPS, 0.0)
+        self.tokens = 0
+        self._closed = (0, 0.0)  # tokens and FLOPs when the last step ended
+        self._open: list[_Passage] = []
+        self._steps: list[tuple[list[_Passage], dict[str, Any]]] = []
+        self._clock = time.perf_counter if self.on_gpu else time.process_time
+        self._start = self._clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge what runs inside to a phase; phases do not nest."""
+        events = None
+        if self.on_gpu:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        begun, wall = time.process_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            wall_s, device_s = time.perf_counter() - wall, time.process_time() - begun
+            if events is not None:
+                events[1].record()
+            self._open.append(_Passage(name, wall_s, None if events else device_s, events))
+
+    def count(self, tokens: int, flops: dict[str, float]) -> None:
+        """Charge tokens (of prompts and completions) and FLOPs, by who spent them."""
+        self.tokens += tokens
+        for name, number in flops.items():
+            self.flops[name] += number
+
+    def close_step(self, row: dict[str, Any] | None = None) -> None:
+        """End a step: `row` gets what was spent since the last one, `tokens` and `flops` now and
+        `seconds` by phase (on the clock on a CPU, between events on a GPU) once they are known; see
+        `closed`."""
+        row = {} if row is None else row
+        spent = self.tokens, sum(self.flops.values())
+        row["tokens"], row["flops"] = (a - b for a, b in zip(spent, self._closed, strict=True))
+        self._closed = spent
+        self._steps.append((self._open, row))
+        self._open = []
+
+    def closed(self, wait: bool = False) -> list[dict[str, Any]]:
+        """The rows of the steps whose seconds are known by now, in order; with `wait`, of all."""
+        rows = []
+        while self._steps and (wait or all(p.done() for p in self._steps[0][0])):
+            passages, row = self._steps.pop(0)
+            if wait and self.on_gpu:
+                torch.cuda.synchronize()
+            seconds: dict[str, float] = {}
+            for passage in passages:
+                self._device[passage.name] += passage.seconds()
+                spent = passage.seconds() if self.on_gpu else passage.wall_s
+                seconds[passage.name] = seconds.get(passage.name, 0.0) + spent
+            row["seconds"] = seconds
+            rows.append(row)
+        return rows
+
+    def totals(self) -> dict[str, float]:
+        """Device seconds by phase so far, idle included; waits for what runs."""
+        assert not self._steps, "rows of closed steps are still to be read"
+        self.close_step()
+        self.closed(wait=True)
+        busy = sum(seconds for name, seconds in self._device.items() if name != "idle")
+        return self._device | {"idle": max(0.0, self._clock() - self._start - busy)}
+
+    def everywhere(self) -> dict[str, float]:
+        """`totals`, summed over all ranks."""
+        mine = self.totals()
+        return dict(zip(mine, distributed.total(list(mine.values())), strict=True))
+
+    def shares(self) -> str:
+        """The three largest phases of the steps so far, for a progress bar."""
+        names = [name for name in PHASES if name not in ("evaluate", "checkpoint", "idle")]
+        total = sum(self._device[name] for name in names) or 1.0
+        largest = sorted(names, key=lambda name: -self._device[name])[:3]
+        return " ".join(f"{name} {self._device[name] / total:.0%}" for name in largest)
+
+    def device_hours(self) -> dict[str, float]:
+        """`total` and one entry a phase."""
+        totals = self.everywhere()
+        return {"total": sum(totals.values()) / 3600} | {
+            name: s / 3600 for name, s in totals.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"device": self.totals(), "flops": dict(self.flops), "tokens": self.tokens}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; what was spent since this ledger began is added to it."""
+        self._start -= sum(state["device"].values())
+        for name, seconds in state["device"].items():
+            self._device[name] += seconds
+        self._device["idle"] = 0.0
+        self.count(state["tokens"], state["flops"])
+        self._closed = self.tokens, sum(self.flops.values())

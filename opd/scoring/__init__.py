@@ -1,0 +1,1 @@
+"""Metrics, judging an answer, evaluations, official scorers."""

@@ -1,0 +1,1 @@
+"""Prompt templates, the forms of answers, and the parser that reads them."""

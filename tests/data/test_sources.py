@@ -1,0 +1,215 @@
+"""Sources: how they are written, mixed and split, and that nothing evaluated on is trained on."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opd.config import data
+from opd.config.data import DataConfig
+from opd.data import sources
+from opd.data.annotations.formats import FORMATS
+from opd.data.checked import checked_path
+from opd.data.examples import Example
+from opd.data.schedule import schedule, shuffled
+from opd.data.sources import check_leak, load_examples, sources_of
+from opd.data.synthetic.splits import ensure_split
+from opd.errors import DataError
+
+
+@pytest.fixture
+def root(videos: Path, tmp_path: Path) -> Path:
+    """Six clips in a folder, a Charades file of two queries for each, a TimeRFT file of one."""
+    ensure_split(videos, "eval", 6)
+    shutil.copytree(videos / "eval", tmp_path / "clips")
+    records = json.loads((videos / "eval-6.json").read_text())
+    charades, timerft = [], []
+    for record in records:
+        name = Path(record["video"]).stem
+        charades += [f"{name} 1.0 2.5##one.", f"{name} 3.0 4.0##two."]
+        timerft.append(record | {"video": f"{name}.mp4"})
+    (tmp_path / "charades.txt").write_text("\n".join(charades))
+    (tmp_path / "timerft.json").write_text(json.dumps(timerft))
+    return tmp_path
+
+
+def config_of(root: Path, **more: object) -> DataConfig:
+    return DataConfig(video_root=str(root / "clips"), **more)  # type: ignore[arg-type]
+
+
+def test_a_format_is_named_or_recognised_and_said(root, capsys):
+    config = config_of(root)
+    named = load_examples(f"charades:{root}/charades.txt", config, None)
+    assert capsys.readouterr().err == ""
+    found = load_examples(f"{root}/charades.txt, {root}/timerft.json", config, None)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{root}/charades.txt: read as charades",
+        f"{root}/timerft.json: read as timerft",
+    ]
+    assert found[:12] == named and len(found) == 18
+    # Charades tells no durations: they are the files'.
+    assert all(e.duration_s == pytest.approx(12, abs=0.2) for e in found)
+
+
+def test_each_source_has_a_root(root, videos):
+    config = DataConfig(video_root="nowhere")
+    text = f"{root}/charades.txt?root={root}/clips,{videos}/eval-6.json?root={videos}"
+    found = load_examples(text, config, None)
+    assert Counter(example.video.parent for example in found) == {
+        root / "clips": 12,
+        videos / "eval": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{file}?weigth=2", "{file}?weigth=2: no option 'weigth'; known: root, weight, part, hold"),
+        ("{file}?weight=0", "{file}?weight=0: weight=0 is out of range"),
+        ("{file}?weight=nan", "{file}?weight=nan: weight=nan is out of range"),
+        ("{file}?part=test", "{file}?part=test: part is one of train, held_out"),
+        ("{file}?holdout=0.2", "{file}?holdout=0.2: holdout needs part=train or part=held_out"),
+        ("{file}?part=train&holdout=1", "{file}?part=train&holdout=1: holdout=1 is out of range"),
+        ("{file}?weight=2,{file}", "{file}: has no weight, other sources have"),
+        ("{file}.gone", "{file}.gone: no such annotation file"),
+        (
+            "synthetic:eval?part=train",
+            "synthetic:eval?part=train: synthetic splits have no options",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be(root, text, message):
+    file = f"charades:{root}/charades.txt"
+    with pytest.raises(DataError) as caught:
+        sources_of(text.format(file=file), config_of(root))
+    told = message.format(file=file)
+    shown = str(caught.value)
+    assert shown.startswith(told) or shown.startswith(told.replace("charades:/", "/"))
+
+
+def test_a_file_is_split_by_videos(root):
+    config, text = config_of(root), f"charades:{root}/charades.txt?holdout=0.4&part="
+    train, held_out = (load_examples(text + part, config, None) for part in sources.PARTS)
+    videos = [{example.video for example in part} for part in (train, held_out)]
+    assert not videos[0] & videos[1] and len(train) + len(held_out) == 12
+    assert all(
+        count == 2
+        for part in (train, held_out)
+        for count in Counter(e.video for e in part).values()
+    )
+    check_leak(train, held_out, config)
+    # The parts follow from names alone, so that another file of the same videos is split alike.
+    places = [sources._place(f"video{i}") for i in range(4000)]
+    assert np.mean([place < 0.4 for place in places]) == pytest.approx(0.4, abs=0.03)
+
+
+def test_sources_are_drawn_by_their_weights(root):
+    text = f"charades:{root}/charades.txt?weight=1,timerft:{root}/timerft.json?weight=3"
+    found = load_examples(text, config_of(root), None)
+    weights = [example.weight for example in found]
+    assert sum(weights) == pytest.approx(18) and len(set(weights)) == 2
+    plan = schedule(18, 6, 8, 0, weights)
+    for batch in plan:
+        assert sum(index >= 12 for index in batch) == 6
+    drawn = Counter(index for batch in plan for index in batch)
+    assert set(drawn[i] for i in range(12)) == {1}, "an epoch of the first"
+    assert set(drawn[i] for i in range(12, 18)) == {6}, "six of the second"
+    assert plan == schedule(18, 6, 8, 0, weights) != schedule(18, 6, 8, 1, weights)
+
+
+def test_without_weights_every_example_is_drawn_alike():
+    plan = schedule(10, 4, 5, seed=3)
+    assert plan == schedule(10, 4, 5, 3, [0.7] * 10)
+    assert [i for batch in plan for i in batch] == shuffled(10, 3, 0) + shuffled(10, 3, 1)
+
+
+def test_shares_hold_within_every_batch():
+    weights = [0.2] * 50 + [1.0] * 7 + [3.1] * 3
+    shares = [sum(weights[:50]), sum(weights[50:57]), sum(weights[57:])]
+    for batch in schedule(60, 20, 16, 1, weights):
+        counts = [sum(i < 50 for i in batch), sum(50 <= i < 57 for i in batch)]
+        for count, share in zip(counts, shares, strict=False):
+            assert abs(count - 16 * share / sum(shares)) <= 2
+
+
+def example(name: str, duration_s: float | None = 10.0) -> Example:
+    return Example(id=name, video=Path(name), query="q", spans=((1, 2),), duration_s=duration_s)
+
+
+def test_leaks_are_named():
+    data = DataConfig()
+    train = [example("a/1.mp4"), example("a/2.mp4"), example("a/3.mp4", None)]
+    check_leak(train, [example("b/9.mp4"), example("b/1.mp4", 12.0)], data)
+    for leaked in (example("a/1.mp4", 99.0), example("b/2.mkv", 10.4), example("b/3.mp4")):
+        with pytest.raises(DataError) as caught:
+            check_leak(train, [example("b/9.mp4"), leaked, leaked], data)
+        assert str(caught.value) == (
+            f"data.eval: 1 of its videos are trained on: {leaked.video}; "
+            "data.allow_leak=true evaluates on them all the same"
+        )
+        check_leak(train, [leaked], replace(data, allow_leak=True))
+
+
+def test_a_link_to_a_trained_video_is_a_leak(tmp_path):
+    (tmp_path / "real.mp4").touch()
+    (tmp_path / "other.mp4").symlink_to(tmp_path / "real.mp4")
+    with pytest.raises(DataError, match="1 of its videos are trained on"):
+        train = [example(str(tmp_path / "real.mp4"))]
+        check_leak(train, [example(str(tmp_path / "other.mp4"), 33)], DataConfig())
+
+
+def test_what_the_check_found_is_honoured(root, monkeypatch):
+    text = f"charades:{root}/charades.txt"
+    found = load_examples(text, config_of(root), None)
+    first, second, third = list(dict.fromkeys(example.video for example in found))[:3]
+
+    def row(video: Path, **more: object) -> dict[str, object]:
+        stat = video.stat()
+        known = {"video": str(video), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return known | {"duration_s": 12.0, "reason": None} | more
+
+    rows = [
+        row(first, reason="it is rotated"),
+        row(second, duration_s=2.0),
+        row(third, size=1, reason="as it was before"),
+        {"video": str(found[-1].video), "reason": "by hand"},
+    ]
+    checked_path(f"{root}/charades.txt").write_text("\n".join(map(json.dumps, rows)))
+    probed: list[Path] = []
+    probe = sources.probe_duration
+    monkeypatch.setattr(sources, "probe_duration", lambda v: (probed.append(v), probe(v))[1])
+    left_out: list[str] = []
+    kept = load_examples(text, config_of(root), None, left_out=left_out)
+    assert sorted(probed) == sorted({e.video for e in found} - {first, second, found[-1].video})
+    told = [line.partition(": ")[2] for line in left_out]
+    assert told == [
+        f"{first}: it is rotated",
+        f"{first}: it is rotated",
+        "a span starts at 3 s in a video of 2 s",
+        f"{found[-1].video}: by hand",
+        f"{found[-1].video}: by hand",
+    ]
+    assert len(kept) == 12 - 5
+
+    checked_path(f"{root}/charades.txt").write_text('{"video": "x"}\n')
+    with pytest.raises(DataError, match=r"checked.jsonl:1: not a row of opd.check: 'reason'"):
+        load_examples(text, config_of(root), None)
+
+
+def test_a_limit_probes_no_more_than_it_needs(root, monkeypatch):
+    monkeypatch.setattr(sources, "PROBED_AT_ONCE", 2)
+    probed: list[Path] = []
+    probe = sources.probe_duration
+    monkeypatch.setattr(sources, "probe_duration", lambda v: (probed.append(v), probe(v))[1])
+    assert len(load_examples(f"charades:{root}/charades.txt", config_of(root), 3)) == 3
+    assert len(probed) == 2
+
+
+def test_every_format_can_be_configured():
+    assert tuple(FORMATS) == data.FORMATS
+    for name in FORMATS:
+        assert DataConfig(format=name).format == name

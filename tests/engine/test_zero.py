@@ -1,0 +1,178 @@
+"""Several ranks: each configuration's steps under plain data parallelism and under ZeRO 1, 2 and 3
+are those of one process at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd.config.run import load_config
+from opd.errors import ConfigError
+from opd.planning.settled import settled
+from tests.engine.zero_worker import CASES
+
+ROOT = Path(__file__).parents[2]
+SAME = {  # cases whose steps are those of another
+    "offloaded": "plain",
+    "layer_by_layer": "plain",
+    "interrupted": "plain",
+    "persistent": "plain",
+    "teacher_shard": "teacher_replica",
+    "teacher_offload": "teacher_replica",
+}
+GATHERS = ("gathers", "gathers_recomputed")  # cases whose gathers are counted
+ALL = [name for name in CASES if name not in SAME and name not in GATHERS]
+# Of three ranks, what one of them does differently from two.
+FEW = ("plain", "accumulated", "tied", "routed", "nothing_routed", "grpo")
+# What shards optimizer and gradients alone meets little of what a case changes: every case under
+# stages 1 and 2 too with OPD_EVERY_CASE=1.
+SOME = (
+    ALL if os.environ.get("OPD_EVERY_CASE") else ("accumulated", "tied", "nothing_routed", "lora")
+)
+LAUNCHES = {  # ranks: cases and stages
+    1: [*(f"{name}:0" for name in ALL), *(f"plain:{stage}" for stage in (1, 2, 3))],
+    2: [
+        *(f"{name}:{stage}" for name in ALL for stage in (0, 3)),
+        *(f"{name}:{stage}" for name in SOME for stage in (1, 2) if (name, stage) != ("bf16", 1)),
+        *(f"offloaded:{stage}" for stage in (1, 2, 3)),
+        "layer_by_layer:3",
+        *(f"{name}:{stage}" for name in ("teacher_shard", "teacher_offload") for stage in (0, 3)),
+        "interrupted:3",
+        "persistent:3",
+    ],
+    3: [f"{name}:{stage}" for name in FEW for stage in (0, 3)],
+}
+BLOCKING = {  # what gathers a layer ahead: the same without it, in every bit
+    **{f"{name}:3": f"{name}:blocking" for name in ("tied", "recomputed", "lora")},
+    **dict.fromkeys(
+        ("plain:3", "layer_by_layer:3", "persistent:3", "interrupted:3"), "plain:blocking"
+    ),
+    **dict.fromkeys(
+        ("teacher_shard:3", "teacher_offload:3", "teacher_offload:late"), "teacher_shard:blocking"
+    ),
+}
+AHEAD = {*BLOCKING, *BLOCKING.values(), *(f"{name}:3" for name in GATHERS), "gathers:blocking"}
+AHEAD = sorted(AHEAD - set(LAUNCHES[2]))  # two ranks run them too
+
+
+def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """A program on so many ranks, as a user starts it."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launch += ["--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.run(
+        [*launch, *command], capture_output=True, text=True, timeout=900, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("zero")
+    done: set[int] = set()
+
+    def result(ranks: int, case: str) -> dict[str, Any]:
+        if ranks not in done:
+            done.add(ranks)
+            command = [
+                str(ROOT / "tests" / "engine" / "zero_worker.py"),
+                str(out),
+                *LAUNCHES[ranks],
+            ]
+            command += AHEAD if ranks == 2 else []
+            told = torchrun(ranks, *command)
+            assert told.returncode == 0, told.stderr[-3000:]
+        return torch.load(out / f"{ranks}_{case.replace(':', '_')}.pt")
+
+    return result
+
+
+def length(weights: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> float:
+    """Of all weights, or of the way between two sets of them."""
+    assert others is None or weights.keys() == others.keys()
+    parts = [w - others[n] if others else w for n, w in weights.items()]
+    return float(torch.cat([part.flatten().double() for part in parts]).norm())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(n, case) for n, cases in LAUNCHES.items() for case in cases]
+)
+def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
+    name = case.split(":")[0]
+    found = results(ranks, case)
+    expected = results(1, f"{SAME.get(name, name)}:0")
+    assert found["rollouts"] == expected["rollouts"]
+    lengths = {len(answer) for answers in found["rollouts"].values() for answer in answers}
+    assert len(lengths) > 1 or name == "sft"
+    assert found["tokens"] == expected["tokens"]
+    rounding = 1e-3 if name == "bf16" else 3e-5
+    for row, truth in zip(found["rows"], expected["rows"], strict=True):
+        for key in ("loss", "grad_norm", "kl"):
+            close = truth[key] if truth[key] is None else pytest.approx(truth[key], rel=rounding)
+            assert row[key] == close, key
+        for key in ("lr", "completion_length", "trained_share"):
+            assert row[key] == truth[key], key
+    # Exactly 1, so that a fused loss has nothing left to multiply its gradients by.
+    if name != "no_number" and (found["incoming"] or name != "nothing_routed"):
+        assert found["incoming"] == [1.0]
+    moved = length(expected["weights"], expected["before"])
+    assert length(found["before"], expected["before"]) == 0
+    assert length(found["weights"], expected["weights"]) <= 1e-5 * length(expected["weights"])
+    if name in ("nothing_routed", "no_number"):
+        assert moved == 0 and length(found["weights"], found["before"]) == 0
+    else:
+        share = 0.1 if name == "bf16" else 1e-2
+        assert length(found["weights"], expected["weights"]) <= share * moved
+
+
+@pytest.mark.parametrize("case", BLOCKING)
+def test_a_layer_gathered_ahead_changes_no_bit(results: Any, case: str) -> None:
+    ahead, blocking = results(2, case), results(2, BLOCKING[case])
+    assert ahead["rows"] == blocking["rows"]
+    assert ahead["rollouts"] == blocking["rollouts"]
+    assert ahead["weights"].keys() == blocking["weights"].keys()
+    for name, weight in ahead["weights"].items():
+        assert torch.equal(weight, blocking["weights"][name]), name
+    if not case.startswith("persistent"):
+        assert ahead["whole_after_backward"] == 0
+
+
+@pytest.mark.parametrize("case", GATHERS)
+def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> None:
+    ahead, blocking = results(2, f"{case}:3"), results(2, "gathers:blocking")
+    layers = 6
+    passes = {  # of the first rank: 2 steps of 3 prompts
+        "prefill": 2 * 3,
+        "teacher": 2 * (3 + 1) if case == "gathers" else 0,  # the embedded one, a replica else
+        "extend": 2,
+        "backward": 2 * (3 + 1),  # with and without recomputation
+    }
+    assert ahead["gathers"] == {phase: layers * count for phase, count in passes.items()}
+    for phase, count in passes.items():
+        assert ahead["overlapping"][phase] >= (layers - 1) * count, phase
+        assert ahead["most_layers"][phase] <= 2, phase
+    assert not any(blocking["overlapping"].values())
+    assert blocking["most_layers"]["backward"] == layers  # DeepSpeed alone keeps them all
+
+
+def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"^batch_size=16: must be a multiple of the 3 ranks$"):
+        _ = load_config([]).shares
+    told = r"^micro_batch_size=3: must divide batch_size=12/3 ranks$"
+    with pytest.raises(ConfigError, match=told):
+        _ = load_config(["batch_size=12", "micro_batch_size=3"]).shares
+    monkeypatch.setenv("RANK", "1")
+    shares = load_config(["batch_size=12", "micro_batch_size=2"]).shares
+    assert [list(places) for places in shares] == [[1, 4], [7, 10]]
+
+
+def test_what_deepspeed_gets_wrong_is_refused() -> None:
+    keys = ["engine.kind=deepspeed", "engine.zero_stage=1", "model.dtype=bfloat16"]
+    with pytest.raises(ConfigError, match=r"^engine.zero_stage=1: DeepSpeed's is wrong in bf"):
+        settled(load_config(keys), torch.device("cpu"))

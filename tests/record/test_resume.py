@@ -1,0 +1,358 @@
+"""Stopped runs: the step is finished, the state saved, and going on changes nothing."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from opd.config.run import load_config
+from opd.errors import ConfigError, Stopped
+from opd.evaluate import main as evaluate_again
+from opd.files import read_rows
+from opd.method import trainer
+from opd.method.trainer import Trainer
+from tests.helpers import metric_rows, run
+
+SHORT = (
+    "steps=6",
+    "batch_size=2",
+    "data.limit_train=9",
+    "data.limit_eval=3",
+    "eval.draws=1",
+    "eval.teacher=false",
+    "eval.every=4",
+)
+
+
+def outcome(run_dir: Path) -> list[Any]:
+    """Everything a run leaves behind that is no time."""
+    names = ("before", "step_4", "after")
+    evaluations = [(run_dir / f"eval_{name}.jsonl").read_bytes() for name in names]
+    weights = (run_dir / "student" / "model.safetensors").read_bytes()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    curve = [{k: v for k, v in row.items() if k != "device_s"} for row in summary["curve"]]
+    counted = {k: summary[k] for k in ("flops", "student_prompt_forwards_per_step", "gain")}
+    return [
+        metric_rows(run_dir),
+        metric_rows(run_dir, "samples.jsonl"),
+        evaluations,
+        weights,
+        counted,
+        curve,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run(videos, run_dir, *SHORT)
+    return outcome(run_dir)
+
+
+@pytest.mark.parametrize("draw", range(10))
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    draw: int, whole: list[Any], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A call of one of these, at random, is where the signal comes: in a step or in an evaluation.
+    chance = random.Random(draw)
+    where, calls = chance.choice([("step", 6), ("step", 6), ("sample", 12)]), [0]
+    at = chance.randint(1, where[1])
+    owner: Any = Trainer if where[0] == "step" else sys.modules["opd.method.trainer"]
+    if where[0] == "sample" and draw % 2:
+        owner, at = sys.modules["opd.method.answering"], chance.randint(1, 4)
+    original = getattr(owner, where[0])
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            signal.raise_signal(chance.choice([signal.SIGINT, signal.SIGTERM]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, where[0], interrupted)
+    stopped = 0
+    for _ in range(2):
+        try:
+            run(videos, tmp_path / "run", *SHORT, "resume=auto")
+            break
+        except Stopped as error:
+            stopped += 1
+            assert "resume=auto goes on from there" in str(error)
+            assert error.exit_code in (130, 143)
+            assert not (tmp_path / "run" / "summary.json").exists()
+    assert stopped == (calls[0] >= at)
+    assert outcome(tmp_path / "run") == whole
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_sigterm_as_a_user_meets_it(whole: list[Any], videos: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    places = [f"data.video_root={videos}", f"run_dir={run_dir}", "threads=1"]
+    command = [sys.executable, "-m", "opd.train", *SHORT, *places]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (run_dir / "metrics.jsonl").exists() or len(metric_rows(run_dir)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143
+    done = len(metric_rows(run_dir))
+    last = errors.rstrip().splitlines()[-1]
+    assert last == (
+        f"error: SIGTERM: stopped after step {done} of 6; resume=auto goes on from there"
+    )
+    assert "Traceback" not in errors
+    run(videos, run_dir, *SHORT, "resume=auto")
+    assert outcome(run_dir) == whole
+
+
+class Crash(BaseException):
+    """What no code of ours handles, as if the process had been killed."""
+
+
+def crash(videos: Path, run_dir: Path, at: int, *keys: str) -> None:
+    """A run that ends so when a step begins."""
+    step = Trainer.step
+
+    def crashing(self: Trainer, micro_batches: Any, number: int) -> Any:
+        if number == at:
+            raise Crash
+        return step(self, micro_batches, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "step", crashing)
+        run(videos, run_dir, *SHORT, *keys)
+
+
+@pytest.fixture(scope="module")
+def crashed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("crashed") / "run"
+    crash(videos, run_dir, 3, "save_every=1", "keep_last=2")
+    return run_dir
+
+
+def test_rows_after_the_saved_state_are_dropped(
+    whole: list[Any], videos: Path, tmp_path: Path
+) -> None:
+    # As after a crash: the last state is two steps old, and a line is cut short.
+    crash(videos, tmp_path / "run", 5, "save_every=3")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+    run(videos, tmp_path / "run", *SHORT, "resume=auto", "save_every=3")
+    assert outcome(tmp_path / "run") == whole
+
+
+def test_resuming_asks_for_the_same_run(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    signals = trainer.signals
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return signals(*args)
+
+    monkeypatch.setattr(trainer, "signals", interrupted)
+    with pytest.raises(Stopped):
+        run(videos, run_dir, *SHORT)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError) as caught:
+        run(videos, run_dir, *SHORT, "resume=auto", "seed=1")
+    assert str(caught.value) == f"resume=auto: 'seed: 1' here, 'seed: 0' in {run_dir}/config.yaml"
+    with pytest.raises(ConfigError, match="not empty; choose another or say overwrite=true"):
+        run(videos, run_dir, *SHORT)
+    assert list((run_dir / "checkpoints").glob("step_*"))
+    run(videos, run_dir, *SHORT, "resume=auto")
+    # Finished: nothing is left to do, as for a job that a queue starts once more.
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert run(videos, run_dir, *SHORT, "resume=auto")["steps"] == 6
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == files
+    with pytest.raises(ConfigError, match="resume=auto: 'seed: 1' here"):
+        run(videos, run_dir, *SHORT, "resume=auto", "seed=1")
+
+
+@pytest.mark.parametrize("key", ["resume=auto", "overwrite=true"])
+def test_two_runs_in_one_folder_are_refused(
+    key: str, crashed: Path, tmp_path: Path, videos: Path
+) -> None:
+    run_dir = shutil.copytree(crashed, tmp_path / "run")
+    rows = metric_rows(run_dir)
+    with (run_dir / "config.yaml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a run in another process does
+        with pytest.raises(ConfigError, match=f"^run_dir={run_dir}: another run is writing there$"):
+            run(videos, run_dir, *SHORT, key)
+    assert metric_rows(run_dir) == rows
+
+
+def test_a_run_holds_its_folder_to_its_end(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[str] = []
+    step = Trainer.step
+
+    def second_run(self: Trainer, micro_batches: Any, number: int) -> Any:
+        monkeypatch.setattr(Trainer, "step", step)
+        with pytest.raises(ConfigError) as caught:
+            run(videos, tmp_path / "run", *SHORT, "overwrite=true")
+        again.append(str(caught.value))
+        return step(self, micro_batches, number)
+
+    monkeypatch.setattr(Trainer, "step", second_run)
+    keys = ["steps=1", "batch_size=2", "data.limit_train=2", "data.limit_eval=2", "eval.draws=0"]
+    run(videos, tmp_path / "run", *keys, "eval.teacher=false", "overwrite=true")
+    assert again == [f"run_dir={tmp_path / 'run'}: another run is writing there"]
+    run(videos, tmp_path / "run", *keys, "eval.teacher=false", "overwrite=true")
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
+LAUNCH += ["--rdzv-endpoint=localhost:0"]
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+KILLS = int(os.environ.get("OPD_KILLS", "1"))  # random kills for each engine
+
+
+def rows_in(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+@pytest.mark.parametrize("draw", range(KILLS))
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    draw: int, engine: str, whole: list[Any], videos: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at random times, until a run comes to its end."""
+    chance, run_dir = random.Random(draw), tmp_path / "run"
+    keys = [*SHORT, "save_every=1", "resume=auto", "threads=1", f"data.video_root={videos}"]
+    command = [sys.executable, "-m", "opd.train"]
+    expected = whole
+    if engine == "deepspeed":
+        keys += ["engine.kind=deepspeed", f"engine.zero_stage={3 - draw % 3}"]
+        command = [*LAUNCH, "--nproc_per_node=2", "-m", "opd.train"]
+        told = subprocess.run([*command, *keys, f"run_dir={tmp_path / 'whole'}"], **QUIET)
+        assert told.returncode == 0
+        expected = outcome(tmp_path / "whole")
+        for mine, alone in zip(expected[0], whole[0], strict=True):  # the same run, to rounding
+            assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+            assert mine["tokens"] == alone["tokens"] and mine["lr"] == alone["lr"]
+    for kill in (True, True, False):
+        process = subprocess.Popen([*command, *keys, f"run_dir={run_dir}"], **QUIET)
+        if kill:
+            begun = rows_in(run_dir)
+            while process.poll() is None and rows_in(run_dir) == begun:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 1.5))  # steps, checkpoints, an evaluation
+            if process.poll() is not None:
+                break
+            family = psutil.Process(process.pid).children(recursive=True)
+            for one in [process, *family]:  # a launcher's ranks outlive it
+                one.kill()
+            psutil.wait_procs(family, timeout=30)
+        if process.wait(timeout=300) == 0:
+            break
+    assert process.returncode == 0
+    assert outcome(run_dir) == expected
+
+
+@pytest.mark.parametrize("where", ["fsync", "rename", "rmtree"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_crash_while_saving_leaves_the_state_before(
+    where: str, call: int, whole: list[Any], videos: Path, tmp_path: Path
+) -> None:
+    owner: Any = {"fsync": os, "rename": Path, "rmtree": shutil}[where]
+    original, calls = getattr(owner, where), [0]
+
+    def crashing(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call + 2:
+            raise Crash
+        return original(*args, **kwargs)
+
+    keys = [*SHORT, "save_every=1", "keep_last=2"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(owner, where, crashing)
+        run(videos, tmp_path / "run", *keys)
+    run(videos, tmp_path / "run", *keys, "resume=auto")
+    assert outcome(tmp_path / "run") == whole
+
+
+def test_the_last_states_are_kept(videos: Path, tmp_path: Path) -> None:
+    crash(videos, tmp_path / "run", 5, "save_every=1", "keep_last=3")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_3", "step_4", "step_5"]
+
+
+@pytest.fixture
+def stopped(crashed: Path, tmp_path: Path) -> Path:
+    """A run with the states of steps 2 and 3, of one's own."""
+    return shutil.copytree(crashed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["engine.pt", "rank_0.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_state_is_named_and_never_used(
+    file: str, damage: str, stopped: Path, videos: Path
+) -> None:
+    last = stopped / "checkpoints" / "step_3"
+    content = bytearray((last / file).read_bytes())
+    if damage == "missing":
+        (last / file).unlink()
+    else:
+        content[len(content) // 2] ^= 4
+        (last / file).write_bytes(content if damage == "flipped" else content[:-9])
+    keys = [*SHORT, "save_every=1", "keep_last=2", "resume=auto"]
+    with pytest.raises(ConfigError) as caught:
+        run(videos, stopped, *keys)
+    told = str(caught.value)
+    assert told.startswith(f"{last}: ") and told.endswith("; delete it to go on from step_2")
+    assert file in told or (file == "manifest.json" and damage == "flipped")
+
+
+def test_without_the_damaged_state_a_run_goes_on_from_the_one_before(
+    stopped: Path, whole: list[Any], videos: Path
+) -> None:
+    shutil.rmtree(stopped / "checkpoints" / "step_3")
+    run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
+    assert outcome(stopped) == whole
+
+
+def test_another_number_of_ranks_is_told(
+    stopped: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped / "checkpoints" / "step_3" / "manifest.json"
+    path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
+    with pytest.raises(ConfigError, match=r"step_3: saved by 2 ranks, these are 1; start 2$"):
+        run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
+
+
+def test_the_best_student_is_kept(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    keys = ["steps=4", "batch_size=2", "data.limit_train=6", "data.limit_eval=4", "eval.draws=0"]
+    more = ["eval.every=1", "eval.teacher=false", "keep_best=miou", "optim.lr=1e-2"]
+    run(videos, folder, *keys, *more)
+    curve = [row for row in read_rows(folder / "curve.jsonl") if row["step"]]
+    best = max(curve, key=lambda row: row["miou"])  # the first of equals
+    evaluate_again(
+        [
+            str(folder / "best"),
+            f"run_dir={tmp_path / 'again'}",
+            *keys[3:4],
+            f"data.video_root={videos}",
+            "eval.draws=0",
+        ]
+    )
+    name = "after" if best["step"] == 4 else f"step_{best['step']}"
+    answers = [row["answer"] for row in read_rows(folder / f"eval_{name}.jsonl")]
+    assert [r["answer"] for r in read_rows(tmp_path / "again" / "evaluation.jsonl")] == answers
+    with pytest.raises(ConfigError, match=r"^keep_best=miou: eval.every says at which steps"):
+        load_config(["keep_best=miou"])
