@@ -23,7 +23,7 @@ from opd.data.examples import Example
 from opd.data.inspection import describe, inspect, plot
 from opd.data.sources import check_leak, check_sources, sources_of
 from opd.distributed import progress_bar
-from opd.errors import ConfigError, DataError, ModelError
+from opd.errors import DataError, ModelError, UserError
 from opd.models.load import load_processor, place
 from opd.planning.memory import USABLE, Plan, Shapes, capacity_of, too_little
 from opd.planning.shapes import MOMENTS
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 print("\n".join(check_data(texts, config)))
         check_memory(config, given.ranks, given.memory_gib, given.stages)
-    except (ConfigError, DataError, ModelError) as error:
+    except UserError as error:
         fail(error)
 
 

@@ -25,7 +25,7 @@ from opd.data.prompts import Prompts
 from opd.data.sources import check_leak, load_split, sources_of
 from opd.data.synthetic import splits
 from opd.distributed import progress_bar, set_up
-from opd.errors import ConfigError, DataError, ModelError
+from opd.errors import ConfigError, DataError, UserError
 from opd.files import checksum, read_rows, write_rows
 from opd.generation.sampling import Policy
 from opd.method.answering import evaluate
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = [run(target, c) for target, c in zip(targets, configs, strict=True)]
         if distributed.is_first():
             print(json.dumps(found[0], indent=2) if len(found) == 1 else compared(targets, found))
-    except (ConfigError, DataError, ModelError) as error:
+    except UserError as error:
         fail(error)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opd.config.command_line import fail
-from opd.errors import ConfigError
+from opd.errors import ConfigError, UserError
 from opd.record.curve import SCORES, Curve, plot, shared
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         path = runs[0] / "report.png"
         plot({name: [curve] for name, curve in curves.items()}, path)
         print(path)
-    except ConfigError as error:
+    except UserError as error:
         fail(error)
 
 

@@ -22,7 +22,7 @@ from opd.data.prompts import Prompts
 from opd.data.schedule import schedule
 from opd.data.sources import check_leak, check_sources, load_split
 from opd.distributed import progress_bar, set_up
-from opd.errors import ConfigError, DataError, ModelError, Stopped
+from opd.errors import Stopped, UserError
 from opd.files import read_rows
 from opd.generation.sampling import Policy
 from opd.method import curriculum
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
         config = load_config(command_line(usage, arguments))
         summary = train(config)
-    except (ConfigError, DataError, ModelError) as error:
+    except UserError as error:
         fail(error)
     except Stopped as stopped:
         fail(stopped, stopped.exit_code)

@@ -6,7 +6,7 @@ from typing import NoReturn
 from opd import distributed
 from opd.config.options import describe
 from opd.config.run import Config, load_config, to_yaml
-from opd.errors import require, shown
+from opd.errors import printable, require
 
 
 def command_line(command: str, arguments: list[str]) -> list[str]:
@@ -16,7 +16,7 @@ def command_line(command: str, arguments: list[str]) -> list[str]:
     flags = [a for a in arguments if a.startswith("-") and "=" not in a]
     known = ("-h", "--help", "--print-config")
     for flag in flags:
-        require(flag in known, f"{shown(flag)}: no such flag (known: {', '.join(known)})")
+        require(flag in known, f"{printable(flag)}: no such flag (known: {', '.join(known)})")
     rest = [a for a in arguments if a not in flags]
     if "--print-config" in flags:
         print(to_yaml(load_config(rest)), end="")

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.errors import ConfigError, require, shown
+from opd.errors import ConfigError, printable, require
 
 
 def option(
@@ -45,7 +45,7 @@ def describe(default: Any) -> Iterator[str]:
     for key, entry, _ in keys_of(type(default)):
         choices = entry.metadata["choices"]
         listed = f" [{' | '.join(choices)}]" if choices else ""
-        yield f"{key}={shown(_value(default, key))}"
+        yield f"{key}={printable(_value(default, key))}"
         yield f"    {entry.metadata['doc']}{listed}"
 
 
@@ -53,7 +53,7 @@ def check(config: Any) -> None:
     """Raise ConfigError unless every value is possible for its key."""
     for key, entry, _ in keys_of(type(config)):
         value, limits = _value(config, key), entry.metadata
-        told = f"{key}={shown(value)}"
+        told = f"{key}={printable(value)}"
         if isinstance(value, str):
             require(
                 value.isprintable() and bool(value.strip()), f"{told}: must be one line of text"
@@ -90,10 +90,10 @@ def merge(default: Any, file: Path | None, arguments: list[str]) -> Any:
     key = ""
     try:
         for key, value in (leaf for source in sources for leaf in _leaves(source)):
-            require(key not in groups, f"{key}={shown(value)}: a group; set {key}.KEY")
+            require(key not in groups, f"{key}={printable(value)}: a group; set {key}.KEY")
             if key not in types:
                 raise ConfigError(
-                    f"{shown(key)}: no such key; the nearest is {_nearest(key, types)}"
+                    f"{printable(key)}: no such key; the nearest is {_nearest(key, types)}"
                 )
             OmegaConf.update(merged, key, value)
         tree: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -107,12 +107,12 @@ def merge(default: Any, file: Path | None, arguments: list[str]) -> Any:
 def _read_file(path: Path, types: dict[str, Any]) -> dict[Any, Any]:
     hint = f" (to set the key, write {path}=VALUE)" if str(path) in types else ""
     try:
-        require(path.is_file(), f"{shown(path)}: no such configuration file{hint}")
+        require(path.is_file(), f"{printable(path)}: no such configuration file{hint}")
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"{shown(path)}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{printable(path)}: not YAML: {' '.join(str(error).split())}") from error
     require(isinstance(tree, dict), f"{path}: must hold `key: value` lines")
     return tree
 
@@ -124,7 +124,7 @@ def _read_argument(argument: str, types: dict[str, Any]) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        told = f"{shown(key)}={shown(text)}"
+        told = f"{printable(key)}={printable(text)}"
         raise ConfigError(f"{told}: not a value: {' '.join(str(error).split())}") from error
 
 
@@ -157,11 +157,11 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     fits = isinstance(value, int | float if kind is float else kind)
     fits = fits and (kind is bool or not isinstance(value, bool))
     hint = " (put it in quotes)" if kind is str and isinstance(value, bool | float) else ""
-    require(fits, f"{key}={shown(value)}: not {names[kind]}{hint}")
+    require(fits, f"{key}={printable(value)}: not {names[kind]}{hint}")
     try:
         return kind(value)
     except OverflowError:
-        raise ConfigError(f"{key}={shown(value)}: must be a finite number") from None
+        raise ConfigError(f"{key}={printable(value)}: must be a finite number") from None
 
 
 def _value(config: Any, key: str) -> Any:

@@ -23,7 +23,7 @@ from opd.config.sections import (
     SampleConfig,
     TeacherConfig,
 )
-from opd.errors import ConfigError, require, shown
+from opd.errors import ConfigError, printable, require
 from opd.text.templates import Template, load_template
 
 
@@ -147,7 +147,7 @@ class Config:
         recompute = self.prefix.recompute
         known = recompute in ("none", "all", "auto")
         known = known or (recompute.isascii() and recompute.isdecimal())
-        require(known, f"prefix.recompute={shown(recompute)}: not none, all, auto or a number")
+        require(known, f"prefix.recompute={printable(recompute)}: not none, all, auto or a number")
         if self.micro_batch_size is not None:
             require(
                 self.batch_size % self.micro_batch_size == 0,
@@ -193,7 +193,7 @@ class Config:
         )
         require(
             method == "opd" or self.model.teacher == default,
-            f"model.teacher={shown(self.model.teacher)}: method {method} has no teacher",
+            f"model.teacher={printable(self.model.teacher)}: method {method} has no teacher",
         )
         require(
             method == "opd" or self.curriculum.kind not in ("tvdf", "scc"),
@@ -250,7 +250,7 @@ def load_config(arguments: list[str]) -> Config:
     Raises ConfigError with one line that names the key.
     """
     files = [a for a in arguments if "=" not in a]
-    extra = " ".join(map(shown, files[1:]))
+    extra = " ".join(map(printable, files[1:]))
     require(len(files) <= 1, f"{extra}: only one configuration file is read")
     file = Path(files[0]) if files else None
     merged: Config = merge(Config(), file, [a for a in arguments if "=" in a])

@@ -39,7 +39,7 @@ from opd.data.annotations.fields import (
 )
 from opd.data.annotations.records import mcq
 from opd.data.examples import Example
-from opd.errors import ConfigError, DataError
+from opd.errors import ConfigError, DataError, UserError
 
 Parse = Callable[[Place, Any], dict[str, Any]]
 
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             raise ConfigError(f"{out}: {error.strerror or error}") from error
         print(f"{out}: {len(found)} written, {len(left_out)} left out")
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         fail(error)
 
 

@@ -41,7 +41,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from string import ascii_uppercase
 
-from opd.errors import ConfigError, require, shown
+from opd.errors import ConfigError, printable, require
 from opd.text.forms import FORMS, Span, format_spans
 
 PRESETS = Path(__file__).with_name("presets")
@@ -163,7 +163,7 @@ def load_template(template: str, key: str = "data.prompt") -> Template:
         ConfigError: in one line that names the file and the key.
     """
     if "{" in template:
-        _check(template, False, f"{key}={shown(template)}")
+        _check(template, False, f"{key}={printable(template)}")
         return Template(name="inline", grounding=template)
     path = Path(template)
     if path.suffix or len(path.parts) > 1:
@@ -181,14 +181,14 @@ def _read(path: Path, name: str) -> Template:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise ConfigError(f"{shown(path)}: no such template file") from None
+        raise ConfigError(f"{printable(path)}: no such template file") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown(path)}: not readable: {error}") from error
+        raise ConfigError(f"{printable(path)}: not readable: {error}") from error
     values: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
     text: list[str] | None = None
     for number, line in enumerate(lines, 1):
-        where = f"{shown(path)}:{number}"
+        where = f"{printable(path)}:{number}"
         if line.startswith("---"):
             key = line.strip("- \t")
             _known(key, TEXTS, f"{where}: text ")
@@ -198,12 +198,12 @@ def _read(path: Path, name: str) -> Template:
             text.append(line)
         elif line.strip() and not line.startswith("#"):
             key, colon, value = (part.strip() for part in line.partition(":"))
-            require(bool(colon), f"{where}: {shown(line)}: not `key: value` nor `--- text`")
+            require(bool(colon), f"{where}: {printable(line)}: not `key: value` nor `--- text`")
             _known(key, KEYS, f"{where}: key ")
             require(key not in values, f"{where}: key {key}: is there twice")
             values[key] = value
     thinking = values.pop("thinking", "no")
-    _known(thinking, ("no", "yes"), f"{shown(path)}: thinking ")
+    _known(thinking, ("no", "yes"), f"{printable(path)}: thinking ")
     written = {key: "\n".join(lines).strip("\n") for key, lines in texts.items()}
     return Template(name=name, thinking=thinking == "yes", **values, **written)
 
@@ -221,7 +221,7 @@ def _check(text: str, asks: bool, where: str) -> None:
 
 def _known(value: str, known: Sequence[str], before: str) -> None:
     nearest = get_close_matches(value, known, n=1, cutoff=0)[0]
-    told = f"{before}{shown(value)}: not one of {', '.join(known)}; the nearest is {nearest}"
+    told = f"{before}{printable(value)}: not one of {', '.join(known)}; the nearest is {nearest}"
     require(value in known, told)
 
 
