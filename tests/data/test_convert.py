@@ -9,7 +9,7 @@ import pytest
 from opd.data.annotations.formats import read_examples, recognise
 from opd.data.convert import CONVERTERS, main
 
-DOCS = Path(__file__).parents[2] / "docs" / "DATA.md"
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 MVBENCH = {
     "video": "166583.webm",
