@@ -9,20 +9,11 @@ from omegaconf import OmegaConf
 
 from opd import distributed
 from opd.config.data import DataConfig
+from opd.config.evaluation import EvalConfig
+from opd.config.method import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig, SampleConfig
+from opd.config.models import ModelConfig, TeacherConfig
+from opd.config.optimisation import EngineConfig, OptimConfig, PrefixConfig
 from opd.config.options import check, merge, option
-from opd.config.sections import (
-    CurriculumConfig,
-    EngineConfig,
-    EvalConfig,
-    GRPOConfig,
-    ModelConfig,
-    OPDConfig,
-    OptimConfig,
-    PrefixConfig,
-    RewardConfig,
-    SampleConfig,
-    TeacherConfig,
-)
 from opd.errors import ConfigError, printable, require
 from opd.text.templates import Template, load_template
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from opd import distributed
-from opd.config.sections import OptimConfig
+from opd.config.optimisation import OptimConfig
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:

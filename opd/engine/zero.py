@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opd import distributed
-from opd.config.sections import EngineConfig, OptimConfig
+from opd.config.optimisation import EngineConfig, OptimConfig
 from opd.engine.base import Engine, adamw
 from opd.models.prefetch import LayersAhead
 from opd.models.sharded import _deepspeed, gathered

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from opd import distributed
+from opd.config.method import CurriculumConfig
 from opd.config.run import Config
-from opd.config.sections import CurriculumConfig
 from opd.data.batch import PromptBatch
 from opd.data.examples import Example
 from opd.data.loader import rows_of

@@ -24,7 +24,7 @@ from transformers import utils as transformers_utils
 from transformers.masking_utils import sdpa_mask
 
 from opd import distributed
-from opd.config.sections import BACKENDS
+from opd.config.models import BACKENDS
 from opd.models.tower import Segments
 
 PACKAGES = {

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from opd.config.sections import ModelConfig
+from opd.config.models import ModelConfig
 from opd.errors import ModelError
 from opd.files import checksum
 from opd.models import attention, liger, tiny

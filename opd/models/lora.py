@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from opd.config.sections import ModelConfig
+from opd.config.models import ModelConfig
 from opd.models.load import write_checksums
 from opd.models.video_lm import VideoLM
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from opd import distributed
+from opd.config.optimisation import EngineConfig
 from opd.config.run import Config
-from opd.config.sections import EngineConfig
 from opd.models.load import load_model
 from opd.models.prefetch import LayersAhead
 from opd.models.video_lm import VideoLM

@@ -7,7 +7,7 @@ so that grounding, VideoQA and grounded QA mix in one run (the dual reward of Te
 2506.01908).
 """
 
-from opd.config.sections import RewardConfig
+from opd.config.method import RewardConfig
 from opd.data.examples import Example
 from opd.scoring.metrics import best_tiou, tiou
 from opd.text.answers import has_form, parse_choice, parse_span

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd.config.sections import OptimConfig
+from opd.config.optimisation import OptimConfig
 from opd.engine.base import TorchEngine, lr_factor
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from opd.config.method import CurriculumConfig
 from opd.config.run import load_config
-from opd.config.sections import CurriculumConfig
 from opd.errors import ConfigError, DataError, Stopped
 from opd.files import read_rows
 from opd.method import curriculum

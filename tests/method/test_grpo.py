@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from opd.config.method import GRPOConfig, OPDConfig, SampleConfig
+from opd.config.optimisation import OptimConfig
 from opd.config.run import Config
-from opd.config.sections import GRPOConfig, OPDConfig, OptimConfig, SampleConfig
 from opd.generation.prefix import extend
 from opd.generation.sampling import Policy, Rollouts, sample, uniforms
 from opd.method.advantages import advantages, all_equal

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd.config.method import OPDConfig, SampleConfig
+from opd.config.optimisation import OptimConfig, PrefixConfig
 from opd.config.run import Config
-from opd.config.sections import OPDConfig, OptimConfig, PrefixConfig, SampleConfig
 from opd.data.batch import Prompt, PromptBatch
 from opd.data.schedule import split
 from opd.generation.prefix import extend

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd.config.method import CurriculumConfig, SampleConfig
+from opd.config.optimisation import OptimConfig
 from opd.config.run import Config, load_config
-from opd.config.sections import CurriculumConfig, OptimConfig, SampleConfig
 from opd.errors import ConfigError
 from opd.generation.prefix import Prefix, encode, extend, prefill
 from opd.generation.sampling import Rollouts, sample, uniforms

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import modeling_flash_attention_utils as flash
 
-from opd.config.sections import ModelConfig
+from opd.config.models import ModelConfig
 from opd.errors import ModelError
 from opd.models import liger
 from opd.models.attention import (

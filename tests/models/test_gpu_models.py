@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.config.sections import BACKENDS
+from opd.config.models import BACKENDS
 from opd.data.batch import to_device
 from opd.models import liger
 from opd.models.attention import attend, unusable

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.config.sections import ModelConfig
+from opd.config.models import ModelConfig
 from opd.errors import ModelError
 from opd.models import tiny
 from opd.models.load import EMBEDDED, load_model, load_processor, prepare

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.config.sections import RewardConfig
+from opd.config.method import RewardConfig
 from opd.data.examples import Example
 from opd.method.advantages import advantages, all_equal
 from opd.scoring.judge import boundary_tiou, reward

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from opd.config.data import DataConfig
+from opd.config.method import CurriculumConfig, RewardConfig
 from opd.config.run import load_config
-from opd.config.sections import CurriculumConfig, RewardConfig
 from opd.data.annotations.formats import read_examples
 from opd.data.examples import Example
 from opd.data.prompts import Prompts
