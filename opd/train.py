@@ -19,7 +19,7 @@ from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
 from opd.data.loader import batches
 from opd.data.prompts import Prompts
-from opd.data.schedule import schedule
+from opd.data.schedule import micro_batches, schedule
 from opd.data.sources import check_leak, check_sources, load_split
 from opd.distributed import progress_bar, set_up
 from opd.errors import Stopped, UserError
@@ -48,7 +48,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises Stopped on SIGINT, on SIGTERM and where losses stay no numbers, with the state saved.
     """
     started = time.perf_counter()
-    _ = config.shares  # before anything is loaded
+    micro_batches(config)  # refuses a batch that cannot be divided, before anything is loaded
     device = set_up(config.threads, config.seed)
     distributed.start()
     resolve(config.model.student, "model.student")
@@ -255,12 +255,13 @@ def steps_left(
         seed = config.seed + number
         plan = schedule(len(chosen), len(steps), config.batch_size, seed, weights)
         plan = [[chosen[i] for i in indices] for indices in plan[left.start - steps.start :]]
-        micro_plan = [[step[i] for i in places] for step in plan for places in config.shares]
+        shares = micro_batches(config)
+        micro_plan = [[step[i] for i in positions] for step in plan for positions in shares]
         loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
         for step in left:
             begun = time.perf_counter()
             with ledger.phase("decode-wait"):
-                made = [next(loader) for _ in config.shares]
+                made = [next(loader) for _ in shares]
             yield step, made, begun
 
 

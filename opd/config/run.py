@@ -7,7 +7,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from opd import distributed
 from opd.config.data import DataConfig
 from opd.config.evaluation import EvalConfig
 from opd.config.method import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig, SampleConfig
@@ -74,19 +73,6 @@ class Config:
     opd: OPDConfig = field(default_factory=OPDConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-
-    @property
-    def shares(self) -> list[range]:
-        """Of a step's prompts (by their place in it) those of this rank, a micro-batch each.
-        ConfigError where the ranks cannot have equal shares."""
-        ranks = distributed.size()
-        mine = range(distributed.rank(), self.batch_size, ranks)
-        size = self.micro_batch_size or len(mine)
-        told = f"batch_size={self.batch_size}: must be a multiple of the {ranks} ranks"
-        require(self.batch_size % ranks == 0, told)
-        told = f"micro_batch_size={size}: must divide batch_size={self.batch_size}/{ranks} ranks"
-        require(len(mine) % size == 0, told)
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     @property
     def on_references(self) -> bool:

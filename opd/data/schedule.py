@@ -4,6 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opd import distributed
+from opd.config.run import Config
+from opd.errors import require
+
 
 def shuffled(num_examples: int, seed: int, epoch: int, group: int = 0) -> list[int]:
     """The order of one epoch: a function of its arguments alone."""
@@ -46,3 +50,22 @@ def split(batch: list[int], size: int | None) -> list[list[int]]:
     """The micro-batches of a step's examples."""
     size = size or len(batch)
     return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def micro_batches(config: Config) -> list[range]:
+    """This rank's share of each step's batch: positions in the batch, one range per micro-batch.
+
+    Raises ConfigError where the batch does not divide evenly among ranks and micro-batches.
+    """
+    batch_size, ranks = config.batch_size, distributed.size()
+    own_positions = range(distributed.rank(), batch_size, ranks)
+    size = config.micro_batch_size or len(own_positions)
+    require(
+        batch_size % ranks == 0,
+        f"batch_size={batch_size}: must be a multiple of the {ranks} ranks",
+    )
+    require(
+        len(own_positions) % size == 0,
+        f"micro_batch_size={size}: must divide batch_size={batch_size}/{ranks} ranks",
+    )
+    return [own_positions[i : i + size] for i in range(0, len(own_positions), size)]

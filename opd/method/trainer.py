@@ -1,5 +1,4 @@
-"""The step of Video-OPD: the student answers, a frozen teacher scores every token, the student
-follows.
+"""The step of Video-OPD: the student answers, a frozen teacher scores it, the student follows.
 
     p = student, q = teacher, y ~ p( . | video, query).  Minimise KL(p || q) over the tokens of y:
     the gradient pulls the student towards what the teacher would have said after the student's own
@@ -22,6 +21,7 @@ import torch
 from opd import distributed
 from opd.config.run import Config
 from opd.data.batch import PromptBatch
+from opd.data.schedule import micro_batches
 from opd.device import fetch, send
 from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
@@ -62,7 +62,7 @@ class Trainer:
         if self.config.engine.kind == "torch":
             self.engine: Engine = TorchEngine(self.student.model, self.config.optim, updates)
         else:
-            parts = self.config.engine, len(self.config.shares)
+            parts = self.config.engine, len(micro_batches(self.config))
             self.engine = ZeroEngine(self.student, self.config.optim, updates, *parts)
 
     @property

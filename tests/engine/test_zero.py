@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd.config.run import load_config
+from opd.data.schedule import micro_batches
 from opd.errors import ConfigError
 from opd.planning.settled import settled
 from tests.engine.zero_worker import CASES
@@ -163,12 +164,12 @@ def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> No
 def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"^batch_size=16: must be a multiple of the 3 ranks$"):
-        _ = load_config([]).shares
+        micro_batches(load_config([]))
     told = r"^micro_batch_size=3: must divide batch_size=12/3 ranks$"
     with pytest.raises(ConfigError, match=told):
-        _ = load_config(["batch_size=12", "micro_batch_size=3"]).shares
+        micro_batches(load_config(["batch_size=12", "micro_batch_size=3"]))
     monkeypatch.setenv("RANK", "1")
-    shares = load_config(["batch_size=12", "micro_batch_size=2"]).shares
+    shares = micro_batches(load_config(["batch_size=12", "micro_batch_size=2"]))
     assert [list(places) for places in shares] == [[1, 4], [7, 10]]
 
 

@@ -17,6 +17,7 @@ from opd import distributed
 from opd.config.run import Config, load_config
 from opd.data.batch import Prompt, collate
 from opd.data.examples import Example
+from opd.data.schedule import micro_batches
 from opd.distributed import set_up
 from opd.generation.sampling import Rollouts
 from opd.method.teacher import Teacher
@@ -145,12 +146,14 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     if case == "no_number":
         prompts[1].pixel_values[0] = torch.nan  # of one rank alone
     if case == "interrupted":
-        interrupt(trainer, [prompts[i] for i in config.shares[0]])
+        interrupt(trainer, [prompts[i] for i in micro_batches(config)[0]])
     before, rows, gathers = weights_of(trainer), [], Gathers(trainer)
     watched = gathers.watch() if case.startswith("gathers") else nullcontext()
     with mock.patch("opd.method.trainer.grade", grades(case)), watched:
         for step in range(2):
-            batches = [collate([prompts[i] for i in places], PAD) for places in config.shares]
+            batches = [
+                collate([prompts[i] for i in places], PAD) for places in micro_batches(config)
+            ]
             rows.append(trainer.step(batches, step))
     kept = ("loss", "grad_norm", "lr", "kl", "completion_length", "trained_share", "skipped")
     return {

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from opd import distributed
 from opd.config.run import Config, load_config
 from opd.data.batch import collate
+from opd.data.schedule import micro_batches
 from opd.distributed import reuse_freed_memory, set_up
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -91,7 +92,7 @@ def main(folder: Path, keys: list[str]) -> None:
     processor = SimpleNamespace(tokenizer=tiny.tokenizer())
     trainer = Trainer(config, processor, student, teacher, policy)
     for step in range(2):
-        trainer.step([collate([prompts[i] for i in p], PAD) for p in config.shares], step)
+        trainer.step([collate([prompts[i] for i in p], PAD) for p in micro_batches(config)], step)
     print(len(prompts[0].input_ids), distributed.most(memory("VmHWM") - before), flush=True)
 
 
