@@ -25,7 +25,7 @@ from opd.data.sources import load_examples
 from opd.generation.prefix import forward
 from opd.generation.sampling import Policy, decode_answers, sample
 from opd.generation.shared_video import forward_by_video
-from opd.models.load import load_model, load_processor, place
+from opd.models.load import load_model, load_options, load_processor
 from opd.models.video_lm import VideoLM
 
 ROUNDS, QUERIES, LENGTH = 4, 8, 20
@@ -57,7 +57,7 @@ def queries_of(examples: list[Example]) -> list[Example]:
 
 def prompts_of(config: Config, examples: list[Example], dtype: torch.dtype) -> Prompts:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = place(config.model, device) | {"dtype": dtype}
+    settings: dict[str, Any] = load_options(config.model, device) | {"dtype": dtype}
     lm = load_model(config.model.student, **settings)
     lm.train_only("language")
     return Prompts(examples, config.data, load_processor(config.model.student), lm)

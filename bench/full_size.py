@@ -26,9 +26,9 @@ from opd.distributed import set_up
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
 from opd.models import tiny
-from opd.models.load import place
+from opd.models.load import load_options
+from opd.planning.auto import resolve_auto
 from opd.planning.memory import Plan, Shapes, capacity_of
-from opd.planning.settled import settled
 from opd.record.flops import mfu
 
 GIB = 2**30
@@ -115,8 +115,8 @@ def measure(method: str, scale: Scale, result: PartResult, name: str) -> None:
     device = set_up(None, 0)
     with TemporaryDirectory() as folder:
         asked = configured(method, scale, folder)
-        config = settled(asked, device)
-        shapes = Shapes.of(asked, place(asked.model, device)["dtype"])
+        config = resolve_auto(asked, device)
+        shapes = Shapes.of(asked, load_options(asked.model, device)["dtype"])
     auto = config.prefix.recompute
     layers = len(shapes.student.language_model.layers)
     modes: dict[str, Any] = dict(result.earlier(name).get("recompute", {}))

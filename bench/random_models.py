@@ -14,7 +14,7 @@ from opd.data.batch import Prompt
 from opd.data.examples import Example
 from opd.generation.sampling import Policy
 from opd.models import liger
-from opd.models.load import place, prepare
+from opd.models.load import load_options, prepare
 from opd.models.video_lm import VideoLM
 from opd.planning.memory import STAMP, TEXT
 from opd.text.forms import format_spans
@@ -60,7 +60,7 @@ class AnyTokens:
 
 def random_model(folder: str, config: Config, device: torch.device) -> VideoLM:
     """A model of the folder's shapes, made where it is to be."""
-    where = place(config.model, device)
+    where = load_options(config.model, device)
     load: Any = AutoModelForImageTextToText.from_config
     with torch.device(device):
         model = load(AutoConfig.from_pretrained(folder), dtype=where["dtype"])

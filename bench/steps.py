@@ -20,7 +20,7 @@ from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
 from opd.distributed import set_up
 from opd.method.trainer import Trainer
-from opd.planning.settled import settled
+from opd.planning.auto import resolve_auto
 
 Calls = Mapping[str, Callable[[int], object]]
 RESIDENT = 0.1  # what a heap's fragments make of resident memory, from one run to another
@@ -29,7 +29,7 @@ RESIDENT = 0.1  # what a heap's fragments make of resident memory, from one run 
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
     device = set_up(config.threads, config.seed)
-    trainer = train.make_trainer(settled(config, device), device)
+    trainer = train.make_trainer(resolve_auto(config, device), device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, trainer.processor, trainer.student)
     prompts = sorted((pool[i] for i in range(len(pool))), key=lambda p: len(p.input_ids))

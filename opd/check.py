@@ -24,7 +24,7 @@ from opd.data.inspection import describe, inspect, plot
 from opd.data.sources import check_leak, check_sources, sources_of
 from opd.distributed import progress_bar
 from opd.errors import DataError, ModelError, UserError
-from opd.models.load import load_processor, place
+from opd.models.load import load_options, load_processor
 from opd.planning.memory import USABLE, Plan, Shapes, capacity_of, too_little
 from opd.planning.shapes import MOMENTS
 
@@ -128,7 +128,7 @@ def check_data(texts: dict[str, str], config: Config) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command; exit code 2 where data cannot be used and where nothing fits."""
     parser = argparse.ArgumentParser(prog="opd.check", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=distributed.size(), help="devices")
+    parser.add_argument("--ranks", type=int, default=distributed.world_size(), help="devices")
     parser.add_argument("--memory-gib", type=float, help="of a device; default: of this machine's")
     parser.add_argument("--stages", action="store_true", help="compare the ZeRO stages, too")
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
@@ -157,7 +157,7 @@ def check_memory(
     """Print the plan for so many devices, `stages` those of other ZeRO stages, too; ConfigError
     where it does not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = place(config.model, device)["dtype"]
+    dtype = load_options(config.model, device)["dtype"]
     if memory_gib is not None and config.model.dtype == "auto":
         dtype = torch.bfloat16
     capacity = int(memory_gib * GIB) if memory_gib else capacity_of(device)

@@ -1,5 +1,5 @@
-"""The ranks of a run, as torchrun or the deepspeed launcher started them: who I am, and what we all
-say. A process on its own answers for itself."""
+"""Rank, world size and collectives; no-ops in a single process. Also the set-up of each rank's
+process: its device, its threads, its progress bars."""
 
 import ctypes
 import os
@@ -13,114 +13,27 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from opd import distributed
-
-TIMEOUT_S = 7200.0  # the first rank looks at every video while the others wait
+TIMEOUT_S = 7200.0  # the first rank inspects every video while the others wait
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Rank of this process, from 0, as torchrun or the deepspeed launcher sets it."""
     return int(os.environ.get("RANK", "0"))
 
 
-def size() -> int:
-    """How many processes share the run."""
+def world_size() -> int:
+    """Number of processes in the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process writes the run folder and speaks to the user."""
+    """Whether this is rank 0, which writes the run folder and prints messages."""
     return rank() == 0
 
 
-def start(alone_too: bool = False) -> None:
-    """Join the group of all ranks; `alone_too` makes one of a single process, which sharding
-    engines ask for."""
-    if dist.is_initialized() or (size() == 1 and not alone_too):
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    place: dict[str, Any] = {"timeout": timedelta(seconds=TIMEOUT_S)}
-    if size() == 1:
-        store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
-        place |= {"store": store, "rank": 0, "world_size": 1}
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
-    dist.init_process_group(backend, **place)
-
-
-def total(values: Sequence[float]) -> list[float]:
-    """Sums over all ranks, one for each value, in fp64."""
-    if size() == 1:
-        return list(values)
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def most(value: int) -> int:
-    """The largest of all ranks' values."""
-    if size() == 1:
-        return value
-    found = torch.tensor(value)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
-
-
-def wait() -> None:
-    """Until every rank has come here."""
-    most(0)
-
-
-def everyone(value: T) -> list[T]:
-    """All ranks' values (anything that pickles, tensors on the CPU), in their order."""
-    if size() == 1:
-        return [value]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def merged(mine: dict[Any, T]) -> dict[Any, T]:
-    """All ranks' entries in one dictionary."""
-    return {key: value for part in everyone(mine) for key, value in part.items()}
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on every rank; an exception of it is raised on all."""
-    if size() == 1:
-        return make()
-    told: list[Any] = [None, None]
-    if is_first():
-        try:
-            told[0] = make()
-        except Exception as error:
-            told[1] = error
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
-
-
-def reuse_freed_memory(reuse: bool = True) -> None:
-    """Keep freed blocks inside the process where the C library is glibc; elsewhere do nothing.
-
-    By default it gives every large block back to the system, and each step pays the page faults for
-    the same activations again: a fifth of a CPU step. `reuse` False goes back to that, for whoever
-    measures memory.
-    """
-    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # names of mallopt(3)
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(mmap_max, 0 if reuse else 2**16)
-        library.mallopt(trim_threshold, 2**30 if reuse else 2**17)
-        library.mallopt(top_pad, 2**26 if reuse else 0)
-        if not reuse:
-            library.mallopt(mmap_threshold, 2**17)  # else it grows with what is freed
-            library.malloc_trim(0)
-
-
 def set_up(threads: int | None, seed: int) -> torch.device:
-    """Make the process ready for a run, and return its device."""
+    """Prepare this process for a run (threads, seed, logging, allocator) and return its device."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -134,6 +47,92 @@ def set_up(threads: int | None, seed: int) -> torch.device:
     return torch.device("cpu")
 
 
+def start(alone_too: bool = False) -> None:
+    """Initialise the process group of all ranks. A single process needs none, except for sharding
+    engines: `alone_too` creates a group of one."""
+    if dist.is_initialized() or (world_size() == 1 and not alone_too):
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    options: dict[str, Any] = {"timeout": timedelta(seconds=TIMEOUT_S)}
+    if world_size() == 1:
+        store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+        options |= {"store": store, "rank": 0, "world_size": 1}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    dist.init_process_group(backend, **options)
+
+
+def barrier() -> None:
+    """Wait until every rank has reached this call."""
+    all_max(0)
+
+
+def all_sum(values: Sequence[float]) -> list[float]:
+    """Sum of each value over all ranks, in fp64."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def all_max(value: int) -> int:
+    """Maximum of the value over all ranks."""
+    if world_size() == 1:
+        return value
+    maximum = torch.tensor(value)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)
+
+
+def all_gather(value: T) -> list[T]:
+    """Values of all ranks, in rank order; anything that pickles, with tensors on the CPU."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_dict(entries: dict[Any, T]) -> dict[Any, T]:
+    """Entries of all ranks in one dictionary."""
+    return {key: value for part in all_gather(entries) for key, value in part.items()}
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Call `make` on the first rank and return its result on every rank; an exception is raised on
+    every rank, too."""
+    if world_size() == 1:
+        return make()
+    message: list[Any] = [None, None]  # result, exception
+    if is_first():
+        try:
+            message[0] = make()
+        except Exception as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]
+
+
 def progress_bar(**options: Any) -> Any:
-    """On stderr, the first rank's alone."""
-    return tqdm(file=sys.stderr, disable=not distributed.is_first(), **options)
+    """A tqdm progress bar on stderr, shown by the first rank only."""
+    return tqdm(file=sys.stderr, disable=not is_first(), **options)
+
+
+def reuse_freed_memory(reuse: bool = True) -> None:
+    """Make glibc keep freed blocks inside the process; no effect with other C libraries.
+
+    By default glibc returns every large block to the system, and each step pays the page faults for
+    the same activations again: a fifth of a CPU step. `reuse=False` restores that default, for
+    memory measurements.
+    """
+    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # names of mallopt(3)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(mmap_max, 0 if reuse else 2**16)
+        library.mallopt(trim_threshold, 2**30 if reuse else 2**17)
+        library.mallopt(top_pad, 2**26 if reuse else 0)
+        if not reuse:
+            library.mallopt(mmap_threshold, 2**17)  # else it grows with what is freed
+            library.malloc_trim(0)

@@ -29,7 +29,7 @@ from opd.errors import ConfigError, DataError, UserError
 from opd.files import checksum, read_rows, write_rows
 from opd.generation.sampling import Policy
 from opd.method.answering import evaluate
-from opd.models.load import load_model, load_processor, place, resolve
+from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.record.environment import environment
 from opd.scoring.evaluation import Evaluation, graded
 from opd.scoring.metrics import paired_interval
@@ -118,7 +118,8 @@ def run(target: str, config: Config) -> dict[str, Any]:
         kept = ("size", "patch_size", "merge_size", "cap_pixels_per_frame")
         made = processor.video_processor.to_dict()
         sized["video_processor"] = {key: made.get(key) for key in kept}
-        lm = load_model(config.model.student, seed=config.seed, **place(config.model, device))
+        options = load_options(config.model, device)
+        lm = load_model(config.model.student, seed=config.seed, **options)
         lm.train_only(config.model.trainable)
         policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
         prompts = Prompts([e for e in examples if e.id not in done], config.data, processor, lm)
@@ -130,8 +131,8 @@ def run(target: str, config: Config) -> dict[str, Any]:
 
             with progress_bar(total=len(prompts), desc="evaluate", unit="query") as bar:
                 found = evaluate(lm, prompts, policy, config, path, bar.update, store, known)
-        left_out += distributed.merged(prompts.broken).values()
-        distributed.wait()
+        left_out += distributed.gather_dict(prompts.broken).values()
+        distributed.barrier()
         part.unlink(missing_ok=True)
     if not distributed.is_first():
         return {}

@@ -30,11 +30,11 @@ from opd.method.answering import evaluate
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
 from opd.models.compatibility import check_pair
-from opd.models.load import load_model, load_processor, place, resolve
+from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.models.lora import save_adapter, save_student
 from opd.models.sharded import load_frozen
 from opd.models.video_lm import VideoLM
-from opd.planning.settled import settled
+from opd.planning.auto import resolve_auto
 from opd.record.folder import RunFolder
 from opd.record.interrupts import Signals
 from opd.record.summary import plot_curves, summarise, table
@@ -55,7 +55,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.method == "opd":
         resolve(config.model.teacher, "model.teacher")
         check_pair(config.model.student, config.model.teacher)
-    config = settled(config, device)
+    config = resolve_auto(config, device)
     folder = RunFolder(config)
     if folder.finished:  # resume=auto, started once more
         return folder.summary()
@@ -81,7 +81,7 @@ def train(config: Config) -> dict[str, Any]:
     def left_out() -> dict[str, int]:
         found: dict[str, list[str]] = {}
         for name, told, prompts in zip(("train", "eval"), unread, (pool, held_out), strict=True):
-            found[name] = [*told, *distributed.merged(prompts.broken).values()]
+            found[name] = [*told, *distributed.gather_dict(prompts.broken).values()]
         folder.write_left_out(found)
         return {name: len(lines) for name, lines in found.items()}
 
@@ -108,7 +108,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def make_trainer(config: Config, device: torch.device) -> Trainer:
     """The trainer of the models that a configuration without `auto` names."""
-    where = place(config.model, device)
+    where = load_options(config.model, device)
     processor = load_processor(config.model.student)
     student = load_model(config.model.student, seed=config.seed, **where)
     teacher = None
@@ -143,7 +143,7 @@ def run(
             signalled.obey()
 
         phases = ledger.phase("evaluate"), trainer.counter.label("evaluation")
-        with phases[0], phases[1], bar, trainer.engine.whole():
+        with phases[0], phases[1], bar, trainer.engine.gathered_weights():
             return evaluate(lm, held_out, trainer.policy, config, path, answered)
 
     def mark(name: str) -> Evaluation:
@@ -239,7 +239,7 @@ def steps_left(
         if not left:
             continue
         phases = ledger.phase("curriculum"), counter.label("curriculum")
-        with phases[0], phases[1], trainer.engine.whole():
+        with phases[0], phases[1], trainer.engine.gathered_weights():
             chosen = curriculum.choose(
                 trainer.student,
                 trainer.teacher,

@@ -92,15 +92,16 @@ def rows_of(
     places = {example.video: i for i, example in reversed(list(enumerate(prompts.examples)))}
     order = sorted(range(len(prompts)), key=lambda i: places[prompts.examples[i].video])
     plan = split(order, size)
-    plan += plan[-1:] * (-len(plan) % distributed.size())  # as many batches on each rank
-    mine = plan[distributed.rank() :: distributed.size()]
+    plan += plan[-1:] * (-len(plan) % distributed.world_size())  # as many batches on each rank
+    mine = plan[distributed.rank() :: distributed.world_size()]
     rows: dict[str, dict[str, Any]] = {}
     left = len(prompts)
-    several = distributed.size() > 1  # then no batch may be left out; its rows are there twice
+    # With several ranks no batch may be left out; the last one may be answered twice.
+    several = distributed.world_size() > 1
     for batch in batches(prompts, mine, lm.device, [lm], refill=several):
         rows |= {row["id"]: row for row in make(batch)}
-        done = min(left, len(batch.examples) * distributed.size())
+        done = min(left, len(batch.examples) * distributed.world_size())
         left -= done
         progress(done)
-    rows = distributed.merged(rows)
+    rows = distributed.gather_dict(rows)
     return [rows[example.id] for example in prompts.examples if example.id in rows]

@@ -57,7 +57,7 @@ def micro_batches(config: Config) -> list[range]:
 
     Raises ConfigError where the batch does not divide evenly among ranks and micro-batches.
     """
-    batch_size, ranks = config.batch_size, distributed.size()
+    batch_size, ranks = config.batch_size, distributed.world_size()
     own_positions = range(distributed.rank(), batch_size, ranks)
     size = config.micro_batch_size or len(own_positions)
     require(

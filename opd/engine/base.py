@@ -83,7 +83,7 @@ class Engine:
         raise NotImplementedError
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """Inside, this rank has every weight (unless `engine.gather` is false), and may go its own
         way; no gradients."""
         yield
@@ -136,7 +136,7 @@ class TorchEngine(Engine):
         loss.backward()
 
     def step(self, gradient_scale: float = 1.0) -> float:
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             for master in self.masters:
                 if master.grad is None:  # this rank had nothing to learn from; others had
                     master.grad = torch.zeros_like(master)

@@ -11,7 +11,7 @@ from opd import distributed
 from opd.config.optimisation import EngineConfig, OptimConfig
 from opd.engine.base import Engine, adamw
 from opd.models.prefetch import LayersAhead
-from opd.models.sharded import _deepspeed, gathered
+from opd.models.sharded import gathered, import_deepspeed
 from opd.models.video_lm import VideoLM
 
 BUCKET = 200_000_000  # elements of a reduction buffer
@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
         self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
         self.optimizer: _AdamW = adamw(self.parameters, config, _AdamW)
         self.engine: Any
-        self.engine, *_ = _deepspeed().initialize(
+        self.engine, *_ = import_deepspeed().initialize(
             model=lm.model,
             optimizer=self.optimizer,
             config=zero_settings(lm, config, settings, micro_batches),
@@ -71,7 +71,7 @@ class ZeroEngine(Engine):
 
     @property
     def loss_factor(self) -> float:
-        return float(distributed.size())  # DeepSpeed averages over the ranks
+        return float(distributed.world_size())  # DeepSpeed averages over the ranks
 
     def backward(self, loss: torch.Tensor) -> None:
         self._backwards += 1
@@ -105,7 +105,7 @@ class ZeroEngine(Engine):
             self.optimizer.held = False
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         if not (self.lm.sharded and self.settings.gather):
             yield
             return

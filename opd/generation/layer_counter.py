@@ -43,5 +43,5 @@ class LayerCounter:
 
     def passes(self, label: str, prompt_tokens: int) -> float:
         """Passes through the whole stack, on all ranks, per prompt token."""
-        (tokens,) = distributed.total([self.tokens.get(label, 0)])
+        (tokens,) = distributed.all_sum([self.tokens.get(label, 0)])
         return tokens / (self.num_layers * prompt_tokens)

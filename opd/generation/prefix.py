@@ -214,7 +214,7 @@ def forward(lm: VideoLM, batch: PromptBatch) -> Prefix:
     one again.
     """
     parts = batch.parts(alone=lm.sharded)
-    again = distributed.most(len(parts)) - len(parts) if lm.sharded else 0
+    again = distributed.all_max(len(parts)) - len(parts) if lm.sharded else 0
     made = [prefill(lm, part, encode(lm, part)) for part in [*parts, *parts[-1:] * again]]
     return Prefix.join(made[: len(parts)])
 

@@ -131,7 +131,7 @@ class Rollouts:
         rows = self.trained.any(1).nonzero().flatten()
         if lockstep:
             others = (~self.trained.any(1)).nonzero().flatten()
-            rows = torch.cat([rows, others[: max(1, distributed.most(len(rows))) - len(rows)]])
+            rows = torch.cat([rows, others[: max(1, distributed.all_max(len(rows))) - len(rows)]])
         width = max(1, int(self.trained[rows].sum(1).max())) if len(rows) else 0
         # The trained ones of each prompt come first, in their order.
         first = (~self.trained[rows]).byte().argsort(dim=1, stable=True)[:, :width]
@@ -240,7 +240,7 @@ def sample(
             break
         if (position + 1) % every == 0:
             left = int(not fetch(done).all())
-            if not (distributed.most(left) if lm.sharded else left):
+            if not (distributed.all_max(left) if lm.sharded else left):
                 break
         hidden = decoder.step(ids[-1], counter)
     lengths, ended = fetch(torch.stack([lengths, done.long()])).unbind()

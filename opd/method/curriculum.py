@@ -162,7 +162,7 @@ def weights_digest(lm: VideoLM) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     found = digest.hexdigest()
-    return "".join(distributed.everyone(found)) if lm.sharded else found
+    return "".join(distributed.all_gather(found)) if lm.sharded else found
 
 
 def score_answers(

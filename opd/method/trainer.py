@@ -163,7 +163,7 @@ class Trainer:
         again = recomputed_layers(self.config.prefix.recompute, self.counter.num_layers)
         scored = answers.completion_mask
         flops = step_flops(self.costs, prompts.parts, drawn, kept.parts, scored, again)
-        tokens, *spent = distributed.total((num_tokens, *flops.values()))
+        tokens, *spent = distributed.all_sum((num_tokens, *flops.values()))
         self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
 
     @property
@@ -218,7 +218,7 @@ class Trainer:
         numbers = uniforms(
             config.seed, step, [e.id for e in batch.examples], config.num_rollouts, length
         )
-        with self.engine.whole():
+        with self.engine.gathered_weights():
             made = sample(self.student, prefix, self.policy, length, numbers, self.counter)
         if config.compares or config.routes:
             made = grade(made, batch.examples, self.processor.tokenizer, config)
@@ -246,7 +246,7 @@ class Trainer:
             (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens)
             for (loss, rollouts), batch in zip(made, micro_batches, strict=True)
         ]
-        made = [micro for rank in distributed.everyone(made) for micro in rank]
+        made = [micro for rank in distributed.all_gather(made) for micro in rank]
         losses, rollouts, examples, num_tokens = zip(*made, strict=True)
         examples = [example for found in examples for example in found]
         tokenizer = self.processor.tokenizer if self.processor is not None else None
@@ -274,7 +274,7 @@ class Trainer:
         clipping. Where no token takes part, neither weights nor optimizer change."""
         lengths = torch.cat([rollouts.loss_lengths.flatten() for _, rollouts in made])
         losses = fetch(torch.stack([result.loss.detach() for result, _ in made]))
-        tokens, answers, loss = distributed.total(
+        tokens, answers, loss = distributed.all_sum(
             [int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())]
         )
         count = tokens if self.config.normalize == "token" else answers

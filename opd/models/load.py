@@ -38,7 +38,7 @@ def resolve(spec: str, key: str = "") -> str:
     return spec
 
 
-def place(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+def load_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Where, as what and on which kernels `load_model` puts a model: `auto` is bfloat16 on a GPU,
     float32 else."""
     dtype = config.dtype

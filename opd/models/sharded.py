@@ -14,7 +14,7 @@ from opd.models.prefetch import LayersAhead
 from opd.models.video_lm import VideoLM
 
 
-def _deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """The library, in a group of all ranks; not at the top, because importing it takes seconds."""
     import deepspeed
 
@@ -45,7 +45,7 @@ def load_sharded(
     CPU's memory, and gathers layer by layer."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    deepspeed = _deepspeed()  # before transformers partitions anything
+    deepspeed = import_deepspeed()  # before transformers partitions anything
     pinned = device.type == "cuda"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -70,4 +70,4 @@ def load_sharded(
 
 def gathered(parameters: Sequence[torch.Tensor]) -> Any:
     """Context in which sharded parameters are whole on every rank."""
-    return _deepspeed().zero.GatheredParameters(list(parameters))
+    return import_deepspeed().zero.GatheredParameters(list(parameters))

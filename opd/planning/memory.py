@@ -270,7 +270,7 @@ def capacity_of(device: torch.device) -> int:
     """Bytes that a rank may use: of its GPU, or its part of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.size()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.world_size()
 
 
 def too_little(plan: Plan, capacity: int) -> ConfigError:

@@ -57,18 +57,18 @@ class Checkpoints:
         if distributed.is_first():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        distributed.wait()
+        distributed.barrier()
         write(part)
-        distributed.wait()
+        distributed.barrier()
         sums = _checksums(part)
         if distributed.is_first():
-            manifest = {"ranks": distributed.size(), "files": sums}
+            manifest = {"ranks": distributed.world_size(), "files": sums}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # the same step, saved twice
             part.rename(path)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.folder / f"step_{old}")
-        distributed.wait()
+        distributed.barrier()
 
     def load(self, read: Callable[[Path], object]) -> None:
         """Give the last state's folder to `read`. Raises ConfigError for one that is damaged or of
@@ -81,8 +81,8 @@ class Checkpoints:
             ranks, files = manifest["ranks"], manifest["files"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: no readable {MANIFEST} in it; {told}") from error
-        if ranks != distributed.size():
-            here = distributed.size()
+        if ranks != distributed.world_size():
+            here = distributed.world_size()
             raise ConfigError(f"{path}: saved by {ranks} ranks, these are {here}; start {ranks}")
         found = _checksums(path)
         for name in sorted(files.keys() | found.keys()):
@@ -99,8 +99,8 @@ class Checkpoints:
 def _checksums(folder: Path) -> dict[str, str]:
     """Of every file below a folder, by its name there; the ranks share the work. Flushes them."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    mine = paths[distributed.rank() :: distributed.size()]
+    mine = paths[distributed.rank() :: distributed.world_size()]
     for path in mine:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    return distributed.merged({str(path.relative_to(folder)): checksum(path) for path in mine})
+    return distributed.gather_dict({str(path.relative_to(folder)): checksum(path) for path in mine})

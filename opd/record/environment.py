@@ -44,5 +44,5 @@ def environment() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "ranks": distributed.size(),
+        "ranks": distributed.world_size(),
     }

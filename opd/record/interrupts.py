@@ -38,6 +38,6 @@ class Signals:
 
     def obey(self) -> None:
         """Raise Stopped, on all ranks, if a signal came to any."""
-        number = distributed.most(self.received or 0)
+        number = distributed.all_max(self.received or 0)
         if number:
             raise Stopped(f"{signal.Signals(number).name}: stopped", 128 + number)

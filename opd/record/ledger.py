@@ -128,7 +128,7 @@ class Ledger:
     def everywhere(self) -> dict[str, float]:
         """`totals`, summed over all ranks."""
         mine = self.totals()
-        return dict(zip(mine, distributed.total(list(mine.values())), strict=True))
+        return dict(zip(mine, distributed.all_sum(list(mine.values())), strict=True))
 
     def shares(self) -> str:
         """The three largest phases of the steps so far, for a progress bar."""

@@ -39,7 +39,7 @@ def summarise(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    peak = distributed.most(peak)
+    peak = distributed.all_max(peak)
     return {
         "method": config.method,
         "objective": config.objective if config.method == "opd" else None,

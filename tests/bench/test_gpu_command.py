@@ -496,7 +496,7 @@ def test_completions_have_the_length_that_is_asked_for(tmp_path) -> None:
     scale = full_size.Scale(student=student, teacher=teacher, rollouts=3, **sizes)
     device = torch.device("cpu")
     config = full_size.configured("grpo", scale, str(tmp_path / "run"))
-    trainer = full_size.make_trainer(full_size.settled(config, device), scale, device)
+    trainer = full_size.make_trainer(full_size.resolve_auto(config, device), scale, device)
     prompt = full_size.make_prompt(trainer.student, scale, 0)
     full_size.run_steps(trainer, [full_size.collate([prompt], 0, device)], 0, 1)
     plan = full_size.Shapes.of(config, torch.float32)

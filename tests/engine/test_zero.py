@@ -14,7 +14,7 @@ from torch import Tensor
 from opd.config.run import load_config
 from opd.data.schedule import micro_batches
 from opd.errors import ConfigError
-from opd.planning.settled import settled
+from opd.planning.auto import resolve_auto
 from tests.engine.zero_worker import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -176,4 +176,4 @@ def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_deepspeed_gets_wrong_is_refused() -> None:
     keys = ["engine.kind=deepspeed", "engine.zero_stage=1", "model.dtype=bfloat16"]
     with pytest.raises(ConfigError, match=r"^engine.zero_stage=1: DeepSpeed's is wrong in bf"):
-        settled(load_config(keys), torch.device("cpu"))
+        resolve_auto(load_config(keys), torch.device("cpu"))

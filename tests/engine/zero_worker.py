@@ -158,7 +158,7 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     kept = ("loss", "grad_norm", "lr", "kl", "completion_length", "trained_share", "skipped")
     return {
         "rows": [{name: row[name] for name in kept} for row in rows],
-        "rollouts": distributed.merged(trainer.seen),
+        "rollouts": distributed.gather_dict(trainer.seen),
         "before": before,
         "weights": weights_of(trainer),
         "moments": len(trainer.engine.optimizer.state),
@@ -234,7 +234,7 @@ class Gathers:
         if self._phase not in WATCHED:
             return -1
         (layer, *_) = self._models[self._phase].language_model.layers
-        return sum(p.ds_tensor.ds_numel for p in layer.parameters()) * distributed.size()
+        return sum(p.ds_tensor.ds_numel for p in layer.parameters()) * distributed.world_size()
 
     def _count_whole_layers(self) -> None:
         if self._phase in WATCHED:
@@ -297,7 +297,7 @@ def main(out: str, cases: list[str]) -> None:
         with variants.get(stage, nullcontext()):
             found = carry_out(name, config)
         if distributed.is_first():
-            torch.save(found, Path(out) / f"{distributed.size()}_{name}_{stage}.pt")
+            torch.save(found, Path(out) / f"{distributed.world_size()}_{name}_{stage}.pt")
             print(case, found["rows"][0], flush=True)
 
 

@@ -26,7 +26,7 @@ from opd.models.attention import (
     not_importable,
     vision_attention,
 )
-from opd.models.load import place, prepare
+from opd.models.load import load_options, prepare
 from tests.helpers import (
     FAMILIES,
     batch_of,
@@ -347,7 +347,7 @@ def test_the_reason_for_an_unusable_backend_is_named(installed) -> None:
     with pytest.raises(ValueError, match=message):
         choose("model.attention", "flash_attention_2", CPU, torch.float32)
     with pytest.raises(ModelError, match=r"^model.vision_attention=varlen: needs a CUDA"):
-        place(ModelConfig(vision_attention="varlen"), CPU)
+        load_options(ModelConfig(vision_attention="varlen"), CPU)
     installed("flash_attention_2", "flash_attention_4", capability=(8, 0))
     with pytest.raises(ValueError, match="flash_attention_4: needs Hopper or later; usable here"):
         choose("model.attention", "flash_attention_4", GPU, BF16)
@@ -454,7 +454,7 @@ def test_liger_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert not liger.wanted("auto", cpu) and not liger.wanted("off", gpu)
     with pytest.raises(ModelError, match=r"^model.liger=on: needs a CUDA device, this is cpu$"):
-        place(ModelConfig(liger="on"), cpu)
+        load_options(ModelConfig(liger="on"), cpu)
     monkeypatch.setattr(liger, "find_spec", lambda _: object())
     monkeypatch.setattr(liger, "_modules", lambda: None)
     assert liger.wanted("auto", gpu) and liger.wanted("on", gpu)

@@ -93,7 +93,7 @@ def main(folder: Path, keys: list[str]) -> None:
     trainer = Trainer(config, processor, student, teacher, policy)
     for step in range(2):
         trainer.step([collate([prompts[i] for i in p], PAD) for p in micro_batches(config)], step)
-    print(len(prompts[0].input_ids), distributed.most(memory("VmHWM") - before), flush=True)
+    print(len(prompts[0].input_ids), distributed.all_max(memory("VmHWM") - before), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from opd.generation.prefix import Prefix, extend
 from opd.models.load import prepare
 from opd.models.tiny import build
 from opd.models.video_lm import VideoLM
+from opd.planning.auto import resolve_auto
 from opd.planning.live import LOGIT_BYTES, Live, logit_rows
 from opd.planning.memory import NCCL_BYTES, Shapes
-from opd.planning.settled import settled
 from opd.planning.shapes import Work, on_meta, pixel_bytes, size_of, student_step
 from opd.record.flops import Cost
 from tests.engine.test_zero import torchrun
@@ -373,16 +373,16 @@ def test_auto_says_what_it_chose_and_what_cannot_fit(
     model = f"model.student={published['Qwen/Qwen3-VL-2B-Instruct']}"
     keys = [model, "method=sft", "data.video_tokens=64", "data.max_frames=16", "batch_size=1"]
     config, cpu = load_config([*keys, "prefix.recompute=auto"]), torch.device("cpu")
-    monkeypatch.setattr("opd.planning.settled.capacity_of", lambda _: 80 * GIB)
-    chosen = settled(config, cpu)
+    monkeypatch.setattr("opd.planning.auto.capacity_of", lambda _: 80 * GIB)
+    chosen = resolve_auto(config, cpu)
     assert (chosen.prefix.recompute, chosen.teacher.placement) == ("none", "replica")
     assert (chosen.model.attention, chosen.model.dtype) == ("sdpa", "float32")
     told = capsys.readouterr().err
     assert told.startswith("auto: ") and "recompute: none" in told
     assert told.endswith(" of 80.0 GiB planned for each device)\n")
-    monkeypatch.setattr("opd.planning.settled.capacity_of", lambda _: 20 * GIB)
+    monkeypatch.setattr("opd.planning.auto.capacity_of", lambda _: 20 * GIB)
     with pytest.raises(ConfigError, match=r"^3\d\.\d GiB planned of 20.0 on each device: try "):
-        settled(config, cpu)
+        resolve_auto(config, cpu)
 
 
 def test_fewer_layers_are_recomputed_where_there_is_more_room(published: dict[str, str]) -> None:

@@ -8,14 +8,14 @@ import torch
 from opd import distributed
 from opd.config.run import Config, to_yaml
 from opd.errors import ConfigError
-from opd.models.load import place
+from opd.models.load import load_options
 from opd.planning.memory import Shapes, capacity_of, too_little
 
 
-def settled(config: Config, device: torch.device) -> Config:
+def resolve_auto(config: Config, device: torch.device) -> Config:
     """With what every `auto` chooses in its place: attention, Liger, dtype, `prefix.recompute` and
     `teacher.placement`; says on stderr what that is. Without a GPU the teacher is a replica."""
-    where = place(config.model, device)
+    where = load_options(config.model, device)
     if config.engine.zero_stage == 1 and where["dtype"] == torch.bfloat16:
         # Measured on two ranks: a gradient norm of 1.9 times that of one process.
         raise ConfigError("engine.zero_stage=1: DeepSpeed's is wrong in bfloat16; 2 needs less")
@@ -30,7 +30,8 @@ def settled(config: Config, device: torch.device) -> Config:
     if "auto" in (recompute, placement):
         asked = replace(config, teacher=replace(config.teacher, placement=placement))
         capacity = capacity_of(device)
-        plan = Shapes.of(asked, where["dtype"], device.type).best(distributed.size(), capacity)
+        shapes = Shapes.of(asked, where["dtype"], device.type)
+        plan = shapes.best(distributed.world_size(), capacity)
         if plan.total > capacity:
             raise too_little(plan, capacity)
         recompute, placement = plan.recompute, plan.placement
