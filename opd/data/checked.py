@@ -1,4 +1,7 @@
-"""The file that `opd.check` leaves beside annotations, and that training honours."""
+"""The report that `opd.check` leaves beside an annotation file, one JSON line per video.
+
+Loading examples reads it, to leave out unusable videos and to know durations without opening files.
+"""
 
 import json
 from collections.abc import Iterable
@@ -9,12 +12,17 @@ from opd.errors import DataError
 
 
 def checked_path(annotations: str | Path) -> Path:
-    """Where it is."""
+    """Return the path of the report on an annotation file."""
     return Path(f"{annotations}.checked.jsonl")
 
 
 def read_checked(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """Rows by video. `reason` says why a video is not to be used, or is None."""
+    """Return the rows of reports by video path; a report that does not exist has none.
+
+    A row's `reason` says why its video is not to be used, or is None; then `duration_s` is there.
+
+    Raises DataError for a malformed row.
+    """
     rows: dict[Path, dict[str, Any]] = {}
     for path in paths:
         number = 0
@@ -27,17 +35,21 @@ def read_checked(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
                 if not row["reason"]:
                     float(row["duration_s"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a row of opd.check: {error}") from error
+            raise DataError(
+                f"{path}:{number}: not a row of opd.check: {error}; run it again or remove the file"
+            ) from error
     return rows
 
 
-def is_of(row: dict[str, Any], video: Path) -> bool:
-    """Whether a row is about the file as it is now; one without a size, written by hand, is about
-    any."""
+def is_current(row: dict[str, Any], video: Path) -> bool:
+    """Return whether a row describes the video file as it is now.
+
+    A row with a reason but no size, as a user may write it, holds for any version of the file.
+    """
     if "size" not in row:
         return bool(row["reason"])
     try:
-        found = video.stat()
+        status = video.stat()
     except OSError:
         return False
-    return (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime_ns"])
+    return (status.st_size, status.st_mtime_ns) == (row["size"], row["mtime_ns"])

@@ -1,9 +1,9 @@
-"""Converters of question answering data sets into our own jsonl, format `mcq`:
+"""Convert a question answering data set to our own JSON lines, format `mcq`:
 
     python -m opd.data.convert NAME SOURCE OUT.jsonl
 
-Each record that cannot be used is a line on stderr. What is written is what the reader of `mcq`
-takes; videos are named relative to the data set's own video folder.
+Each record that cannot be used is reported in one line on stderr. Videos are named relative to the
+data set's own video folder.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from opd.data.annotations.fields import (
     VIDOR_MAP,
     Place,
     Records,
-    beside,
     csv_rows,
     get,
+    has_value,
+    identifier,
     json_file,
     json_list,
     json_records,
-    known,
-    name,
     number,
     one_line,
     options,
     read_text,
     sentence,
+    sibling_object,
     span,
     vidor_names,
 )
@@ -45,8 +45,7 @@ Parse = Callable[[Place, Any], dict[str, Any]]
 
 _OPTION = re.compile(r"([A-Z])[.):]\s*(.*)")
 
-# Below MVBench's own `video` folder.
-MVBENCH_FOLDERS = {
+MVBENCH_FOLDERS = {  # of each task, below MVBench's own `video` folder
     "action_sequence": "star/Charades_v1_480",
     "action_prediction": "star/Charades_v1_480",
     "action_antonym": "ssv2_video",
@@ -71,11 +70,11 @@ MVBENCH_FOLDERS = {
 
 
 def mvbench_records(path: Path) -> Records:
-    """Of one file per task, or of a folder of them."""
+    """Yield the records of a task's file, or of a folder of such files."""
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         task = re.sub(r"_\d{8}$", "", file.stem)  # corrected files carry their date
         if task not in MVBENCH_FOLDERS:
-            raise DataError(f"{file}: {task!r} is no task of MVBench")
+            raise DataError(f"{file}: {task!r} is not a task of MVBench")
         text = read_text(file)
         try:
             records = json_list(text)
@@ -86,62 +85,62 @@ def mvbench_records(path: Path) -> Records:
 
 
 def mvbench(place: Place, record: Any) -> dict[str, Any]:
-    """`{"video", "question", "candidates": ["..."], "answer": text, "start", "end"}`; the last
-    two, in seconds, where the question is about that clip of the video."""
+    """`{"video", "question", "candidates": ["..."], "answer": text, "start", "end"}`; with
+    the optional last two, in seconds, the question is about that clip of the video."""
     task = str(place).partition(":")[0]
     if task == "episodic_reasoning":
-        raise ValueError("its videos are folders of frames")
-    clipped = known(record, "start") and known(record, "end")
+        raise ValueError("videos of this task are folders of frames, which are not supported")
+    is_clip = has_value(record, "start") and has_value(record, "end")
     return {
         "id": place,
         "video": f"{MVBENCH_FOLDERS[task]}/{get(record, 'video', str)}",
         "question": sentence(record, "question"),
         "options": options(record, "candidates"),
         "answer": sentence(record, "answer"),
-        "clip": [number(record, "start"), number(record, "end")] if clipped else None,
+        "clip": [number(record, "start"), number(record, "end")] if is_clip else None,
         "category": task,
     }
 
 
 def tempcompass_records(path: Path) -> Records:
-    """One record per question of a file that holds them by video and temporal aspect."""
+    """Yield one record per question of a file that groups them by video and temporal aspect."""
     for video, aspects in json_file(read_text(path), dict).items():
         if not isinstance(aspects, dict):
-            yield video, ValueError(f"a {type(aspects).__name__} where an object belongs")
+            yield video, ValueError(f"expected an object, got {type(aspects).__name__}")
             continue
-        for aspect, asked in aspects.items():
-            if not isinstance(asked, list):
-                error = ValueError(f"a {type(asked).__name__} where a list belongs")
+        for aspect, entries in aspects.items():
+            if not isinstance(entries, list):
+                error = ValueError(f"expected a list, got {type(entries).__name__}")
                 yield f"{video}:{aspect}", error
                 continue
-            for k, record in enumerate(asked):
-                yield f"{video}:{aspect}:{k}", {"video": video, "aspect": aspect, "asked": record}
+            for k, entry in enumerate(entries):
+                yield f"{video}:{aspect}:{k}", {"video": video, "aspect": aspect, "entry": entry}
 
 
 def tempcompass(place: Place, record: Any) -> dict[str, Any]:
-    """`"1034419625": {"action": [{"question": "What ...?\\nA. one\\nB. other", "answer": "A. one"}
-    ]}`, of which a record is one question; of `multi-choice.json`."""
-    question, *rest = sentence(record["asked"], "question").split("\n")
-    found = _unlettered([line for line in rest if line.strip()])
+    """`multi-choice.json`: `"1034419625": {"action": [{"question": "What ...?\\nA. one\\nB. other",
+    "answer": "A. one"}]}`, split into one record per question."""
+    question, *rest = sentence(record["entry"], "question").split("\n")
+    choices = _unlettered([line for line in rest if line.strip()])
     return {
         "id": place,
         "video": get(record, "video", str),
         "question": question.strip(),
-        "options": found,
-        "answer": _lettered(sentence(record["asked"], "answer"), found),
+        "options": choices,
+        "answer": _lettered(sentence(record["entry"], "answer"), choices),
         "category": record["aspect"],
     }
 
 
 def videomme_records(path: Path) -> Records:
-    """The rows of the parquet file, or of its export as a JSON list or lines."""
+    """Return the rows of the parquet file, or of its export as a JSON list or JSON lines."""
     if path.suffix != ".parquet":
         return json_records(read_text(path))
     try:
         from pyarrow import parquet
     except ImportError:
         raise DataError(
-            f"{path}: reading parquet needs pyarrow (pip install pyarrow); or export it as jsonl"
+            f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert it to jsonl"
         ) from None
     try:
         with path.open("rb") as file:
@@ -154,22 +153,22 @@ def videomme_records(path: Path) -> Records:
 
 def videomme(place: Place, record: Any) -> dict[str, Any]:
     """`{"videoID", "question_id", "question", "options": ["A. one", ...], "answer": "A",
-    "duration": "short"}`, where the duration is a class."""
-    found = _unlettered(list(options(record)))
+    "duration": "short"}`; the duration is a class, kept as the category."""
+    choices = _unlettered(list(options(record)))
     return {
-        "id": name(record, "question_id"),
+        "id": identifier(record, "question_id"),
         "video": get(record, "videoID", str),
         "question": sentence(record, "question"),
-        "options": found,
-        "answer": _lettered(sentence(record, "answer"), found),
+        "options": choices,
+        "answer": _lettered(sentence(record, "answer"), choices),
         "category": sentence(record, "duration"),
     }
 
 
 def nextqa_records(path: Path) -> Records:
-    """The rows of the csv, with the folders of `map_vid_vidorID.json` if that lies beside it."""
+    """Yield the rows of the csv with their video paths from the optional `map_vid_vidorID.json`."""
     columns = ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4")
-    folders = beside(path, VIDOR_MAP) or {}
+    folders = sibling_object(path, VIDOR_MAP) or {}
     for place, row in csv_rows(read_text(path), columns):
         if isinstance(row, dict):
             row |= {"path": folders.get(row["video"])}
@@ -177,8 +176,8 @@ def nextqa_records(path: Path) -> Records:
 
 
 def nextqa(place: Place, record: Any) -> dict[str, Any]:
-    """A row `video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4`, where the
-    answer is the number of an option."""
+    """A row `video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4`, whose
+    answer is the index of an option."""
     video, qid = get(record, "video", str), get(record, "qid", str)
     answer = sentence(record, "answer")
     if answer not in ("0", "1", "2", "3", "4"):
@@ -195,11 +194,11 @@ def nextqa(place: Place, record: Any) -> dict[str, Any]:
 
 def temporal_r1(place: Place, record: Any) -> dict[str, Any]:
     """`{"dataset", "video", "problem", "solution": [0.1, 0.4], "video_length": 30.5}`: the fields
-    that Temporal-R1's loader takes, the solution in parts of the video's length."""
+    that Temporal-R1's loader reads, the solution as fractions of the video's length."""
     start, end = span(get(record, "solution", list))
     length_s = number(record, "video_length")
     if not 0 <= start < end <= 1:
-        raise ValueError(f'"solution" {start:g} to {end:g} is not within 0 and 1')
+        raise ValueError(f'"solution" {start:g} to {end:g} is not between 0 and 1')
     dataset = sentence(record, "dataset")
     return {
         "id": f"{dataset}:{place}",
@@ -218,18 +217,18 @@ CONVERTERS: dict[str, tuple[Callable[[Path], Records], Parse]] = {
     "nextqa": (nextqa_records, nextqa),
     "temporal_r1": (lambda path: json_records(read_text(path)), temporal_r1),
 }
-"""By name: what splits a source into records and what makes a line of one."""
+"""By name: a function that splits a source into records, and the parser of one record."""
 
 
 def convert(converter: str, source: str | Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """The records of a source that can be used, as format `mcq` holds them.
+    """Yield the usable records of a source in format `mcq`.
 
     Args:
         converter: one of `CONVERTERS`.
-        left_out: takes one line, naming source and place, for each other record.
+        left_out: a list that receives one line, naming source and place, for each other record.
 
     Raises:
-        DataError: for a source that cannot be read.
+        DataError: the source cannot be read.
     """
     split, parse = CONVERTERS[converter]
     seen: set[str] = set()
@@ -244,7 +243,7 @@ def convert(converter: str, source: str | Path, left_out: list[str]) -> Iterator
                 fields["video"] = Path(fields["video"][0])
                 Example(**fields)
                 if fields["id"] in seen:
-                    raise ValueError(f"id {fields['id']!r} was used already")
+                    raise ValueError(f"duplicate id {fields['id']!r}")
                 seen.add(fields["id"])
             except ValueError as error:
                 left_out.append(f"{source}:{one_line(str(place))}: {one_line(str(error))}")
@@ -257,7 +256,7 @@ def convert(converter: str, source: str | Path, left_out: list[str]) -> Iterator
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m opd.data.convert NAME SOURCE OUT.jsonl`"""
+    """Run the command. A user's mistake ends with one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     names = ", ".join(CONVERTERS)
     usage = f"usage: python -m opd.data.convert NAME SOURCE OUT.jsonl; NAME is one of {names}"
@@ -270,41 +269,41 @@ def main(arguments: list[str] | None = None) -> None:
         converter, source, target = arguments
         out = Path(target)
         if out.exists():
-            raise ConfigError(f"{out}: is there already")
+            raise ConfigError(f"{out}: already exists; remove it or name another file")
         left_out: list[str] = []
-        lines = convert(converter, source, left_out)
-        found = [json.dumps(line, ensure_ascii=False) for line in lines]
+        records = convert(converter, source, left_out)
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
         for line in left_out:
             print(f"left out: {line}", file=sys.stderr)
-        if not found:
-            raise DataError(f"{source}: holds no question that can be used")
+        if not lines:
+            raise DataError(f"{source}: contains no usable question")
         try:
-            out.write_text("\n".join(found) + "\n", encoding="utf-8")
+            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{out}: {error.strerror or error}") from error
-        print(f"{out}: {len(found)} written, {len(left_out)} left out")
+        print(f"{out}: {len(lines)} written, {len(left_out)} left out")
     except UserError as error:
         fail(error)
 
 
 def _unlettered(lines: list[str]) -> list[str]:
-    """The texts of options written `A. one`, `B. other` and so on."""
-    found = []
+    """Return the texts of options written `A. one`, `B. other` and so on."""
+    texts = []
     for letter, line in zip(LETTERS, lines, strict=False):
         match = _OPTION.fullmatch(line.strip())
         if match is None or match[1] != letter or not match[2]:
-            raise ValueError(f"option {line!r:.60} is not lettered {letter}")
-        found.append(match[2])
-    return found
+            raise ValueError(f"option {line!r:.60} does not begin with letter {letter}")
+        texts.append(match[2])
+    return texts
 
 
-def _lettered(answer: str, found: list[str]) -> int:
-    """Which option an answer `A` or `A. one` names, counted from 0."""
+def _lettered(answer: str, choices: list[str]) -> int:
+    """Return the index of the option that an answer `A` or `A. one` names."""
     match = _OPTION.fullmatch(answer)
-    place = LETTERS.find(match[1] if match else answer) if match or len(answer) == 1 else -1
-    if not 0 <= place < len(found) or (match and match[2] not in ("", found[place])):
-        raise ValueError(f"answer {answer!r:.60} is none of the options")
-    return place
+    index = LETTERS.find(match[1] if match else answer) if match or len(answer) == 1 else -1
+    if not 0 <= index < len(choices) or (match and match[2] not in ("", choices[index])):
+        raise ValueError(f"answer {answer!r:.60} is not among the options")
+    return index
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one record that every reader produces and everything else consumes."""
+"""The example: one query about one video, as every reader returns it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd.text.forms import Span
 
-MOST_OPTIONS = 26
+MAX_OPTIONS = 26  # each is named by a letter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +20,16 @@ class Example:
         video: path of the video file.
         query: the sentence to localise.
         spans: true `(start, end)` moments in seconds, `0 <= start < end`; empty where unknown.
-        duration_s: length of the video in seconds, where the annotation tells it.
-        question, options, answer: of a question, the answer among the options if there are any;
-            with spans it is grounded QA; None for plain grounding.
-        difficulty: the data set's own score; its scale is the data set's.
+        duration_s: length of the video in seconds; None where the annotation does not say.
+        question, options, answer: None for plain grounding. In question answering, `answer` is one
+            of the `options`, if there are any; with `spans` the task is grounded QA.
+        difficulty: the data set's own score, on its own scale.
         category: the data set's own kind of query, for breakdowns.
-        weight: how often training draws it, relative to other examples.
-        source: where it was read, `file:line` or `file:index`, for messages.
+        weight: how often training draws the example, relative to others.
+        source: where the example was read, `file:line` or `file:index`, for messages.
 
     Raises:
-        ValueError: for a span or duration that cannot be true.
+        ValueError: a field is empty or impossible.
     """
 
     id: str
@@ -52,8 +52,8 @@ class Example:
             raise ValueError("the query is empty")
         if self.options is not None and (len(self.options) < 2 or self.answer not in self.options):
             raise ValueError(f"answer {self.answer!r} is not among the options {self.options}")
-        if len(self.options or ()) > MOST_OPTIONS:
-            raise ValueError(f"{len(self.options or ())} options, more than there are letters")
+        if len(self.options or ()) > MAX_OPTIONS:
+            raise ValueError(f"{len(self.options or ())} options, at most {MAX_OPTIONS} allowed")
         for start_s, end_s in self.spans:
             if not 0 <= start_s < end_s < math.inf:
                 raise ValueError(f"span {start_s:g} to {end_s:g} is not 0 <= start < end")
@@ -61,7 +61,7 @@ class Example:
             if not 0 < self.duration_s < math.inf:
                 raise ValueError(f"duration {self.duration_s:g} is not a positive number")
             for start_s, _ in self.spans:
-                # Public data often ends a little past the video; a start there is a mistake.
+                # In public data spans often end a little past the video; none may start there.
                 if start_s >= self.duration_s:
                     raise ValueError(
                         f"a span starts at {start_s:g} s in a video of {self.duration_s:g} s"

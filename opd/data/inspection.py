@@ -1,5 +1,4 @@
-"""What a data set holds, before anything is trained on it: every video looked at once, every record
-read, what cannot be used named."""
+"""Inspection of a data set before training: its videos, its records, and what cannot be used."""
 
 import json
 from collections import Counter
@@ -14,34 +13,37 @@ import numpy as np
 from opd.config.data import DataConfig, Family
 from opd.data.checked import checked_path
 from opd.data.examples import Example
-from opd.data.sources import PROBING, Source
+from opd.data.sources import PROBE_THREADS, Source
 from opd.data.video.budget import budget_of, video_tokens
 from opd.data.video.decoding import frame_grid, probe
 from opd.errors import DataError
 
-UNEVEN = 1.5  # times the usual distance of two frames: the frame rate is variable
-PAST_S = 1.0  # by which a span may end after its video
-LISTED = 5  # of each kind of problem
+UNEVEN = 1.5  # a gap of so many median gaps between frames means a variable frame rate
+PAST_S = 1.0  # a span may end so many seconds after its video
+LISTED = 5  # problems of each kind that are printed
 
 
-def look_at(video: Path, backend: str) -> dict[str, Any]:
-    """A row about a video file: `video`, `size` and `mtime_ns` of the file, `reason` why it is not
-    to be used (or None), and where it can be read `duration_s`, `frames`, `fps`, `width`, `height`,
-    `rotation` in degrees and whether the frame rate is variable (`variable_rate`). One frame is
-    decoded."""
+def inspect_video(video: Path, backend: str) -> dict[str, Any]:
+    """Probe a video file and decode its first frame.
+
+    Returns:
+        A row of the report: `video`; `size` and `mtime_ns` of the file; `reason`, why the video is
+        unusable, or None. Of a readable file also `duration_s`, `frames`, `fps`, `width`, `height`,
+        `rotation` in degrees and `variable_rate`, whether the frame rate varies.
+    """
     import av.error
 
     row: dict[str, Any] = {"video": str(video.absolute()), "reason": None}
     try:
-        found = video.stat()
-        row |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        status = video.stat()
+        row |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         times_s, fps = probe(video)
         with av.open(str(video)) as container:
             image = next(container.decode(container.streams.video[0]))
     except StopIteration:
-        row["reason"] = "no picture can be decoded"
+        row["reason"] = "no frame can be decoded"
     except av.error.FFmpegError as error:
-        row["reason"] = f"no picture can be decoded: {error.strerror}"
+        row["reason"] = f"no frame can be decoded: {error.strerror}"
     except OSError as error:
         row["reason"] = str(error.strerror)
     except DataError as error:
@@ -59,14 +61,20 @@ def look_at(video: Path, backend: str) -> dict[str, Any]:
             "variable_rate": bool(len(gaps) and gaps.max() > UNEVEN * np.median(gaps)),
         }
         if image.rotation and backend == "decord":
-            row["reason"] = "stored rotated, which decord garbles; data.backend=pyav reads it"
+            row["reason"] = "stored rotated, which decord garbles; use data.backend=pyav"
     return row
 
 
 @dataclass
 class Inspection:
-    """What was found in one source: its examples, a row for each video, and for each kind of
-    problem the lines that tell it."""
+    """The result of inspecting one source.
+
+    Attributes:
+        annotations: the annotation file.
+        examples: those that were read.
+        rows: the row of each video, by path; see `inspect_video`.
+        problems: for each kind of problem, one line per case.
+    """
 
     annotations: Path
     examples: list[Example]
@@ -75,7 +83,7 @@ class Inspection:
 
     @property
     def usable(self) -> list[Example]:
-        """Examples whose video can be read and reaches their spans' starts."""
+        """Examples whose video is usable and does not end before a span starts."""
         return [e for e in self.examples if self._fits(e)]
 
     def _fits(self, example: Example) -> bool:
@@ -83,7 +91,7 @@ class Inspection:
         return not row["reason"] and all(start < row["duration_s"] for start, _ in example.spans)
 
     def write(self) -> Path:
-        """Leave the rows beside the annotation file, where training finds them."""
+        """Write the report beside the annotation file, where training reads it; return its path."""
         path = checked_path(self.annotations)
         try:
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
@@ -92,7 +100,7 @@ class Inspection:
         return path
 
     def tokens(self, config: DataConfig, video_processor: Any) -> list[int]:
-        """Vision tokens of each readable video, as a checkpoint's processor counts them."""
+        """Return the vision tokens of each usable video under a checkpoint's video processor."""
         counts = []
         family: Family = "qwen2_5_vl"
         if type(video_processor).__name__.startswith("Qwen3"):
@@ -117,45 +125,47 @@ def inspect(
     config: DataConfig,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Inspection:
-    """Read a source and look at every video that it names, some at once.
+    """Read a source and inspect every video that it names, in several threads.
 
-    Args: progress: told of each video, and how many there are.
+    Args:
+        progress: called after each video, with 1 and the number of videos.
 
-    Raises DataError for an annotation file that cannot be read.
+    Raises DataError where the annotation file cannot be read.
     """
     left_out: list[str] = []
     examples = source.examples(left_out)
     videos = list(dict.fromkeys(example.video for example in examples))
     rows = {}
-    with ThreadPoolExecutor(PROBING, thread_name_prefix="check") as pool:
-        looked = pool.map(lambda video: look_at(video, config.backend), videos)
-        for video, row in zip(videos, looked, strict=True):
+    with ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="check") as pool:
+        inspected = pool.map(lambda video: inspect_video(video, config.backend), videos)
+        for video, row in zip(videos, inspected, strict=True):
             rows[video] = row
             progress(1, len(videos))
-    found = Inspection(source.annotations, examples, rows)
-    found.problems = {k: v for k, v in _problems(found, left_out).items() if v}
-    return found
+    inspection = Inspection(source.annotations, examples, rows)
+    problems = _problems(inspection, left_out)
+    inspection.problems = {kind: lines for kind, lines in problems.items() if lines}
+    return inspection
 
 
-def _problems(found: Inspection, left_out: Sequence[str]) -> dict[str, list[str]]:
-    rows = found.rows
-    starts, ends = [], []
-    for example in found.examples:
+def _problems(inspection: Inspection, left_out: Sequence[str]) -> dict[str, list[str]]:
+    rows = inspection.rows
+    late_starts, late_ends = [], []
+    for example in inspection.examples:
         row = rows[example.video]
         for start_s, end_s in () if row["reason"] else example.spans:
-            told = f"{example.source}: {start_s:g} to {end_s:g} s in {row['duration_s']:.1f} s"
+            line = f"{example.source}: {start_s:g} to {end_s:g} s in {row['duration_s']:.1f} s"
             if start_s >= row["duration_s"]:
-                starts.append(told)
+                late_starts.append(line)
             elif end_s > row["duration_s"] + PAST_S:
-                ends.append(told)
+                late_ends.append(line)
     readable = [row for row in rows.values() if not row["reason"]]
     return {
         "records left out": list(left_out),
         "videos that cannot be used": [
             f"{row['video']}: {row['reason']}" for row in rows.values() if row["reason"]
         ],
-        "spans that start after the video's end (left out)": starts,
-        "spans that end after it (cut there)": ends,
+        "spans that start after the video's end (left out)": late_starts,
+        "spans that end after the video's end (cut there)": late_ends,
         "videos of variable frame rate (used)": [
             row["video"] for row in readable if row["variable_rate"]
         ],
@@ -166,45 +176,50 @@ def _problems(found: Inspection, left_out: Sequence[str]) -> dict[str, list[str]
 
 
 def _spread(values: Iterable[float]) -> str:
+    """Format the range and the median of values."""
     low, middle, high = np.quantile(list(values), [0, 0.5, 1])
     return f"{low:.4g} to {high:.4g}, median {middle:.4g}"
 
 
-def describe(found: Inspection, tokens: Sequence[int]) -> list[str]:
-    """What `python -m opd.check` prints of a source."""
-    usable, rows = found.usable, found.rows.values()
-    told = [
-        f"{found.annotations}: {len(usable)} usable examples of {len(found.examples)} read, "
-        f"{sum(not row['reason'] for row in rows)} usable videos of {len(found.rows)}"
+def describe(inspection: Inspection, tokens: Sequence[int]) -> list[str]:
+    """Return the lines that `python -m opd.check` prints about a source.
+
+    Args:
+        tokens: vision tokens of each usable video, from `Inspection.tokens`.
+    """
+    usable, rows = inspection.usable, inspection.rows.values()
+    lines = [
+        f"{inspection.annotations}: {len(usable)} usable examples of {len(inspection.examples)} "
+        f"read, {sum(not row['reason'] for row in rows)} usable videos of {len(rows)}"
     ]
     durations = [row["duration_s"] for row in rows if not row["reason"]]
     lengths = [end - start for example in usable for start, end in example.spans]
     if durations:
-        told.append(f"  videos, seconds: {_spread(durations)}; {sum(durations) / 3600:.2f} h")
+        lines.append(f"  videos, seconds: {_spread(durations)}; {sum(durations) / 3600:.2f} h")
     if lengths:
-        told.append(f"  spans, seconds: {_spread(lengths)}")
+        lines.append(f"  spans, seconds: {_spread(lengths)}")
     if tokens:
-        told.append(f"  vision tokens of a video: {_spread(tokens)}")
+        lines.append(f"  vision tokens of a video: {_spread(tokens)}")
     kinds = Counter(
         "grounded QA" if e.question and e.spans else "questions" if e.question else "grounding"
         for e in usable
     )
-    told.append("  " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
-    for kind, lines in found.problems.items():
-        told.append(f"  {len(lines)} {kind}:")
-        told += [f"    {line}" for line in lines[:LISTED]]
-        told += [f"    and {len(lines) - LISTED} more"] * (len(lines) > LISTED)
-    return told
+    lines.append("  " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    for kind, cases in inspection.problems.items():
+        lines.append(f"  {len(cases)} {kind}:")
+        lines += [f"    {case}" for case in cases[:LISTED]]
+        lines += [f"    and {len(cases) - LISTED} more"] * (len(cases) > LISTED)
+    return lines
 
 
-def plot(found: Inspection, tokens: Sequence[int], path: Path) -> None:
-    """Durations, lengths of spans, where in the video they lie, and vision tokens, as a picture."""
+def plot(inspection: Inspection, tokens: Sequence[int], path: Path) -> None:
+    """Plot histograms of durations, span lengths, span positions and vision tokens to a file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    usable, rows = found.usable, found.rows
+    usable, rows = inspection.usable, inspection.rows
     spans = [(s, rows[e.video]["duration_s"]) for e in usable for s in e.spans]
     panels = {
         "video, seconds": [row["duration_s"] for row in rows.values() if not row["reason"]],
@@ -216,6 +231,6 @@ def plot(found: Inspection, tokens: Sequence[int], path: Path) -> None:
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         axis.hist(values or [0], bins=30)
         axis.set_xlabel(name)
-    figure.suptitle(found.annotations.name)
+    figure.suptitle(inspection.annotations.name)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Which examples each step trains on, in an order that repeats."""
+"""Which examples each step trains on, in a reproducible order, and how ranks divide a batch."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from opd.errors import require
 
 
 def shuffled(num_examples: int, seed: int, epoch: int, group: int = 0) -> list[int]:
-    """The order of one epoch: a function of its arguments alone."""
+    """Return the order of the examples in one epoch, a pure function of the arguments."""
     key = [seed, epoch, group] if group else [seed, epoch]
     return np.random.default_rng(key).permutation(num_examples).tolist()
 
@@ -22,10 +22,12 @@ def schedule(
     seed: int,
     weights: Sequence[float] | None = None,
 ) -> list[list[int]]:
-    """Which examples each step trains on: fresh shuffles, one epoch after the other.
+    """Return the indices of the examples of each step: freshly shuffled epochs, one after another.
 
-    Args: weights: how often each example is drawn, relative to others. Those of one weight have
-        epochs of their own, and every batch holds their share, to within one example.
+    Args:
+        weights: how often each example is drawn, relative to others. Examples of equal weight form
+            a group with epochs of its own, and every batch holds each group's share of it, to
+            within one example.
     """
     weights = weights or [1.0] * num_examples
     members: dict[float, list[int]] = {}
@@ -36,8 +38,8 @@ def schedule(
     orders: list[list[int]] = [[] for _ in groups]
     drawn = np.zeros(len(groups), dtype=int)
     order = []
-    for place in range(steps * batch_size):
-        number = int((shares * (place + 1) - drawn).argmax())  # furthest behind its share
+    for position in range(steps * batch_size):
+        number = int((shares * (position + 1) - drawn).argmax())  # furthest behind its share
         group, taken = groups[number], int(drawn[number])
         if taken == len(orders[number]):
             orders[number] += shuffled(len(group), seed, taken // len(group), number)
@@ -47,13 +49,13 @@ def schedule(
 
 
 def split(batch: list[int], size: int | None) -> list[list[int]]:
-    """The micro-batches of a step's examples."""
+    """Split a batch into parts of `size`, the last one possibly smaller; one part for None."""
     size = size or len(batch)
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 def micro_batches(config: Config) -> list[range]:
-    """This rank's share of each step's batch: positions in the batch, one range per micro-batch.
+    """Return this rank's share of every batch: positions in the batch, one range per micro-batch.
 
     Raises ConfigError where the batch does not divide evenly among ranks and micro-batches.
     """

@@ -1,7 +1,7 @@
-"""Where examples come from: annotation files and our own splits, checked against their videos.
+"""Loading examples from annotation files and synthetic splits, checked against their videos.
 
-A source is written `[FORMAT:]PATH[?root=DIR&weight=W&part=train|held_out&holdout=0.1]`; several are
-separated by commas. `synthetic:SPLIT` is written on first use.
+A source is written `[FORMAT:]PATH[?root=DIR&weight=W&part=train|held_out&holdout=0.1]` or
+`synthetic:SPLIT`, a split that is generated on first use. Commas separate several sources.
 """
 
 import hashlib
@@ -16,25 +16,30 @@ from typing import Any
 
 from opd.config.data import DataConfig
 from opd.data.annotations.formats import FORMATS, read_examples, recognise
-from opd.data.checked import checked_path, is_of, read_checked
+from opd.data.checked import checked_path, is_current, read_checked
 from opd.data.examples import Example
 from opd.data.synthetic import splits
 from opd.data.video.decoding import probe_duration
 from opd.errors import DataError
 
-PROBED_AT_ONCE = 256  # videos, by
-PROBING = 8  # threads
+PROBE_CHUNK = 256  # videos probed per round, so that a limit on examples saves the rest
+PROBE_THREADS = 8
 PARTS = ("train", "held_out")
-SAME_S = 1.0  # by which the durations of one video differ at most
+SAME_S = 1.0  # videos of one name whose durations differ by less are the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One of the sources that a key names.
+    """One source of examples.
 
-    `format` is None for our own splits; `weight` is the share of what training draws, relative to
-    the other sources' (None: every example as often as any); `part` is what is taken of a file that
-    is split by videos, `holdout` of which are held out.
+    Attributes:
+        path: the annotation file, or the name of a synthetic split.
+        format: one of `FORMATS` or "auto"; None for a synthetic split.
+        root: the folder that videos are named relative to.
+        weight: the share of training batches, relative to other sources; None draws every example
+            equally often.
+        part: of a file that is divided by videos, "train" or "held_out"; None takes all of it.
+        holdout: the fraction of the videos that is held out.
     """
 
     path: str
@@ -46,7 +51,7 @@ class Source:
 
     @classmethod
     def read(cls, text: str, config: DataConfig) -> "Source":
-        """From the text of a key. Raises DataError."""
+        """Parse a source as the configuration writes it. Raises DataError."""
         head, _, options = text.partition("?")
         name, colon, path = head.partition(":")
         root = Path(config.video_root)
@@ -55,67 +60,72 @@ class Source:
                 raise DataError(f"{text}: synthetic splits have no options")
             splits.split_of(path)
             return cls(path=path, format=None, root=root)
-        known = colon and (name in FORMATS or name == "auto")
-        format, path = (name, path) if known else (config.format, head)
+        names_format = colon and (name in FORMATS or name == "auto")
+        format, path = (name, path) if names_format else (config.format, head)
         pairs = (pair.partition("=") for pair in options.split("&") if pair)
-        given: dict[str, str] = {key: value for key, _, value in pairs}
-        values: dict[str, Any] = {"root": Path(given.pop("root", config.video_root))}
+        texts: dict[str, str] = {key: value for key, _, value in pairs}
+        values: dict[str, Any] = {"root": Path(texts.pop("root", config.video_root))}
         for key in ("weight", "holdout"):
-            if key in given:
-                value = given.pop(key)
+            if key in texts:
+                value = texts.pop(key)
                 try:
                     values[key] = float(value)
                 except ValueError:
                     values[key] = -1.0
                 if not 0 < values[key] < (1 if key == "holdout" else float("inf")):
-                    raise DataError(f"{text}: {key}={value} is out of range")
-        if "part" in given:
-            values["part"] = given.pop("part")
+                    allowed = "between 0 and 1" if key == "holdout" else "a positive number"
+                    raise DataError(f"{text}: {key}={value} is not {allowed}")
+        if "part" in texts:
+            values["part"] = texts.pop("part")
             if values["part"] not in PARTS:
-                raise DataError(f"{text}: part is one of {', '.join(PARTS)}")
+                raise DataError(f"{text}: part must be one of {', '.join(PARTS)}")
         elif "holdout" in values:
             raise DataError(f"{text}: holdout needs part=train or part=held_out")
-        if given:
+        if texts:
             known_options = "root, weight, part, holdout"
-            raise DataError(f"{text}: no option {next(iter(given))!r}; known: {known_options}")
+            raise DataError(f"{text}: unknown option {next(iter(texts))!r}; known: {known_options}")
         if not Path(path).is_file():
             raise DataError(f"{path}: no such annotation file")
         return cls(path=path, format=format, **values)
 
     @property
     def annotations(self) -> Path:
-        """The annotation file; one of our own is written on first use."""
+        """Return the path of the annotation file; a synthetic split is generated on first use."""
         if self.format is None:
             return splits.ensure_split(self.root, self.path)
         return Path(self.path)
 
     def examples(self, left_out: list[str]) -> list[Example]:
-        """What the file holds, or the part of it; nothing is known of the videos yet."""
+        """Read the examples of the source, or of its part; videos need not be readable yet.
+
+        `left_out` and errors are those of `read_examples`.
+        """
         if self.format is None:
             return read_examples(self.annotations, "timerft", self.root, left_out)
         format = self.format
         if format == "auto":
             format = recognise(self.path)
             print(f"{self.path}: read as {format}", file=sys.stderr)
-        found = read_examples(self.path, format, self.root, left_out)
+        examples = read_examples(self.path, format, self.root, left_out)
         if self.part is not None:
             held_out = self.part == "held_out"
-            found = [e for e in found if (_place(e.video.stem) < self.holdout) == held_out]
-        return found
+            examples = [e for e in examples if (_draw(e.video.stem) < self.holdout) == held_out]
+        return examples
 
 
-def _place(name: str) -> float:
-    """In [0, 1), of a video's name alone: all queries of a video fall to one part."""
+def _draw(name: str) -> float:
+    """Return a uniform number in [0, 1) for a video's name; all its queries fall into one part."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
 
 
 def sources_of(text: str, config: DataConfig) -> list[Source]:
-    """The sources that a key names. Raises DataError."""
-    found = [Source.read(part.strip(), config) for part in text.split(",")]
-    weighted = [source.weight is not None for source in found]
+    """Parse a comma-separated list of sources. Raises DataError."""
+    sources = [Source.read(part.strip(), config) for part in text.split(",")]
+    weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
-        raise DataError(f"{found[weighted.index(False)].path}: has no weight, other sources have")
-    return found
+        path = sources[weighted.index(False)].path
+        raise DataError(f"{path}: needs a weight, because other sources have one")
+    return sources
 
 
 def load_examples(
@@ -125,34 +135,38 @@ def load_examples(
     needs: Sequence[str] = (),
     left_out: list[str] | None = None,
 ) -> list[Example]:
-    """The usable examples of one or several sources, as the module says.
+    """Load the usable examples of one or several sources. Videos are probed, not decoded.
 
     Args:
-        limit: the first so many.
-        needs: of `spans`, `answer` and `options`; one of them at least must be there.
-        left_out: takes a line, naming file and place, for each example that cannot be used: a
-            malformed record, an id used before, a video that is no video or shorter than the span
-            says. Nothing is decoded yet.
+        sources: comma-separated, as described at the top of this module.
+        limit: the number of usable examples to load, from the first one on; None loads all.
+        needs: names of `spans`, `answer` and `options`; an example must have at least one of them.
+        left_out: a list that receives one line, naming file and place, for each unusable example:
+            a malformed record, a duplicate id, a video that cannot be read or ends before a span
+            starts.
 
-    Returns: examples with a duration: the annotation's, else the file's.
+    Returns:
+        Examples with a duration, the annotation's or else the file's, and with weights such that
+        sources are drawn in proportion to theirs.
 
-    Raises DataError for a source that cannot be read and where no example is left.
+    Raises:
+        DataError: a source cannot be read, or no example is usable.
     """
     left_out = [] if left_out is None else left_out
-    named = sources_of(sources, config)
+    parsed = sources_of(sources, config)
     examples: dict[str, Example] = {}
     from_source: Counter[int] = Counter()
     numbers: dict[str, int] = {}
-    pool = [(number, e) for number, s in enumerate(named) for e in s.examples(left_out)]
-    reports = [checked_path(source.path) for source in named if source.format]
+    pool = [(number, e) for number, s in enumerate(parsed) for e in s.examples(left_out)]
+    reports = [checked_path(source.path) for source in parsed if source.format]
     probed = _probed((example.video for _, example in pool), read_checked(reports))
     for (number, example), duration in zip(pool, probed, strict=True):
         try:
             if example.id in examples:
-                before = examples[example.id].source
-                raise DataError(f"id {example.id!r} was used at {before} already")
+                first_use = examples[example.id].source
+                raise DataError(f"duplicate id {example.id!r}, first used at {first_use}")
             if needs and not any(getattr(example, name) for name in needs):
-                raise DataError(f"no {' or '.join(needs)} in it")
+                raise DataError(f"has no {' or '.join(needs)}")
             examples[example.id] = _checked(example, duration)
         except DataError as error:
             left_out.append(f"{example.source}: {error}")
@@ -164,20 +178,20 @@ def load_examples(
     if not examples:
         reason = f"; first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
         raise DataError(f"{sources}: no usable example{reason}")
-    if named[0].weight is None:
+    if parsed[0].weight is None:
         return list(examples.values())
-    total = sum(named[number].weight or 0.0 for number in from_source)
-    each = {
-        number: (named[number].weight or 0.0) / total * len(examples) / count
+    total = sum(parsed[number].weight or 0.0 for number in from_source)
+    weights = {
+        number: (parsed[number].weight or 0.0) / total * len(examples) / count
         for number, count in from_source.items()
     }
-    return [replace(e, weight=each[numbers[name]]) for name, e in examples.items()]
+    return [replace(e, weight=weights[numbers[name]]) for name, e in examples.items()]
 
 
 def load_split(
     data: DataConfig, split: str, needs: Sequence[str] = (), left_out: list[str] | None = None
 ) -> list[Example]:
-    """The examples of `data.train` or `data.eval`, up to its limit; errors name the key."""
+    """Load the examples of `data.train` or `data.eval`, up to its limit; errors name the key."""
     try:
         sources, limit = getattr(data, split), getattr(data, f"limit_{split}")
         return load_examples(sources, data, limit, needs, left_out)
@@ -186,7 +200,7 @@ def load_split(
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raise DataError, naming the key, for a source that is not there, before any is written."""
+    """Raise DataError, naming the key, for a source that does not exist; generate nothing."""
     for split in ("train", "eval"):
         try:
             sources_of(getattr(data, split), data)
@@ -195,8 +209,11 @@ def check_sources(data: DataConfig) -> None:
 
 
 def check_leak(train: Iterable[Example], held_out: Iterable[Example], data: DataConfig) -> None:
-    """Raise DataError where both have a video, unless `data.allow_leak`: one file, or two of one
-    name whose durations differ by less than a second."""
+    """Raise DataError where training and evaluation share a video, unless `data.allow_leak`.
+
+    Videos are the same where they are one file, or have one name and durations that are unknown or
+    differ by less than `SAME_S`.
+    """
     if data.allow_leak:
         return
     paths: set[Path] = set()
@@ -210,24 +227,23 @@ def check_leak(train: Iterable[Example], held_out: Iterable[Example], data: Data
     def leaks(example: Example) -> bool:
         if example.video in paths or example.video.resolve() in paths:
             return True
-        mine = example.duration_s
+        duration_s = example.duration_s
         return any(
-            mine is None or other is None or abs(mine - other) < SAME_S
+            duration_s is None or other is None or abs(duration_s - other) < SAME_S
             for other in durations.get(example.video.stem, [])
         )
 
-    found = list(dict.fromkeys(str(e.video) for e in held_out if leaks(e)))
-    if found:
-        named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    leaked = list(dict.fromkeys(str(e.video) for e in held_out if leaks(e)))
+    if leaked:
+        names = ", ".join(leaked[:3]) + (", ..." if len(leaked) > 3 else "")
         raise DataError(
-            f"data.eval: {len(found)} of its videos are trained on: {named}; "
-            "data.allow_leak=true evaluates on them all the same"
+            f"data.eval: {len(leaked)} of its videos are trained on: {names}; "
+            "set data.allow_leak=true to evaluate on them anyway"
         )
 
 
 def _checked(example: Example, duration_s: float | DataError) -> Example:
-    """The example, with a duration; DataError where its video cannot be read or ends before a span
-    starts."""
+    """Return the example with a duration; DataError where its video is unreadable or too short."""
     if isinstance(duration_s, DataError):
         raise duration_s
     for start_s, _ in example.spans:
@@ -237,14 +253,16 @@ def _checked(example: Example, duration_s: float | DataError) -> Example:
 
 
 def _probed(
-    videos: Iterable[Path], known: dict[Path, dict[str, Any]]
+    videos: Iterable[Path], reports: dict[Path, dict[str, Any]]
 ) -> Iterator[float | DataError]:
-    """Each video's duration in seconds, or what is wrong with it; every file is looked at once,
-    some ahead of what is asked for."""
+    """Yield each video's duration in seconds, or the error about it.
+
+    Every file is probed once, unless `reports` has a current row about it.
+    """
 
     def probe(video: Path) -> float | DataError:
-        row = known.get(video.absolute())
-        if row is not None and is_of(row, video):
+        row = reports.get(video.absolute())
+        if row is not None and is_current(row, video):
             return DataError(f"{video}: {row['reason']}") if row["reason"] else row["duration_s"]
         try:
             return probe_duration(video)
@@ -252,13 +270,10 @@ def _probed(
             return error
 
     durations: dict[Path, float | DataError] = {}
-    ahead = iter(videos)
-    with ThreadPoolExecutor(PROBING, thread_name_prefix="probe") as pool:
-        while part := list(islice(ahead, PROBED_AT_ONCE)):
-            new = [video for video in dict.fromkeys(part) if video not in durations]
+    remaining = iter(videos)
+    with ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe") as pool:
+        while chunk := list(islice(remaining, PROBE_CHUNK)):
+            new = [video for video in dict.fromkeys(chunk) if video not in durations]
             durations.update(zip(new, pool.map(probe, new), strict=True))
-            for video in part:
+            for video in chunk:
                 yield durations[video]
-
-
-# What `python -m opd.check` left beside an annotation file: a row for each of its videos.

@@ -118,8 +118,8 @@ def edited(root: Path, tmp_path: Path, **fields: Any) -> list[str]:
         ({"timestamp": [-1.0, 2.0]}, "span -1 to 2 is not 0 <= start < end"),
         ({"timestamp": [13.0, 14.0]}, "a span starts at 13 s in a video of 12 s"),
         ({"timestamp": [13.0, 14.0], "duration": 20}, "a span starts at 13 s in a video of 12 s"),
-        ({"answer": "yes", "timestamp": None}, "no spans in it"),
-        ({"qid": "eval-00000"}, "id 'eval-00000' was used at {path}:0 already"),
+        ({"answer": "yes", "timestamp": None}, "has no spans"),
+        ({"qid": "eval-00000"}, "duplicate id 'eval-00000', first used at {path}:0"),
         ({"sentence": "  "}, '"sentence" is empty'),
     ],
 )
@@ -277,7 +277,7 @@ def test_an_edit_touches_its_own_example_only(data: st.DataObject, format: str, 
             if (e.video, e.query, e.spans) == (original.video, original.query, original.spans)
         ]
         # Only an id that the edit gave away can cost another example its place.
-        assert same or number == position or any("was used at" in line for line in left_out)
+        assert same or number == position or any("duplicate id" in line for line in left_out)
 
 
 def test_the_limit_counts_usable_examples(root: Path, tmp_path: Path) -> None:

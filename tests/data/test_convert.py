@@ -83,7 +83,9 @@ def test_mvbench(tmp_path, capsys):
     assert left_out[0].startswith(
         f"left out: {tmp_path / 'json'}:action_antonym:1: answer 'Nothing'"
     )
-    assert left_out[1].endswith("episodic_reasoning:0: its videos are folders of frames")
+    assert left_out[1].endswith(
+        "episodic_reasoning:0: videos of this task are folders of frames, which are not supported"
+    )
     # The clip is a file of its own; the whole video would be another question.
     for video in ("ssv2_video/166583.webm", "star/Charades_v1_480/ZS9XR_11.1_19.6.mp4"):
         (tmp_path / video).parent.mkdir(parents=True)
@@ -175,27 +177,35 @@ def test_temporal_r1(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("mvbench", [MVBENCH | {"candidates": "abc"}], "\"candidates\" is 'abc'"),
-        ("mvbench", [MVBENCH | {"start": "1", "end": 2}], "\"start\" is '1'"),
+        ("mvbench", [MVBENCH | {"candidates": "abc"}], "invalid \"candidates\": 'abc'"),
+        ("mvbench", [MVBENCH | {"start": "1", "end": 2}], "invalid \"start\": '1'"),
         ("mvbench", [MVBENCH | {"start": -1, "end": 2}], "clip -1 to 2 is not 0 <= start < end"),
-        ("mvbench", [7], "a int where an object belongs"),
-        ("tempcompass", {"1": []}, ":1: a list where an object belongs"),
-        ("tempcompass", {"1": {"action": {}}}, ":1:action: a dict where a list belongs"),
-        ("tempcompass", {"1": {"action": [3]}}, ":1:action:0: a int where an object belongs"),
-        ("tempcompass", {"1": {"x": [{"question": "Q\nB. a", "answer": "B"}]}}, "not lettered A"),
-        ("tempcompass", {"1": {"x": [{"question": "Q", "answer": "A"}]}}, "none of the options"),
+        ("mvbench", [7], "expected an object, got int"),
+        ("tempcompass", {"1": []}, ":1: expected an object, got list"),
+        ("tempcompass", {"1": {"action": {}}}, ":1:action: expected a list, got dict"),
+        ("tempcompass", {"1": {"action": [3]}}, ":1:action:0: expected an object, got int"),
+        (
+            "tempcompass",
+            {"1": {"x": [{"question": "Q\nB. a", "answer": "B"}]}},
+            "does not begin with letter A",
+        ),
+        ("tempcompass", {"1": {"x": [{"question": "Q", "answer": "A"}]}}, "not among the options"),
         (
             "tempcompass",
             {"1": {"x": [{"question": "Q\nA. a\nB. b", "answer": "A. b"}]}},
-            "answer 'A. b' is none of the options",
+            "answer 'A. b' is not among the options",
         ),
-        ("videomme", [VIDEOMME | {"answer": "E"}], ":0: answer 'E' is none of the options"),
-        ("videomme", [VIDEOMME | {"options": ["x", "y"]}], "option 'x' is not lettered A"),
-        ("videomme", [VIDEOMME, VIDEOMME], "id '001-1' was used already"),
+        ("videomme", [VIDEOMME | {"answer": "E"}], ":0: answer 'E' is not among the options"),
+        (
+            "videomme",
+            [VIDEOMME | {"options": ["x", "y"]}],
+            "option 'x' does not begin with letter A",
+        ),
+        ("videomme", [VIDEOMME, VIDEOMME], "duplicate id '001-1'"),
         ("nextqa", f"{NEXTQA}\n1,9,6,4,why,5,0,CW,a,b,c,d,e", "\"answer\" is '5', not 0 to 4"),
         ("nextqa", f"{NEXTQA}\n1,9,6,4,why,0,0,CW,a,b,c,d", "12 columns where the header has 13"),
-        ("temporal_r1", [TEMPORAL_R1 | {"solution": [10, 20]}], "is not within 0 and 1"),
-        ("temporal_r1", [TEMPORAL_R1 | {"solution": "A"}], "\"solution\" is 'A'"),
+        ("temporal_r1", [TEMPORAL_R1 | {"solution": [10, 20]}], "is not between 0 and 1"),
+        ("temporal_r1", [TEMPORAL_R1 | {"solution": "A"}], "invalid \"solution\": 'A'"),
     ],
 )
 def test_a_bad_record_is_a_line_and_is_counted(tmp_path, capsys, name, content, message):
@@ -207,7 +217,7 @@ def test_a_bad_record_is_a_line_and_is_counted(tmp_path, capsys, name, content, 
     *lines, last = capsys.readouterr().err.splitlines()
     lines += [last] if caught.value.code == 0 else []
     assert len(lines) == 1 and lines[0].startswith(f"left out: {source}:") and message in lines[0]
-    assert caught.value.code == 0 or last == f"error: {source}: holds no question that can be used"
+    assert caught.value.code == 0 or last == f"error: {source}: contains no usable question"
 
 
 def _failure(capsys: pytest.CaptureFixture[str], name: str, source: Path, folder: Path) -> str:
@@ -229,8 +239,8 @@ def test_what_ends_a_conversion(tmp_path, capsys):
     assert f"{bad}:2: not JSON" in _failure(capsys, "tempcompass", bad, tmp_path)
     assert f"{bad}:1: the header lacks video" in _failure(capsys, "nextqa", bad, tmp_path)
     other = _json(tmp_path / "a/other.json", [])
-    assert "'other' is no task of MVBench" in _failure(capsys, "mvbench", other, tmp_path)
-    assert "holds no question" in _failure(capsys, "videomme", other, tmp_path)
+    assert "'other' is not a task of MVBench" in _failure(capsys, "mvbench", other, tmp_path)
+    assert "contains no usable question" in _failure(capsys, "videomme", other, tmp_path)
     absent = tmp_path / "action_count.json"
     for name in CONVERTERS:
         assert f"{absent}: No such file" in _failure(capsys, name, absent, tmp_path)
@@ -242,7 +252,10 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["videomme", str(source), str(source)])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {source}: is there already\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {source}: already exists; remove it or name another file\n"
+    )
     with pytest.raises(SystemExit):
         main(["videomme", str(source), str(tmp_path / "absent/out.jsonl")])
     assert "No such file" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from opd.check import main
 from opd.config.data import DataConfig
 from opd.data.checked import checked_path
-from opd.data.inspection import look_at
+from opd.data.inspection import inspect_video
 from opd.data.sources import load_examples
 from opd.data.synthetic.splits import ensure_split
 from tests.videos import write_coded
@@ -49,7 +49,7 @@ def test_a_data_set_is_looked_through(data, capsys):
         "the video file is empty",
         "  1 spans that start after the video's end (left out):",
         f"    {data}:4: 50 to 60 s in 12.0 s",
-        "  1 spans that end after it (cut there):",
+        "  1 spans that end after the video's end (cut there):",
         "  vision tokens of a video: 96 to 96, median 96",
     ):
         assert any(part in line for line in told), part
@@ -87,8 +87,8 @@ def test_a_configuration_is_looked_through_with_its_leaks(data, capsys):
 def test_a_variable_frame_rate_is_told(tmp_path):
     even = clip(tmp_path / "even.mkv", list(range(0, 4000, 40)))
     uneven = clip(tmp_path / "uneven.mkv", [*range(0, 2000, 40), *range(2000, 6000, 200)])
-    assert not look_at(even, "decord")["variable_rate"]
-    row = look_at(uneven, "decord")
+    assert not inspect_video(even, "decord")["variable_rate"]
+    row = inspect_video(uneven, "decord")
     assert row["variable_rate"] and row["reason"] is None
     assert (row["width"], row["height"], row["frames"]) == (64, 48, 70)
 
@@ -103,7 +103,7 @@ def test_a_rotated_video_is_told(tmp_path, backend):
     at = data.rindex(plain, 0, data.rindex(b"mdia"))
     quarter = bytes(4) + unit + bytes(4) + (-0x10000 % 2**32).to_bytes(4) + bytes(16)
     turned.write_bytes(data[:at] + quarter + (0x40000000).to_bytes(4) + data[at + 36 :])
-    row = look_at(turned, backend)
+    row = inspect_video(turned, backend)
     assert abs(row["rotation"]) == 90
     assert (row["reason"] is not None) == (backend == "decord")
 

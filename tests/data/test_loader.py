@@ -155,7 +155,7 @@ def test_sources_are_joined_and_an_id_used_twice_is_left_out(
     left_out: list[str] = []
     twice = load_examples(f"{files[0]},{files[0]}", prompts.config, None, left_out=left_out)
     assert twice == joined[:1]
-    assert left_out == [f"{files[0]}:0: id {joined[0].id!r} was used at {files[0]}:0 already"]
+    assert left_out == [f"{files[0]}:0: duplicate id {joined[0].id!r}, first used at {files[0]}:0"]
 
 
 def test_an_empty_annotation_file_is_named(tmp_path: Path) -> None:

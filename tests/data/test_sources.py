@@ -68,13 +68,16 @@ def test_each_source_has_a_root(root, videos):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{file}?weigth=2", "{file}?weigth=2: no option 'weigth'; known: root, weight, part, hold"),
-        ("{file}?weight=0", "{file}?weight=0: weight=0 is out of range"),
-        ("{file}?weight=nan", "{file}?weight=nan: weight=nan is out of range"),
-        ("{file}?part=test", "{file}?part=test: part is one of train, held_out"),
+        ("{file}?weigth=2", "{file}?weigth=2: unknown option 'weigth'; known: root, weight"),
+        ("{file}?weight=0", "{file}?weight=0: weight=0 is not a positive number"),
+        ("{file}?weight=nan", "{file}?weight=nan: weight=nan is not a positive number"),
+        ("{file}?part=test", "{file}?part=test: part must be one of train, held_out"),
         ("{file}?holdout=0.2", "{file}?holdout=0.2: holdout needs part=train or part=held_out"),
-        ("{file}?part=train&holdout=1", "{file}?part=train&holdout=1: holdout=1 is out of range"),
-        ("{file}?weight=2,{file}", "{file}: has no weight, other sources have"),
+        (
+            "{file}?part=train&holdout=1",
+            "{file}?part=train&holdout=1: holdout=1 is not between 0 and 1",
+        ),
+        ("{file}?weight=2,{file}", "{file}: needs a weight, because other sources have one"),
         ("{file}.gone", "{file}.gone: no such annotation file"),
         (
             "synthetic:eval?part=train",
@@ -103,7 +106,7 @@ def test_a_file_is_split_by_videos(root):
     )
     check_leak(train, held_out, config)
     # The parts follow from names alone, so that another file of the same videos is split alike.
-    places = [sources._place(f"video{i}") for i in range(4000)]
+    places = [sources._draw(f"video{i}") for i in range(4000)]
     assert np.mean([place < 0.4 for place in places]) == pytest.approx(0.4, abs=0.03)
 
 
@@ -149,7 +152,7 @@ def test_leaks_are_named():
             check_leak(train, [example("b/9.mp4"), leaked, leaked], data)
         assert str(caught.value) == (
             f"data.eval: 1 of its videos are trained on: {leaked.video}; "
-            "data.allow_leak=true evaluates on them all the same"
+            "set data.allow_leak=true to evaluate on them anyway"
         )
         check_leak(train, [leaked], replace(data, allow_leak=True))
 
@@ -201,7 +204,7 @@ def test_what_the_check_found_is_honoured(root, monkeypatch):
 
 
 def test_a_limit_probes_no_more_than_it_needs(root, monkeypatch):
-    monkeypatch.setattr(sources, "PROBED_AT_ONCE", 2)
+    monkeypatch.setattr(sources, "PROBE_CHUNK", 2)
     probed: list[Path] = []
     probe = sources.probe_duration
     monkeypatch.setattr(sources, "probe_duration", lambda v: (probed.append(v), probe(v))[1])

@@ -1,4 +1,4 @@
-"""How annotation files split into records, and typed reading of what a record holds."""
+"""Splitting annotation files into records, and typed access to the fields of a record."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from opd.errors import DataError
 from opd.text.forms import Span
 
 Place = int | str
-"""Where in its file a record stands: line, index or key."""
+"""Location of a record in its file: line number, index or key."""
 
 Records = Iterator[tuple[Place, Any]]
-"""Records with their places; one that cannot be read is the error that says why."""
+"""Records with their places. An unreadable record is represented by the ValueError about it."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-VIDOR_MAP = "map_vid_vidorID.json"  # of NExT-QA: which folder of VidOR a video is in
+VIDOR_MAP = "map_vid_vidorID.json"  # NExT-QA's map from video ids to paths in VidOR
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object as a dictionary; of a key that is there twice one value would be lost."""
+    """Build a dictionary; ValueError for a duplicate key, which would lose a value."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)} is there twice in one object")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {shown(duplicate)} in one object")
     return record
 
 
@@ -41,7 +41,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. DataError where it cannot be read."""
+    """Return the text of a UTF-8 file. Raises DataError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -51,25 +51,29 @@ def read_text(path: Path) -> str:
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, numbered from 1."""
+    """Yield the non-blank lines, stripped, numbered from 1."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.strip()
 
 
 def json_lines(text: str) -> Records:
-    """One JSON value a line."""
+    """Yield one JSON value per line."""
     for number, line in lines(text):
         try:
             yield number, _JSON.decode(line)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            yield number, ValueError(f"not JSON that can be read: {error}")
+            yield number, ValueError(f"unreadable JSON: {error}")
 
 
 def json_file(text: str, kind: type) -> Any:
-    """A file that is one JSON value of that type. ValueError begins with the line, if known."""
+    """Parse a file that holds one JSON object (`kind` dict) or list.
+
+    Raises ValueError with a text to put behind the file's path and a colon: it begins with the line
+    number where there is one, else with a space.
+    """
     try:
         content = _JSON.decode(text)
     except json.JSONDecodeError as error:
@@ -77,28 +81,32 @@ def json_file(text: str, kind: type) -> Any:
             f"{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f" not JSON that can be read: {error}") from error
+        raise ValueError(f" unreadable JSON: {error}") from error
     if not isinstance(content, kind):
-        raise ValueError(f" holds a {type(content).__name__} where a {kind.__name__} belongs")
+        expected = "an object" if kind is dict else "a list"
+        raise ValueError(f" expected {expected}, got {type(content).__name__}")
     return content
 
 
 def json_list(text: str) -> Records:
-    """The entries of a JSON list; places are indices."""
+    """Return the entries of a JSON list; places are indices."""
     return enumerate(json_file(text, list))
 
 
 def json_records(text: str) -> Records:
-    """A JSON list (places are indices), or one JSON object a line."""
+    """Return the records of a JSON list (places are indices) or of JSON lines."""
     if text.lstrip().startswith("["):
         return json_list(text)
     return json_lines(text)
 
 
 def csv_rows(text: str, columns: tuple[str, ...]) -> Records:
-    """Rows as dictionaries; places are lines. ValueError where the header lacks a column."""
+    """Yield rows as dictionaries with their line numbers.
+
+    Raises ValueError, beginning with the line number, where the header lacks a column.
+    """
     header: list[str] = []
-    # Line by line: a quotation mark that is never closed must not swallow the rows below it.
+    # Parsed line by line, so that an unclosed quotation mark cannot swallow the rows below it.
     for place, line in lines(text):
         try:
             row = next(csv.reader([line], strict=True))
@@ -116,91 +124,91 @@ def csv_rows(text: str, columns: tuple[str, ...]) -> Records:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: short however long, deep or strange it is."""
+    """Represent a value in a message, in at most 80 characters."""
     text = _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def get(record: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """A field of the given type, not an empty string."""
+    """Return a required field of the given type; an empty string is an error."""
     if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__} where an object belongs")
+        raise ValueError(f"expected an object, got {type(record).__name__}")
     if key not in record:
-        raise ValueError(f'no "{key}"')
+        raise ValueError(f'missing "{key}"')
     value = record[key]
-    # bool is an int to Python, never to a data set.
+    # bool is a subclass of int, but a number in no data set.
     if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-        raise ValueError(f'"{key}" is {shown(value)}')
+        raise ValueError(f'invalid "{key}": {shown(value)}')
     if isinstance(value, str):
-        _writable(value, key)
+        _check_encodable(value, key)
     return value
 
 
 def sentence(record: Any, key: str) -> str:
-    """A text that says something, without the space around it."""
+    """Return a required text, stripped; a blank one is an error."""
     value = get(record, key, str).strip()
     if not value:
         raise ValueError(f'"{key}" is empty')
     return value
 
 
-def known(record: Any, key: str) -> bool:
-    """Whether an optional field is there and not null."""
+def has_value(record: Any, key: str) -> bool:
+    """Return whether an optional field is present and not null."""
     return isinstance(record, dict) and record.get(key) is not None
 
 
 def number(record: Any, key: str) -> float:
-    """A finite number; a string of one is none."""
+    """Return a required finite number; a numeric string is an error."""
     value = get(record, key, (int, float))
-    if not abs(value) < 1e300:  # neither infinite, nor NaN, nor a whole number beyond all floats
-        raise ValueError(f'"{key}" is {shown(value)}')
+    if not abs(value) < 1e300:  # infinite, NaN, or an integer beyond all floats
+        raise ValueError(f'invalid "{key}": {shown(value)}')
     return float(value)
 
 
 def one_line(text: str) -> str:
-    """A text as a message or a terminal can show it."""
+    """Return a text on one line, with unprintable characters escaped."""
     text = " ".join(text.split())
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def name(record: Any, key: str = "qid") -> str:
-    """An id, which some data sets write as a number."""
+def identifier(record: Any, key: str = "qid") -> str:
+    """Return an id, which some data sets write as a number."""
     return str(get(record, key, (str, int)))
 
 
 def category(record: Any, key: str = "category") -> str | None:
-    """The optional kind of query."""
-    return get(record, key, str) if known(record, key) else None
+    """Return the optional category of a query."""
+    return get(record, key, str) if has_value(record, key) else None
 
 
 def options(record: Any, key: str = "options") -> tuple[str, ...]:
-    """What can be chosen from."""
+    """Return the answer options, stripped."""
     values = get(record, key, list)
     for value in values:
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'"{key}" is {shown(values)}')
-        _writable(value, key)
+            raise ValueError(f'invalid "{key}": {shown(values)}')
+        _check_encodable(value, key)
     return tuple(value.strip() for value in values)
 
 
 def choice(value: Any, options: tuple[str, ...]) -> str:
-    """The option that is named by its text, by its letter or by its place counted from 0."""
-    place = -1
+    """Return the option that `value` names by text, by letter or by index from 0."""
+    index = -1
     if isinstance(value, str):
         if value.strip() in options:
             return value.strip()
-        place = LETTERS.find(value) if len(value) == 1 else -1
+        index = LETTERS.find(value) if len(value) == 1 else -1
     elif isinstance(value, int) and not isinstance(value, bool):
-        place = value
-    if not 0 <= place < len(options):
+        index = value
+    if not 0 <= index < len(options):
         raise ValueError(f"answer {shown(value)} is not among the options {shown(options)}")
-    return options[place]
+    return options[index]
 
 
 def span(value: Any) -> Span:
-    """A [start, end] pair."""
+    """Return a [start, end] pair as a span."""
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"{shown(value)} is not a [start, end] pair")
     ends = {"start": value[0], "end": value[1]}
@@ -208,7 +216,7 @@ def span(value: Any) -> Span:
 
 
 def spans(record: Any, key: str) -> tuple[Span, ...]:
-    """One [start, end] pair or a list of such pairs, at least one."""
+    """Return the spans of a field that holds a [start, end] pair or a non-empty list of pairs."""
     values = get(record, key, list)
     if not values:
         raise ValueError(f'"{key}" is empty')
@@ -218,8 +226,7 @@ def spans(record: Any, key: str) -> tuple[Span, ...]:
 
 
 def clip_name(video: str, start_s: float, end_s: float) -> str:
-    """The file that holds those seconds of a video: `x_210.0_360.0.mp4`, named as QVHighlights
-    names its own."""
+    """Return the file name of a clip of a video, `x_210.0_360.0.mp4` as in QVHighlights."""
     if not 0 <= start_s < end_s:
         raise ValueError(f"clip {start_s:g} to {end_s:g} is not 0 <= start < end")
     suffix = Path(video).suffix
@@ -227,9 +234,11 @@ def clip_name(video: str, start_s: float, end_s: float) -> str:
     return f"{video.removesuffix(suffix)}_{start_s}_{end_s}{suffix}"
 
 
-def beside(path: Path, file: str) -> dict[str, Any] | None:
-    """The JSON object in a file that belongs to an annotation file, None where it is missing.
-    DataError for one that cannot be read."""
+def sibling_object(path: Path, file: str) -> dict[str, Any] | None:
+    """Return the JSON object in `file` next to an annotation file, None where it is missing.
+
+    Raises DataError where the file cannot be read.
+    """
     path = path.with_name(file)
     if not path.exists():
         return None
@@ -241,15 +250,14 @@ def beside(path: Path, file: str) -> dict[str, Any] | None:
 
 
 def vidor_names(path: Any, vid: str) -> tuple[str, ...]:
-    """Where the video of NExT-QA's id is: below the folder that VidOR keeps it in, or beside all
-    the others."""
+    """Return the names of a NExT-QA video: its path in VidOR, then its id for a flat folder."""
     return (path, vid) if isinstance(path, str) and path else (vid,)
 
 
-def _writable(value: str, key: str) -> None:
-    """Half a character (a lone surrogate) passes JSON, but no file or tokenizer takes it."""
+def _check_encodable(value: str, key: str) -> None:
+    """Raise ValueError for a lone surrogate: JSON allows it, but no file or tokenizer takes it."""
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f'"{key}" holds half a character: {shown(value)}') from None
+            raise ValueError(f'"{key}" contains a lone surrogate: {shown(value)}') from None

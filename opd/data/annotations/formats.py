@@ -1,7 +1,7 @@
-"""Readers of the public annotation formats, named or recognised, and the writer of our own data.
+"""The registry of public annotation formats, and reading a file of any of them.
 
-A format says how its file splits into records and what example a record holds; `read_examples`
-does the rest for all of them: locations in messages, video look-up, unique ids.
+A format defines how its file splits into records and how a record is parsed. `read_examples` does
+what all formats share: locations in messages, video look-up, unique ids, recognition of a format.
 """
 
 from __future__ import annotations
@@ -29,37 +29,38 @@ from opd.data.annotations.records import Fields
 from opd.data.examples import Example
 from opd.errors import DataError
 
-_LOOKED_AT = 20  # records that tell a format
+_NUM_TRIED = 20  # first records of a file, from which its format is recognised
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file splits into records and what one of them holds."""
+    """How a file splits into records, and how one of them is parsed."""
 
-    split: Callable[[str, Path], Records]  # the file's text and path
-    parse: Callable[[Place, Any], Fields]  # ValueError says what is wrong
-    unit: Literal["line", "record"] = "line"  # what the first part of a place counts
+    split: Callable[[str, Path], Records]  # takes the file's text and path
+    parse: Callable[[Place, Any], Fields]  # raises ValueError with the reason
+    unit: Literal["line", "record"] = "line"  # what the first part of a place numbers
 
 
-def _split(function: Callable[[str], Records]) -> Callable[[str, Path], Records]:
+def _text_only(function: Callable[[str], Records]) -> Callable[[str, Path], Records]:
+    """Adapt a splitter that does not need the path of the file."""
     return lambda text, _: function(text)
 
 
 FORMATS: dict[str, Format] = {
-    "timerft": Format(_split(json_list), records.timerft, "record"),
-    "charades": Format(_split(lines), records.charades),
-    "activitynet": Format(_split(records.activitynet_records), records.activitynet, "record"),
-    "rextime": Format(_split(json_records), records.rextime),
-    "qvhighlights": Format(_split(json_lines), records.qvhighlights),
-    "tacos": Format(_split(json_lines), records.qvhighlights),
-    "timelens": Format(_split(records.timelens_records), records.timelens, "record"),
-    "timelens_100k": Format(_split(records.timelens_100k_records), records.timelens_100k),
-    "tvgbench": Format(_split(json_list), records.tvgbench, "record"),
+    "timerft": Format(_text_only(json_list), records.timerft, "record"),
+    "charades": Format(_text_only(lines), records.charades),
+    "activitynet": Format(_text_only(records.activitynet_records), records.activitynet, "record"),
+    "rextime": Format(_text_only(json_records), records.rextime),
+    "qvhighlights": Format(_text_only(json_lines), records.qvhighlights),
+    "tacos": Format(_text_only(json_lines), records.qvhighlights),
+    "timelens": Format(_text_only(records.timelens_records), records.timelens, "record"),
+    "timelens_100k": Format(_text_only(records.timelens_100k_records), records.timelens_100k),
+    "tvgbench": Format(_text_only(json_list), records.tvgbench, "record"),
     "nextgqa": Format(records.nextgqa_records, records.nextgqa),
-    "mcq": Format(_split(json_lines), records.mcq),
+    "mcq": Format(_text_only(json_lines), records.mcq),
 }
-"""The one registry of formats, by the name used in configurations. Of two that fit a file the
-earlier one is recognised: every ReXTime record would pass for one of QVHighlights."""
+"""All formats, by their names in configurations. Where two fit a file, the first is recognised:
+every record of ReXTime is a valid record of QVHighlights."""
 
 
 def read_examples(
@@ -72,95 +73,96 @@ def read_examples(
 
     Args:
         path: the annotation file, UTF-8.
-        format: one of `FORMATS`, or "auto": the one that `recognise` finds.
-        video_root: folder of the videos, as in `find_video`.
-        left_out: takes one line, naming file and place, for each record that is malformed, whose
-            video is missing or whose id occurred before; without it the first one is an error.
+        format: one of `FORMATS`, or "auto" to recognise it.
+        video_root: the folder that videos are named relative to; see `find_video`.
+        left_out: a list that receives one line, naming file and place, for each record that is
+            malformed, whose video is missing or whose id is a duplicate. Without it, the first
+            such record raises DataError.
 
     Raises:
-        DataError: a file that cannot be read, holds no record or is plainly of another format; one
+        DataError: the file cannot be read, holds no record or is plainly of another format; one
             line naming it.
-        ValueError: for a format that is not known.
+        ValueError: the format is unknown.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"unknown data format {format!r}; known: {', '.join(FORMATS)}")
     path = Path(path)
     text = read_text(path)
     format = _recognise(text, path) if format == "auto" else format
-    form, videos = FORMATS[format], _Videos(Path(video_root))
+    reader, videos = FORMATS[format], _Videos(Path(video_root))
     try:
-        found = list(form.split(text, path))
+        entries = list(reader.split(text, path))
     except DataError:
         raise
     except ValueError as error:
-        _raise_mistaken(text, path, format, str(error))
+        _raise_if_of_another(text, path, format, str(error))
         raise DataError(f"{path}:{error}") from error
 
     parsed, first = 0, ""
     examples: dict[str, Example] = {}
-    for place, record in found:
+    for place, record in entries:
         source = f"{path}:{one_line(str(place))}"
         try:
             if isinstance(record, ValueError):
                 raise record
-            fields = form.parse(place, record)
+            fields = reader.parse(place, record)
             parsed += 1
             video = videos.find(fields.pop("video"))
             example = Example(**fields, video=video, source=source)
             if example.id in examples:
-                before = examples[example.id].source
-                raise ValueError(f"id {example.id!r} was used at {before} already")
+                first_use = examples[example.id].source
+                raise ValueError(f"duplicate id {example.id!r}, first used at {first_use}")
             examples[example.id] = example
         except (ValueError, OSError) as error:
             reason = one_line(str(error))
-            first = first or f"{form.unit} {place}: {reason}"
+            first = first or f"{reader.unit} {place}: {reason}"
             if left_out is None:
                 if not parsed:
-                    _raise_mistaken(text, path, format, first)
+                    _raise_if_of_another(text, path, format, first)
                 raise DataError(f"{source}: {reason}") from error
             left_out.append(f"{source}: {reason}")
-    if not found:
+    if not entries:
         raise DataError(f"{path}: holds no examples")
     if not parsed:
-        _raise_mistaken(text, path, format, first)
+        _raise_if_of_another(text, path, format, first)
     return list(examples.values())
 
 
 def recognise(path: str | Path) -> str:
-    """The format, one of `FORMATS`, that one at least of the first records of a file is of.
+    """Return the format, one of `FORMATS`, that fits at least one of the first records of a file.
 
     Raises:
-        DataError: where none fits or the file cannot be read.
+        DataError: no format fits, or the file cannot be read.
     """
     path = Path(path)
     return _recognise(read_text(path), path)
 
 
 def find_video(video_root: Path, name: str) -> Path:
-    """The file below `video_root` of a video named with or without its extension.
+    """Return the path below `video_root` of a video that is named with or without extension.
 
     Raises:
-        ValueError: where there is none, or where the name (absolute, or with `..`) or a link leads
-            out of the root, which itself may be a link.
+        ValueError: there is no such file, or the name (absolute, or with `..`) or a link leads out
+            of the root. The root itself may be a link.
     """
     return _Videos(video_root).find((name,))
 
 
 class _Videos:
-    """The videos below a root; each name is looked for once."""
+    """The videos below a root folder; each name is looked up once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._real = os.path.realpath(root)
-        self._found: dict[str, Path | None] = {}
+        self._paths: dict[str, Path | None] = {}
 
     def find(self, names: tuple[str, ...]) -> Path:
-        """The first of these names that there is a file of; ValueError where there is none."""
+        """Return the path of the first of these names that is a file. Raises as `find_video`."""
         for name in names:
-            if name not in self._found:
-                self._found[name] = self._look_up(name)
-            if found := self._found[name]:
-                return found
+            if name not in self._paths:
+                self._paths[name] = self._look_up(name)
+            if path := self._paths[name]:
+                return path
         extensions = ", ".join(VIDEO_EXTENSIONS)
         raise ValueError(f"no video {names[0]!r} in {self.root}, nor with {extensions}")
 
@@ -182,35 +184,35 @@ class _Videos:
 def _recognise(text: str, path: Path) -> str:
     if not text.strip():
         raise DataError(f"{path}: holds no examples")
-    format = _like(text, path)
+    format = _first_fitting(text, path)
     if format is None:
-        raise DataError(f"{path}: is of none of the formats {', '.join(FORMATS)}")
+        raise DataError(f"{path}: fits none of the formats {', '.join(FORMATS)}")
     return format
 
 
-def _like(text: str, path: Path) -> str | None:
-    for name, form in FORMATS.items():
+def _first_fitting(text: str, path: Path) -> str | None:
+    for name, format in FORMATS.items():
         try:
-            found = list(islice(form.split(text, path), _LOOKED_AT))
-        except DataError:  # of this format, but incomplete
+            entries = list(islice(format.split(text, path), _NUM_TRIED))
+        except DataError:  # this format, but a file that belongs to it is missing
             raise
         except ValueError:
             continue
-        if any(_parses(form, place, record) for place, record in found):
+        if any(_parses(format, place, record) for place, record in entries):
             return name
     return None
 
 
-def _parses(form: Format, place: Place, record: Any) -> bool:
+def _parses(format: Format, place: Place, record: Any) -> bool:
     try:
-        return not isinstance(record, ValueError) and bool(form.parse(place, record))
+        return not isinstance(record, ValueError) and bool(format.parse(place, record))
     except ValueError:
         return False
 
 
-def _raise_mistaken(text: str, path: Path, format: str, reason: str) -> None:
-    """Raise DataError where a file that is not of the format named is of another one."""
-    other = _like(text, path)
+def _raise_if_of_another(text: str, path: Path, format: str, reason: str) -> None:
+    """Raise DataError where a file that does not fit the format named fits another one."""
+    other = _first_fitting(text, path)
     if other not in (None, format):
         reason = one_line(f"line {reason}" if reason[:1].isdigit() else reason)
         raise DataError(f"{path}: not {format} ({reason}); it looks like {other}")

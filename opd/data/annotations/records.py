@@ -1,5 +1,9 @@
-"""What a record of each public annotation format holds. Each reader names the record it reads and
-raises ValueError, saying what is wrong, for one that is not such a record."""
+"""Parsers of the records of the public annotation formats.
+
+The docstring of a parser shows the record that it takes; for any other it raises ValueError with
+the reason. A function `*_records` splits the text of a file where a record is not simply a line or
+an entry of a list.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,20 @@ from opd.data.annotations.fields import (
     VIDOR_MAP,
     Place,
     Records,
-    beside,
     category,
     choice,
     clip_name,
     csv_rows,
     get,
+    has_value,
+    identifier,
     json_file,
     json_lines,
-    known,
-    name,
     number,
     options,
     sentence,
     shown,
+    sibling_object,
     span,
     spans,
     vidor_names,
@@ -32,25 +36,25 @@ from opd.data.annotations.fields import (
 from opd.errors import DataError
 
 Fields = dict[str, Any]
-"""Of `Example`, with `video` still the names under which its file may be found, the best first."""
+"""Arguments of `Example`; `video` holds the names its file may have, the preferred one first."""
 
 _RANGE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)\s*")
 _CUT = re.compile(r"_\d\d:\d\d:\d\d:\d+$")  # InternVid names a clip by its start and end
 _TIME_R1 = re.compile(r"(?:\./)?dataset/timer1/videos/[^/]+/(.+)")
-_ROUNDING_S = 0.5
+_ROUNDING_S = 0.5  # a start of NExT-GQA may be negative by rounding, up to this
 
 
 def charades(place: Place, line: str) -> Fields:
     """`3MSZA 24.3 30.4##person turn a light on.`"""
-    head, found, query = line.partition("##")
+    head, separator, query = line.partition("##")
     words = head.split()
-    if not found or len(words) != 3 or not query.strip():
+    if not separator or len(words) != 3 or not query.strip():
         raise ValueError("expected `video start end##sentence`")
     try:
         times = (float(words[1]), float(words[2]))
     except ValueError:
         raise ValueError(f"{words[1]!r} and {words[2]!r} are not two times") from None
-    # Charades-STA has no ids; the line number makes one that no other line has.
+    # Charades-STA has no ids; the line number makes a unique one.
     return {
         "id": f"{words[0]}:{place}",
         "video": (words[0],),
@@ -61,35 +65,36 @@ def charades(place: Place, line: str) -> Fields:
 
 
 def activitynet_records(text: str) -> Records:
-    """One record per sentence of a file that holds one per video."""
+    """Yield one record per sentence of a file with one entry per video."""
     return _per_query(json_file(text, dict), "timestamps", "sentences")
 
 
 def timelens_records(text: str) -> Records:
-    """One record per query of a file that holds one per video."""
+    """Yield one record per query of a file with one entry per video."""
     return _per_query(json_file(text, dict), "spans", "queries")
 
 
 def _per_query(videos: dict[str, Any], times: str, queries: str) -> Records:
+    """Yield one record per query; `times` and `queries` name an entry's parallel lists."""
     for video, record in videos.items():
         try:
-            found, texts = (get(record, key, list) for key in (times, queries))
+            all_times, texts = (get(record, key, list) for key in (times, queries))
             duration = number(record, "duration")
-            if len(found) != len(texts):
-                raise ValueError(f"{len(found)} {times} for {len(texts)} {queries}")
+            if len(all_times) != len(texts):
+                raise ValueError(f"{len(all_times)} {times} for {len(texts)} {queries}")
             if not texts:
                 raise ValueError(f'"{queries}" is empty')
         except ValueError as error:
             yield video, error
             continue
-        for k, (time, query) in enumerate(zip(found, texts, strict=True)):
+        for k, (time, query) in enumerate(zip(all_times, texts, strict=True)):
             one = {"video": video, "duration": duration, times: time, queries: query}
             yield f"{video}:{k}", one
 
 
 def activitynet(place: Place, record: Any) -> Fields:
-    """`"v_uqi": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": ["..."]}`, of which a
-    record is one sentence."""
+    """`"v_uqi": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": ["..."]}`, split into
+    one record per sentence."""
     return {
         "id": str(place),
         "video": (get(record, "video", str),),
@@ -100,8 +105,8 @@ def activitynet(place: Place, record: Any) -> Fields:
 
 
 def timelens(place: Place, record: Any) -> Fields:
-    """`"v_uqi": {"duration": 55.15, "spans": [[0, 4.1]], "queries": ["..."]}`, of which a record is
-    one query; TimeLens-Bench."""
+    """TimeLens-Bench: `"v_uqi": {"duration": 55.15, "spans": [[0, 4.1]], "queries": ["..."]}`,
+    split into one record per query."""
     return {
         "id": str(place),
         "video": (get(record, "video", str),),
@@ -112,7 +117,7 @@ def timelens(place: Place, record: Any) -> Fields:
 
 
 def timelens_100k_records(text: str) -> Records:
-    """One record per event of a file that holds one line per video."""
+    """Yield one record per event of a file with one line per video."""
     for place, record in json_lines(text):
         try:
             if isinstance(record, ValueError):
@@ -129,7 +134,7 @@ def timelens_100k_records(text: str) -> Records:
 
 def timelens_100k(place: Place, record: Any) -> Fields:
     """`{"source", "video_path", "duration": 117.4, "events": [{"query", "span": [[0.0, 5.0]]}]}`,
-    of which a record is one event."""
+    split into one record per event."""
     event = record["events"]
     video = get(record, "video_path", str)
     return {
@@ -144,7 +149,7 @@ def timelens_100k(place: Place, record: Any) -> Fields:
 def qvhighlights(place: Place, record: Any) -> Fields:
     """`{"qid": 2579, "query": "...", "duration": 150, "vid", "relevant_windows": [[82, 150]]}`"""
     return {
-        "id": name(record),
+        "id": identifier(record),
         "video": (get(record, "vid", str),),
         "query": sentence(record, "query"),
         "spans": spans(record, "relevant_windows"),
@@ -155,14 +160,14 @@ def qvhighlights(place: Place, record: Any) -> Fields:
 def rextime(place: Place, record: Any) -> Fields:
     """`{"qid", "query", "duration": 150, "vid", "relevant_windows": [[0, 28]], "ans": "A"}`; as
     released with the options, `{"qid", "question", "duration", "vid", "span": [0, 28], "ans": "A",
-    "options": ["..."], "category"}`. A letter without options answers nothing, so that the former
+    "options": ["..."], "category"}`. Without options the letter answers nothing, so the first form
     is plain grounding."""
     letter = get(record, "ans", str)
     query = sentence(record, "question" if "question" in record else "query")
-    chosen = options(record) if known(record, "options") else None
+    chosen = options(record) if has_value(record, "options") else None
     windows = "span" if "span" in record else "relevant_windows"
     return {
-        "id": name(record),
+        "id": identifier(record),
         "video": (get(record, "vid", str),),
         "query": query,
         "question": query if chosen else None,
@@ -176,17 +181,17 @@ def rextime(place: Place, record: Any) -> Fields:
 
 def tvgbench(place: Place, record: Any) -> Fields:
     """`{"path", "question", "answer": "13.4-28.1", "duration": 30.12, "qsemtype"}`; with "start"
-    and "end", answer and duration are those of the clip between these seconds of the video."""
+    and "end", in seconds, answer and duration refer to that clip of the video."""
     query, answer = sentence(record, "question"), get(record, "answer", str)
     times = _RANGE.fullmatch(answer)
     if times is None:
         raise ValueError(f'"answer" is {shown(answer)}, not start-end')
     video = get(record, "path", str)
-    if known(record, "start"):
+    if has_value(record, "start"):
         video = clip_name(video, number(record, "start"), number(record, "end"))
     return {
         "id": f"tvgbench:{place}",
-        "video": _time_r1(video),
+        "video": _time_r1_names(video),
         "query": query,
         "spans": ((float(times[1]), float(times[2])),),
         "duration_s": number(record, "duration"),
@@ -196,24 +201,24 @@ def tvgbench(place: Place, record: Any) -> Fields:
 
 def timerft(place: Place, record: Any) -> Fields:
     """`{"video", "duration": 93.29, "timestamp": [1.0, 4.0], "sentence", "qid", "difficulty"}`;
-    with "answer", and "options" if it has any, the sentence is a question. With "video_start" the
-    record is about the clip from there to "video_end"."""
+    with "answer" (and optionally "options") the sentence is a question. With "video_start" and
+    "video_end" the record is about that clip of the video."""
     query, video = sentence(record, "sentence"), get(record, "video", str)
     answered = "answer" in record
     timed = not answered or "timestamp" in record
     stem = Path(video).stem
-    if known(record, "video_start") and record["video_start"] != 0 and not _CUT.search(stem):
+    if has_value(record, "video_start") and record["video_start"] != 0 and not _CUT.search(stem):
         video = clip_name(video, number(record, "video_start"), number(record, "video_end"))
     return {
-        "id": name(record),
-        "video": _time_r1(video),
+        "id": identifier(record),
+        "video": _time_r1_names(video),
         "query": query,
         "question": query if answered else None,
         "answer": sentence(record, "answer") if answered else None,
         "options": options(record) if answered and "options" in record else None,
         "spans": (span(get(record, "timestamp", list)),) if timed else (),
         "duration_s": number(record, "duration"),
-        "difficulty": number(record, "difficulty") if known(record, "difficulty") else None,
+        "difficulty": number(record, "difficulty") if has_value(record, "difficulty") else None,
         "category": category(record),
     }
 
@@ -222,13 +227,16 @@ NEXTGQA_COLUMNS = ("video_id", "question", "answer", "qid", "type", "a0", "a1", 
 
 
 def nextgqa_records(text: str, path: Path) -> Records:
-    """Rows of the csv with their entry of `gsub_val.json` (for `val.csv`) and of
-    `map_vid_vidorID.json`, both beside it; the former is missing for `train.csv` alone."""
+    """Yield the rows of a csv with their entries of `gsub_val.json` (for `val.csv`) and of the
+    optional `map_vid_vidorID.json` in the same folder.
+
+    Raises DataError where the former is missing, except for `train.csv`, which has none.
+    """
     rows = list(csv_rows(text, NEXTGQA_COLUMNS))
-    moments = beside(path, f"gsub_{path.stem}.json")
+    moments = sibling_object(path, f"gsub_{path.stem}.json")
     if moments is None and path.stem != "train":
-        raise DataError(f"{path}: gsub_{path.stem}.json, which holds the moments, is not beside it")
-    folders = beside(path, VIDOR_MAP) or {}
+        raise DataError(f"{path}: gsub_{path.stem}.json with the moments is missing in its folder")
+    folders = sibling_object(path, VIDOR_MAP) or {}
     for place, row in rows:
         if isinstance(row, dict):
             vid = row["video_id"]
@@ -237,19 +245,18 @@ def nextgqa_records(text: str, path: Path) -> Records:
 
 
 def nextgqa(place: Place, record: Any) -> Fields:
-    """A row `video_id,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4`, where
-    the answer is the text of an option, and `"video_id": {"duration": 34, "location": {"qid":
-    [[1.2, 5.8]]}}`, which may be missing."""
+    """A row `video_id,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4`, whose
+    answer is the text of an option; optional moments `"video_id": {"duration": 34, "location":
+    {"qid": [[1.2, 5.8]]}}`."""
     vid, qid = get(record, "video_id", str), get(record, "qid", str)
     query = sentence(record, "question")
-    moments, true = record["moments"], ()
+    moments, true_spans = record["moments"], ()
     duration = None
     if moments is not None:
         duration = number(moments, "duration")
         location = get(moments, "location", dict)
-        # A start may be a tenth or two below zero, where a time was rounded.
-        found = spans(location, qid) if qid in location else ()
-        true = tuple((0.0 if -_ROUNDING_S < s < 0 else s, e) for s, e in found)
+        annotated = spans(location, qid) if qid in location else ()
+        true_spans = tuple((0.0 if -_ROUNDING_S < s < 0 else s, e) for s, e in annotated)
     return {
         "id": f"{vid}_{qid}",
         "video": vidor_names(record["path"], vid),
@@ -257,44 +264,43 @@ def nextgqa(place: Place, record: Any) -> Fields:
         "question": query,
         "options": tuple(sentence(record, f"a{k}") for k in range(5)),
         "answer": sentence(record, "answer"),
-        "spans": true,
+        "spans": true_spans,
         "duration_s": duration,
         "category": category(record, "type"),
     }
 
 
 def mcq(place: Place, record: Any) -> Fields:
-    """Our own: `{"id", "video", "question", "options": ["..."], "answer": text, letter or place,
-    "spans": [[s, e]], "duration", "clip": [s, e], "category"}`, of which all but the first three
-    may be missing; with spans alone the question is what to localise."""
+    """Our own format: `{"id", "video", "question", "options": ["..."], "answer": text, letter or
+    index, "spans": [[s, e]], "duration", "clip": [s, e], "category"}`; only the first three are
+    required. With spans alone, the question is the query to localise."""
     query, video = sentence(record, "question"), get(record, "video", str)
-    chosen = options(record) if known(record, "options") else None
-    answered = known(record, "answer")
+    chosen = options(record) if has_value(record, "options") else None
+    answered = has_value(record, "answer")
     if chosen and not answered:
         raise ValueError('"options" but no "answer"')
-    if not answered and not known(record, "spans"):
+    if not answered and not has_value(record, "spans"):
         raise ValueError('neither "answer" nor "spans"')
     answer = choice(record["answer"], chosen) if chosen else None
-    duration = number(record, "duration") if known(record, "duration") else None
-    if known(record, "clip"):
+    duration = number(record, "duration") if has_value(record, "duration") else None
+    if has_value(record, "clip"):
         start_s, end_s = span(record["clip"])
         video = clip_name(video, start_s, end_s)
         duration = end_s - start_s if duration is None else duration
     return {
-        "id": name(record, "id"),
+        "id": identifier(record, "id"),
         "video": (video,),
         "query": query,
         "question": query if answered else None,
         "options": chosen,
         "answer": answer if chosen or not answered else sentence(record, "answer"),
-        "spans": spans(record, "spans") if known(record, "spans") else (),
+        "spans": spans(record, "spans") if has_value(record, "spans") else (),
         "duration_s": duration,
         "category": category(record),
     }
 
 
-def _time_r1(video: str) -> tuple[str, ...]:
-    """Time-R1's files name their videos from the root of its repository; the videos may be in the
-    video root itself."""
+def _time_r1_names(video: str) -> tuple[str, ...]:
+    """Return the name of a video and, for a path in Time-R1's repository, its part below there."""
     official = _TIME_R1.fullmatch(video)
     return (video, official[1]) if official else (video,)

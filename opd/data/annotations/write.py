@@ -1,4 +1,4 @@
-"""Examples written as an annotation file."""
+"""Writing examples to an annotation file."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from opd.data.examples import Example
 def write_timerft(
     path: str | Path, examples: Iterable[Example], video_root: str | Path | None = None
 ) -> None:
-    """Write examples as TimeRFT JSON, one record a line, as `read_examples` reads it back.
+    """Write examples as TimeRFT JSON, one record per line; `read_examples` reads them back.
 
-    An example with an `answer` in words has that and its `options` beside the time or in place of
-    it (an addition to the format).
+    Our addition to the format: `answer` and `options` beside the time or in place of it.
 
     Args:
-        path: file to write.
-        examples: each with one span, an answer or both, a duration and a video under
-            `video_root`.
-        video_root: what `video` is stored relative to; default the folder of `path`.
+        path: the file to write.
+        examples: each with a duration, a video below `video_root`, and one span, an answer or
+            both.
+        video_root: the folder that videos are named relative to; by default that of `path`.
 
     Raises:
-        ValueError: for an example that the format cannot hold.
+        ValueError: an example does not fit the format.
     """
     path = Path(path)
     root = path.parent if video_root is None else Path(video_root)
     lines = []
     for example in examples:
-        spans = len(example.spans)
-        if spans > 1 or not (spans or example.answer) or example.duration_s is None:
-            raise ValueError(f"example {example.id!r} needs one span and a duration for timerft")
-        known: dict[str, Any] = {"timestamp": list(example.spans[0])} if spans else {}
+        num_spans = len(example.spans)
+        if num_spans > 1 or not (num_spans or example.answer) or example.duration_s is None:
+            raise ValueError(
+                f"example {example.id!r} does not fit timerft: it must have a duration, at most "
+                "one span, and an answer where it has no span"
+            )
+        optional: dict[str, Any] = {"timestamp": list(example.spans[0])} if num_spans else {}
         if example.answer is not None:
-            known["answer"] = example.answer
+            optional["answer"] = example.answer
         if example.options is not None:
-            known["options"] = list(example.options)
+            optional["options"] = list(example.options)
         if example.category is not None:
-            known["category"] = example.category
+            optional["category"] = example.category
         record = {
             "video": example.video.relative_to(root).as_posix(),
             "duration": example.duration_s,
-            **known,
+            **optional,
             "sentence": example.query,
             "qid": example.id,
             "difficulty": example.difficulty,

@@ -119,7 +119,7 @@ def test_written_timerft_is_read_back(root):
 
 def test_timerft_refuses_what_it_cannot_hold(root):
     example = Example(id="x", video=root / "old.avi", query="q", spans=(), duration_s=8.0)
-    with pytest.raises(ValueError, match="'x' needs one span and a duration"):
+    with pytest.raises(ValueError, match="'x' does not fit timerft"):
         write_timerft(root / "out.json", [example])
 
 
@@ -133,24 +133,28 @@ def test_timerft_refuses_what_it_cannot_hold(root):
         ("charades", "NOPE 1 2##sits", ":1: no video 'NOPE' in "),
         ("charades", "", ": holds no examples"),
         ("qvhighlights", json.dumps(QV) + "\n{oops", ":2: not JSON: "),
-        ("qvhighlights", json.dumps(QV) + "\n" + json.dumps(QV), ":2: id '2579' was used at "),
-        ("qvhighlights", json.dumps(QV | {"duration": "150"}), ":1: \"duration\" is '150'"),
+        (
+            "qvhighlights",
+            json.dumps(QV) + "\n" + json.dumps(QV),
+            ":2: duplicate id '2579', first used at ",
+        ),
+        ("qvhighlights", json.dumps(QV | {"duration": "150"}), ":1: invalid \"duration\": '150'"),
         ("qvhighlights", json.dumps(QV | {"relevant_windows": []}), ':1: "relevant_windows" is'),
         ("qvhighlights", json.dumps(QV | {"relevant_windows": [[1]]}), ":1: [1] is not a [start"),
         ("qvhighlights", json.dumps(QV | {"relevant_windows": [[160, 170]]}), ":1: a span starts"),
-        ("qvhighlights", "[]", ":1: a list where an object belongs"),
-        ("activitynet", [1], ": holds a list where a dict belongs"),
-        ("activitynet", {"v_uqi": {"sentences": []}}, ':v_uqi: no "timestamps"'),
+        ("qvhighlights", "[]", ":1: expected an object, got list"),
+        ("activitynet", [1], ": expected an object, got list"),
+        ("activitynet", {"v_uqi": {"sentences": []}}, ':v_uqi: missing "timestamps"'),
         (
             "activitynet",
             {"v_uqi": {"duration": 9, "timestamps": [[0, 1]], "sentences": []}},
             ":v_uqi: 1 timestamps for 0 sentences",
         ),
         ("timerft", '[\n{"video": "a",\n]', ":3: not JSON: "),
-        ("timerft", [RFT, RFT | {"qid": True}], ':1: "qid" is True'),
-        ("timerft", [RFT | {"sentence": ""}], ":0: \"sentence\" is ''"),
-        ("timerft", [RFT | {"duration": float("nan")}], ':0: "duration" is nan'),
-        ("timerft", [RFT | {"difficulty": "hard"}], ":0: \"difficulty\" is 'hard'"),
+        ("timerft", [RFT, RFT | {"qid": True}], ':1: invalid "qid": True'),
+        ("timerft", [RFT | {"sentence": ""}], ":0: invalid \"sentence\": ''"),
+        ("timerft", [RFT | {"duration": float("nan")}], ':0: invalid "duration": nan'),
+        ("timerft", [RFT | {"difficulty": "hard"}], ":0: invalid \"difficulty\": 'hard'"),
         ("timerft", "[" * 100_000, "annotations:"),
     ],
 )
@@ -327,7 +331,9 @@ def test_nextgqa_without_its_moments(root):
     path = root / "val.csv"
     path.write_text(f"{HEADER}\n{ROW}\n")
     for format in ("nextgqa", "auto"):
-        with pytest.raises(DataError, match=r"val\.csv: gsub_val\.json, which holds the moments"):
+        with pytest.raises(
+            DataError, match=r"val\.csv: gsub_val\.json with the moments is missing"
+        ):
             read_examples(path, format, root)
     (root / "gsub_val.json").write_text("{")
     with pytest.raises(DataError, match=r"gsub_val\.json:1: not JSON"):
@@ -400,26 +406,26 @@ def test_mcq_spans_clips_and_grounding(root):
         ("mcq", MCQ | {"answer": None}, '"options" but no "answer"'),
         ("mcq", MCQ | {"answer": None, "options": None}, 'neither "answer" nor "spans"'),
         ("mcq", MCQ | {"options": ["a car"]}, "answer 'a car' is not among the options"),
-        ("mcq", MCQ | {"options": ["a car", 5]}, "\"options\" is ['a car', 5]"),
+        ("mcq", MCQ | {"options": ["a car", 5]}, "invalid \"options\": ['a car', 5]"),
         ("mcq", MCQ | {"question": " "}, '"question" is empty'),
-        ("mcq", MCQ | {"id": "\ud800"}, '"id" holds half a character'),
+        ("mcq", MCQ | {"id": "\ud800"}, '"id" contains a lone surrogate'),
         ("mcq", MCQ | {"spans": [[2, 1]]}, "span 2 to 1 is not 0 <= start < end"),
         ("mcq", MCQ | {"spans": [[-1, 1]]}, "span -1 to 1 is not 0 <= start < end"),
-        ("mcq", MCQ | {"spans": [["1", 2]]}, "\"start\" is '1'"),
-        ("mcq", MCQ | {"spans": [[1, float("nan")]]}, '"end" is nan'),
-        ("mcq", MCQ | {"spans": [[1, float("inf")]]}, '"end" is inf'),
+        ("mcq", MCQ | {"spans": [["1", 2]]}, "invalid \"start\": '1'"),
+        ("mcq", MCQ | {"spans": [[1, float("nan")]]}, 'invalid "end": nan'),
+        ("mcq", MCQ | {"spans": [[1, float("inf")]]}, 'invalid "end": inf'),
         ("mcq", MCQ | {"spans": []}, '"spans" is empty'),
         ("mcq", MCQ | {"video": "../clip"}, "video '../clip' is outside"),
-        ("mcq", '{"id": 1, "id": 2}', "the key 'id' is there twice"),
-        ("mcq", '{"id": ' + "1" * 5000 + "}", "not JSON that can be read: Exceeds the limit"),
-        ("mcq", "[" * 50_000, "not JSON that can be read: maximum recursion"),
+        ("mcq", '{"id": 1, "id": 2}', "duplicate key 'id'"),
+        ("mcq", '{"id": ' + "1" * 5000 + "}", "unreadable JSON: Exceeds the limit"),
+        ("mcq", "[" * 50_000, "unreadable JSON: maximum recursion"),
         ("rextime", REX_OPTIONS | {"ans": "E"}, "answer 'E' is not among"),
         ("tvgbench", [TVG | {"answer": "5"}], "\"answer\" is '5', not start-end"),
         ("tvgbench", [TVG | {"answer": "5-5"}], "span 5 to 5 is not"),
         ("timelens", {"old": {"duration": 9, "spans": [[0, 1]], "queries": []}}, "1 spans for 0"),
         ("timelens", {"old": {"duration": 9, "spans": [], "queries": []}}, '"queries" is empty'),
         ("timelens_100k", '{"events": []}', '"events" is empty'),
-        ("timelens_100k", '{"events": [3], "video_path": "old"}', "an object belongs"),
+        ("timelens_100k", '{"events": [3], "video_path": "old"}', "expected an object, got int"),
         ("nextgqa", "video,question\n", ":1: the header lacks video_id, answer, qid"),
         ("nextgqa", f"{HEADER}\n{ROW},more", "14 columns where the header has 13"),
         ("nextgqa", f'{HEADER}\n"{ROW}', "not CSV: unexpected end of data"),
@@ -439,7 +445,7 @@ def test_a_bad_record_of_the_newer_formats(root, format, content, message):
 def test_the_place_of_a_record_cannot_break_its_line(root):
     left_out: list[str] = []
     read_examples(_write(root, {"a\nb\x1b[2J": 3}), "activitynet", root, left_out)
-    assert left_out == [f"{root / 'annotations'}:a b\\x1b[2J: a int where an object belongs"]
+    assert left_out == [f"{root / 'annotations'}:a b\\x1b[2J: expected an object, got int"]
 
 
 # Which format a file is of
@@ -507,7 +513,7 @@ def test_what_is_mistaken_for_what(root):
 @pytest.mark.parametrize("content", ["{}", "[]", "words", '{"a": 1}', "[[]]", "{" * 9999])
 def test_what_is_of_no_format(root, content):
     path = _write(root, content)
-    with pytest.raises(DataError, match="is of none of the formats timerft, charades"):
+    with pytest.raises(DataError, match="fits none of the formats timerft, charades"):
         read_examples(path, video_root=root)
     with pytest.raises(DataError, match="holds no examples"):
         recognise(_write(root, " \n"))

@@ -88,7 +88,7 @@ def test_what_is_written_is_read_back(tmp_path):
     bad.write_text(json.dumps([record]))
     left_out: list[str] = []
     read_examples(bad, "timerft", tmp_path, left_out)
-    assert left_out == [f"{bad}:0: \"options\" is ['a', 3]"]
+    assert left_out == [f"{bad}:0: invalid \"options\": ['a', 3]"]
 
 
 def test_each_task_is_asked_and_answered_in_its_own_form(tmp_path):
