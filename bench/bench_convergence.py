@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from bench.methods import carry_out
-from bench.methods_report import headline, side_by_side, totals
-from bench.protocol import Protocol, Run
+from bench.methods.protocol import Protocol, Run
+from bench.methods.report import headline, side_by_side, totals
+from bench.methods.run import carry_out
 from bench.record import hardware
 
 FULL = Path(__file__).with_name("methods.yaml")

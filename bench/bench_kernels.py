@@ -1,5 +1,5 @@
 """Kernel benchmarks: reverse KL, policy loss and log-probabilities, forward and backward, by every
-provider. `bench.kernels` says how they are measured."""
+provider. `bench.kernels.measure` says how they are measured."""
 
 import warnings
 from typing import Any
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import kernels
-from bench.kernels import TASKS, Failures, Found
-from bench.problems import Shape
-from bench.providers import REVERSE_KL, Task
-from bench.token_losses import LOGPROBS, POLICY_LOSS
+from bench.kernels import measure as kernels
+from bench.kernels.measure import TASKS, Failures, Found
+from bench.kernels.problems import Shape
+from bench.kernels.providers import REVERSE_KL, Task
+from bench.kernels.token_losses import LOGPROBS, POLICY_LOSS
 
 
 def shapes(task: Task) -> pytest.MarkDecorator:

@@ -4,8 +4,8 @@ the teacher. `python -m bench.precision OUT.json` makes the plot of it."""
 import pytest
 import torch
 
-from bench import precision
-from bench.kernels import DEVICE
+from bench.kernels import precision
+from bench.kernels.measure import DEVICE
 
 
 @pytest.mark.parametrize("dtype", precision.DTYPES, ids=str)

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.loops import Loop, loop_flops, loop_step, published_style, trl_style
-from bench.steps import (
+from bench.steps.loops import Loop, loop_flops, loop_step, published_style, trl_style
+from bench.steps.measure import (
     Measured,
     analytic_share,
     flops,
@@ -140,7 +140,7 @@ def test_against_trl_trainer(benchmark, config: Config, tmp_path: Path) -> None:
     """The same language models, text prompts of the same length and completions of the same
     length; TRL in its own loop, generating with transformers."""
     pytest.importorskip("trl", minversion="1.16", reason=f"not installed: {TRL}")
-    from bench import trl_trainer
+    from bench.steps import trl_trainer
 
     model = dataclasses.replace(config.model, dtype="float32")
     changed = {"normalize": "token", "model": model, "batch_size": PROMPTS}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.compare import OURS
-from bench.kernels import PAIRS
-from bench.methods_report import cell as scored
+from bench.kernels.measure import PAIRS
+from bench.methods.report import cell as scored
 from bench.tables import NOT_MEASURED, cell, is_kernel, walk
 from opd.record.curve import SCORES
 

@@ -18,6 +18,7 @@ import torch
 
 from bench import ROOT
 
+RESULTS = ROOT / "bench" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "trl")
 
 

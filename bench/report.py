@@ -15,12 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench import findings, precision
-from bench.kernels import PAIRS, TASKS, shapes_of
-from bench.methods_report import headline, totals
-from bench.protocol import RESULTS
-from bench.providers import MASKED
-from bench.record import Refused, read
+from bench import findings
+from bench.kernels import precision
+from bench.kernels.measure import PAIRS, TASKS, shapes_of
+from bench.kernels.providers import MASKED
+from bench.methods.report import headline, totals
+from bench.record import RESULTS, Refused, read
 from bench.tables import (
     NOT_MEASURED,
     benchmark,

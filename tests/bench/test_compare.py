@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench.compare import main
-from bench.problems import Loss, Problem, Shape, bare_gemms
-from bench.providers import fast
+from bench.kernels.problems import Loss, Problem, Shape, bare_gemms
+from bench.kernels.providers import fast
 from bench.timing import interleaved, ratio
 
 NODE = {"ratio": 1.0, "ratio_interval": [0.95, 1.05]}

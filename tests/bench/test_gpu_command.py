@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import full_size, gpu, gpu_parts, registers, tune
 from bench.failures import DeviceLost
-from bench.gpu_parts import Part
-from bench.part_result import PartResult
-from bench.tune import Trial, chosen, split_by_place
+from bench.gpu import command as gpu
+from bench.gpu import parts as gpu_parts
+from bench.gpu.part_result import PartResult
+from bench.gpu.parts import Part
+from bench.kernels import registers, tune
+from bench.kernels.tune import Trial, chosen, split_by_place
+from bench.steps import full_size
 from fused_kl import tiles, tuned
 from fused_kl.tuned import Sizes
 
@@ -212,7 +215,7 @@ def test_each_task_is_kept_when_it_ends_and_an_error_loses_nothing(
     assert sorted(p.name for p in out.iterdir()) == ["gpu_results.json", "tuned.py"]
     assert (out / "tuned.py").read_bytes() == tune.TABLE.read_bytes()
     assert run_part() == 0 and measured[4:] == ["a", "b", "c"], "a complete part is measured anew"
-    monkeypatch.setattr("bench.part_result.sources_digest", lambda: "other")
+    monkeypatch.setattr("bench.gpu.part_result.sources_digest", lambda: "other")
     path.write_text(json.dumps(content | {"complete": False}))
     assert run_part() == 0 and measured[7:] == ["a", "b", "c"], "of other sources nothing is kept"
 
@@ -415,7 +418,7 @@ def test_few_tokens_and_many_are_parts_of_their_own(monkeypatch) -> None:
         shapes.append(shape.num_rows)
         raise MemoryError  # of a whole task: the others are tried
 
-    monkeypatch.setattr("bench.kernels.peaks", measured)
+    monkeypatch.setattr("bench.kernels.measure.peaks", measured)
     for name, counts in (("kernels_8b", [32] * 3 + [640] * 3), ("kernels_8b_long", [16_384] * 3)):
         result = PartResult(None)
         gpu.PARTS[name].run(result, False)

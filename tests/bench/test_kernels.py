@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import failures, kernels, precision, providers, timing
-from bench.problems import Problem, Shape, relative_errors
-from bench.providers import REVERSE_KL, Peer, Provider
-from bench.token_losses import policy_dense
+from bench import failures, timing
+from bench.kernels import measure as kernels
+from bench.kernels import precision, providers
+from bench.kernels.problems import Problem, Shape, relative_errors
+from bench.kernels.providers import REVERSE_KL, Peer, Provider
+from bench.kernels.token_losses import policy_dense
 
 SMALL = Shape("small", 8, 4001, 64, 96)
 LIMIT = f"out of memory at {SMALL}"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import protocol as protocols
 from bench.bench_convergence import compared, short_runs
-from bench.methods import begin, carry_out
-from bench.methods_report import headline, published_style_s, report, side_by_side, table, write
-from bench.protocol import Protocol, Run
+from bench.methods import protocol as protocols
+from bench.methods.protocol import Protocol, Run
+from bench.methods.report import headline, published_style_s, report, side_by_side, table, write
+from bench.methods.run import begin, carry_out
 from bench.record import hardware
 from opd.config.run import load_config
 from opd.record.curve import Curve, shared, thresholds
@@ -234,7 +234,7 @@ def test_the_model_that_arms_start_from_is_one_and_the_same(
         (folder / "summary.json").write_text("{}")
         trained.append(keys)
 
-    monkeypatch.setattr("bench.methods.train", train)
+    monkeypatch.setattr("bench.methods.run.train", train)
     protocol = replace(protocol, first={"keys": ["steps=2"], "run_dir": str(run_dir)})
     for _ in range(2):
         begin(protocol)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.protocol import RESULTS
+from bench.record import RESULTS
 from bench.tables import NOT_MEASURED, benchmark, cell
 
 CPU = {"hardware": "2 cores of X, no GPU", "commit": "0ab", "date": "2026-11-21", "versions": {}}

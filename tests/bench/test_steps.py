@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import loops, steps
 from bench.bench_step import LOOPS, ROUTED, analytic_ratio
-from bench.loops import FORWARDS, loop_step, published_style, trl_style
-from bench.steps import Measured, flops, make_trainer, measure, prove_equal, single_pass_step
+from bench.steps import loops
+from bench.steps import measure as steps
+from bench.steps.loops import FORWARDS, loop_step, published_style, trl_style
+from bench.steps.measure import (
+    Measured,
+    flops,
+    make_trainer,
+    measure,
+    prove_equal,
+    single_pass_step,
+)
 from opd.config.run import Config, load_config
 from opd.method.trainer import Trainer
 
@@ -177,7 +185,7 @@ class TestTRL:
     @pytest.fixture
     def sides(self, config: Config, tmp_path: Path) -> Any:
         pytest.importorskip("trl", minversion="1.16")
-        from bench import trl_trainer
+        from bench.steps import trl_trainer
 
         trainer, batch = make_trainer(replace(config, normalize="token"))
         batch = trl_trainer.text_only(trainer, batch)

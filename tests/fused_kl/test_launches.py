@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.registers import SUMMARY_SPLITS, Variant, other_variants, row_variants
+from bench.kernels.registers import SUMMARY_SPLITS, Variant, other_variants, row_variants
 from fused_kl import (
     jsd,
     linear_cross_entropy,

@@ -240,8 +240,14 @@ COMPILE = """
 import re, sys
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
-from bench.registers import RESIDENT_THREADS, compiled, cuda_usage, other_variants, row_variants
-from bench.tune import REGISTERS
+from bench.kernels.registers import (
+    RESIDENT_THREADS,
+    compiled,
+    cuda_usage,
+    other_variants,
+    row_variants,
+)
+from bench.kernels.tune import REGISTERS
 from fused_kl import triton_device
 from fused_kl.tiles import ROW_BLOCKS
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import model_sizes as sizes
+from bench.steps import published_sizes as sizes
 from fused_kl.tiles import FAST_BYTES, make_plan
 from opd.check import main
 from opd.config.run import load_config

@@ -6,7 +6,7 @@ must stay within the memory that the default takes; it is timed in turn with the
 the winner where it is faster by more than `GAIN`. The winners are written into
 `fused_kl.tuned`, also from a result of another machine:
 
-python -m bench.tune bench/results/gpu_tune.json
+python -m bench.kernels.tune bench/results/gpu_tune.json
 """
 
 import json
@@ -22,11 +22,11 @@ from unittest.mock import patch
 import torch
 
 from bench.failures import attempt
-from bench.kernels import DEVICE, DTYPE, prove_equal, step
-from bench.problems import Problem, Shape
-from bench.providers import REVERSE_KL, Provider, fast, lowmem
-from bench.registers import REGISTER_FILE, RESIDENT_THREADS, Blocks, usage_of
-from bench.row_programs import Rows
+from bench.kernels.measure import DEVICE, DTYPE, prove_equal, step
+from bench.kernels.problems import Problem, Shape
+from bench.kernels.providers import REVERSE_KL, Provider, fast, lowmem
+from bench.kernels.registers import REGISTER_FILE, RESIDENT_THREADS, Blocks, usage_of
+from bench.kernels.row_programs import Rows
 from bench.timing import Times, interleaved, peak_bytes, ratio
 from fused_kl import tiles, tuned
 from fused_kl.tuned import Sizes
@@ -264,7 +264,7 @@ def write_table(sizes: dict[str, Sizes], path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
-        raise SystemExit("usage: python -m bench.tune bench/results/gpu_tune.json")
+        raise SystemExit("usage: python -m bench.kernels.tune bench/results/gpu_tune.json")
     result = json.loads(Path(arguments[0]).read_text())
     write_table({result["hardware"]: Sizes(**result["benchmarks"]["tune"]["sizes"])}, TABLE)
     print(TABLE)

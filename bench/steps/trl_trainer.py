@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer  # type: ignore[attr-defined]
 
-from bench.steps import errors, gradient
+from bench.steps.measure import errors, gradient
 from bench.timing import Times, now
 from opd.config.run import Config
 from opd.data.batch import Prompt, PromptBatch, collate

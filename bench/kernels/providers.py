@@ -1,5 +1,5 @@
 """A loss and many implementations of it: ours, plain PyTorch and its compiler, TRL, Liger. Here the
-mean reverse KL of two heads; `bench.token_losses` has those of sampled tokens.
+mean reverse KL of two heads; `bench.kernels.token_losses` has those of sampled tokens.
 
 Each provider takes the same tensors and leaves the gradients in `student_hidden.grad` and
 `student_lm_head.grad`. Those that this machine cannot run are named with the reason.
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.problems import Loss, Problem, bare_gemms
+from bench.kernels.problems import Loss, Problem, bare_gemms
 from fused_kl import (
     chunks,
     linear_reverse_kl,

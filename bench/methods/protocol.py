@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path(__file__).with_name("results")
+from bench.record import RESULTS
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Gradient variance of `sampled` beside `reverse_kl`'s, at the shipped student: python -m
-bench.gradient_variance
+bench.steps.gradient_variance
 
 Both estimate the gradient of the same sequence-level objective from the student's own rollouts.
 Over K sets of rollouts of one batch this prints, per objective, the squared norm of the mean
@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from bench.bench_step import make_trainer
+from bench.steps.measure import make_trainer
 from opd.config.run import load_config
 from opd.data.batch import PromptBatch
 from opd.method.trainer import Trainer

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from bench.failures import DeviceLost, attempt
-from bench.part_result import PartResult
-from bench.random_models import AnyTokens, Scale, make_prompt, policy_of, random_model
+from bench.gpu.part_result import PartResult
+from bench.steps.random_models import AnyTokens, Scale, make_prompt, policy_of, random_model
 from bench.timing import held_bytes, peak_bytes
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch, collate

@@ -3,7 +3,7 @@
 Runs what is left of a protocol (`bench/methods.yaml`, or `bench/rlt.yaml`), or of the arms that are
 named, each run a single-threaded `python -m opd.train`; keeps a result file a run below
 `bench/results/PROTOCOL/`, and makes `PROTOCOL.json`, `PROTOCOL.md` and `PROTOCOL.png` beside it of
-all there are (`bench.methods_report`). Stopped, it goes on where it was.
+all there are (`bench.methods.report`). Stopped, it goes on where it was.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.methods_report import write
-from bench.protocol import Protocol, Run
+from bench.methods.protocol import Protocol, Run
+from bench.methods.report import write
 from bench.record import origin
 from opd.files import read_rows
 from opd.models.load import checksums
@@ -133,7 +133,3 @@ def main() -> None:
             list(pool.map(attempt, protocol.final(arm)))
     print(write(protocol, teacher(protocol) if protocol.teacher_training else None))
     raise SystemExit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()

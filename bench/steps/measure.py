@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.failures import attempt
-from bench.loops import FORWARDS, Loop, trl_style
+from bench.steps.loops import FORWARDS, Loop, trl_style
 from bench.timing import Times, interleaved, peak_bytes, ratio
 from opd import train
 from opd.config.run import Config

@@ -1,5 +1,5 @@
 """What the Triton programs need of a GPU, found by compiling them, which needs none:
-python -m bench.registers ARCHITECTURE BLOCK:WARPS [BLOCK:WARPS ...]
+python -m bench.kernels.registers ARCHITECTURE BLOCK:WARPS [BLOCK:WARPS ...]
 
 ARCHITECTURE is a compute capability without its dot, 90 for Hopper. Prints JSON: for each shape of
 the row programs the registers of a thread, bytes of spilled registers and of shared memory, the
@@ -135,7 +135,7 @@ def usage_of(architecture: int, shapes: Sequence[Blocks]) -> dict[Blocks, dict[s
 
     def one(shape: Blocks) -> dict[str, int]:
         wanted = ":".join(map(str, shape))
-        command = [sys.executable, "-m", "bench.registers", str(architecture), wanted]
+        command = [sys.executable, "-m", "bench.kernels.registers", str(architecture), wanted]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         (usage,) = json.loads(made.stdout).values()

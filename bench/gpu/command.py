@@ -32,10 +32,9 @@ from typing import NoReturn
 
 from bench import ROOT
 from bench.failures import DeviceLost
-from bench.gpu_parts import PARTS, Part
-from bench.part_result import PartResult, conditions, export, out_folder, restore, state
-from bench.protocol import RESULTS
-from bench.record import Refused, commit
+from bench.gpu.part_result import PartResult, conditions, export, out_folder, restore, state
+from bench.gpu.parts import PARTS, Part
+from bench.record import RESULTS, Refused, commit
 
 LIMIT_S = 480  # of a part, without a lease
 MARGIN_S = 15  # of a lease, left for copying what was measured
@@ -281,7 +280,3 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         code = run_each(names, options.smoke)
     raise SystemExit(code)
-
-
-if __name__ == "__main__":
-    main()

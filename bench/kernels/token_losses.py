@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.problems import Loss, Problem, student_gemms
-from bench.providers import Peer, Task
+from bench.kernels.problems import Loss, Problem, student_gemms
+from bench.kernels.providers import Peer, Task
 from fused_kl import linear_logprobs, linear_policy_loss, reference
 
 CLIP = 0.2

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from bench.failures import attempt
-from bench.problems import Loss, Problem, Shape, relative_errors
-from bench.providers import REVERSE_KL, Provider, Task
+from bench.kernels.problems import Loss, Problem, Shape, relative_errors
+from bench.kernels.providers import REVERSE_KL, Provider, Task
+from bench.kernels.token_losses import LOGPROBS, POLICY_LOSS
 from bench.timing import interleaved, peak_bytes, ratio
-from bench.token_losses import LOGPROBS, POLICY_LOSS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

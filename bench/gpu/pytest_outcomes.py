@@ -1,4 +1,4 @@
-"""A pytest plugin that writes each test's outcome when it ends: `-p bench.pytest_outcomes
+"""A pytest plugin that writes each test's outcome when it ends: `-p bench.gpu.pytest_outcomes
 --outcomes=FILE`. A line of JSON when a test begins and one for each outcome, so that a run that is
 killed, or that a test takes down, leaves what was known of it.
 """

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.protocol import Protocol
+from bench.methods.protocol import Protocol
 from bench.tables import NOT_MEASURED
 from bench.tables import table as markdown
 from opd.record.curve import NOT_TRAINING, SCORES, Curve, plot, thresholds

@@ -23,8 +23,7 @@ import torch
 
 from bench import ROOT
 from bench.failures import DeviceLost, one_line
-from bench.protocol import RESULTS
-from bench.record import Refused, origin
+from bench.record import RESULTS, Refused, origin
 
 COMBINED = "gpu_results.json"  # in $OUT
 TABLE = ROOT / "kernels" / "fused_kl" / "tuned.py"

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import ROOT
 from bench.failures import DeviceLost
-from bench.part_result import Entry, PartResult
+from bench.gpu.part_result import Entry, PartResult
 
 TEST_FILES = ("fused_kl/test_triton.py", "fused_kl/test_gpu.py")  # before the others
 REPORT_LENGTH = 3000  # characters of a failed test's report that are kept
@@ -58,7 +58,7 @@ def run_tests(path: Path, save: Callable[[Entry], None]) -> Entry:
         outcomes = Path(folder, "outcomes")
         outcomes.touch()
         command = [sys.executable, "-m", "pytest", "-m", "gpu", str(path), "-p", "no:cacheprovider"]
-        command += ["-p", "bench.pytest_outcomes", f"--outcomes={outcomes}"]
+        command += ["-p", "bench.gpu.pytest_outcomes", f"--outcomes={outcomes}"]
         process = subprocess.Popen(command, cwd=ROOT)
         try:
             while process.poll() is None:
@@ -74,7 +74,7 @@ def run_tests(path: Path, save: Callable[[Entry], None]) -> Entry:
 
 
 def counted(outcomes: Path) -> Entry:
-    """What the lines of `bench.pytest_outcomes` add up to."""
+    """What the lines of `bench.gpu.pytest_outcomes` add up to."""
     lines = [json.loads(line) for line in outcomes.read_text().splitlines() if line.endswith("}")]
     started = [line["test"] for line in lines if line["outcome"] == "started"]
     failed = {line["test"]: line["text"] for line in lines if line["outcome"] == "failed"}
@@ -94,8 +94,8 @@ def kernel_part(pair: str, counts: Sequence[int]) -> Callable[[PartResult, bool]
     def run(result: PartResult, smoke: bool) -> None:
         import torch
 
-        from bench import kernels
-        from bench.problems import Shape
+        from bench.kernels import measure as kernels
+        from bench.kernels.problems import Shape
 
         shapes = kernels.shapes_of(pair, counts)
         rounds = kernels.ROUNDS
@@ -129,8 +129,8 @@ def tune_part(result: PartResult, smoke: bool) -> None:
     """Sizes of the kernels' pieces; when all are found they go into the library's table."""
     import torch
 
-    from bench import tune
-    from bench.problems import Shape
+    from bench.kernels import tune
+    from bench.kernels.problems import Shape
 
     scale = tune.Scale()
     if smoke:
@@ -155,7 +155,7 @@ def precision_part(result: PartResult, smoke: bool) -> None:
     """Gradient errors, as bench/bench_precision.py has them."""
     import torch
 
-    from bench import precision
+    from bench.kernels import precision
 
     shape = precision.Shape("smoke", 16, 2003, 32, 64) if smoke else precision.SHAPE
     for dtype in (torch.float32,) if smoke else precision.DTYPES:
@@ -172,7 +172,7 @@ def step_part(method: str) -> Callable[[PartResult, bool], None]:
     """Steps of Qwen3-VL-2B from 8B with random weights."""
 
     def run(result: PartResult, smoke: bool) -> None:
-        from bench import full_size, model_sizes
+        from bench.steps import full_size, published_sizes
 
         name = f"step_{method}"
         with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def step_part(method: str) -> Callable[[PartResult, bool], None]:
                     student=student, teacher=teacher, rollouts=2, steps=2, short=1, **small
                 )
             else:
-                folders = model_sizes.write(Path(folder))
+                folders = published_sizes.write(Path(folder))
                 scale = full_size.Scale(
                     student=folders["Qwen/Qwen3-VL-2B-Instruct"],
                     teacher=folders["Qwen/Qwen3-VL-8B-Instruct"],

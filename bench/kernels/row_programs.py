@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels import DEVICE, DTYPE
+from bench.kernels.measure import DEVICE, DTYPE
 from fused_kl import reference
 
 

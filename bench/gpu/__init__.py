@@ -1,0 +1,1 @@
+"""`python -m bench.gpu`: all that needs a GPU, in parts."""

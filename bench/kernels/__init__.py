@@ -1,0 +1,1 @@
+"""Losses of two heads: who computes them, on what, and how they are measured."""

@@ -1,0 +1,1 @@
+"""The methods compared: protocols, their runs and what they come to."""

@@ -1,0 +1,5 @@
+"""python -m bench.methods"""
+
+from bench.methods.run import main
+
+main()

@@ -1,0 +1,1 @@
+"""Optimizer steps: this project's, other loops' and those of published sizes."""
