@@ -11,19 +11,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench.kernels.problems import Loss, Problem, bare_gemms
-from fused_kl import (
-    chunks,
-    linear_reverse_kl,
-    reference,
-    tokens,
-    torch_kernels,
-    walk,
-)
+from fused_kl import head, linear_reverse_kl, reference, torch_rows
 
 MASKED = "fast_allowed_columns"
 PIP = {"trl": "trl==1.16.0", "liger_kernel": "liger-kernel==0.8.5"}
@@ -107,15 +101,8 @@ class Task:
 @contextmanager
 def torch_row_programs() -> Iterator[None]:
     """Row programs in plain torch on a GPU too."""
-    users: list[Any] = [chunks, walk, tokens]
-    kept = [user.row_programs for user in users]
-    for user in users:
-        user.row_programs = lambda like: torch_kernels
-    try:
+    with patch.object(head, "row_programs", lambda like: torch_rows):
         yield
-    finally:
-        for user, programs in zip(users, kept, strict=True):
-            user.row_programs = programs
 
 
 def fast(problem: Problem, mode: Literal["fast", "lowmem"] = "fast") -> Tensor:

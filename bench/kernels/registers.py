@@ -61,41 +61,44 @@ class Variant:
 
 def row_variants(shape: Blocks) -> Iterator[Variant]:
     """Every program over rows of logits in one shape."""
-    from fused_kl import triton_device as device
+    from fused_kl import triton_divergence, triton_tokens
 
     block, num_warps = shape
     written = [{"grad": "*bf16"}, {"grad": "*fp32"}]
     for banned in (True, False):
         constants: Kinds = {"BLOCK": block, "HAS_BANNED": banned}
-        yield Variant(device.divergence_statistics, constants, num_warps)
-        yield Variant(device.token_statistics, constants, num_warps)
+        yield Variant(triton_divergence.divergence_statistics, constants, num_warps)
+        yield Variant(triton_tokens.token_statistics, constants, num_warps)
         for types in written:
-            yield Variant(device.token_gradient, constants, num_warps, types)
+            yield Variant(triton_tokens.token_gradient, constants, num_warps, types)
         for kind, value, grad in product((0, 1, 2), (True, False), (True, False)):
             # The JSD's gradient needs its value first; without both there is nothing to do.
             if (value and grad and kind == 2) or not (value or grad):
                 continue
             flags: Kinds = {"KIND": kind, "WITH_VALUE": value, "WITH_GRAD": grad}
             for types in written if grad else [{}]:
-                yield Variant(device.divergence_gradient, constants | flags, num_warps, types)
+                yield Variant(
+                    triton_divergence.divergence_gradient, constants | flags, num_warps, types
+                )
 
 
 def other_variants() -> Iterator[Variant]:
     """Every program whose shape does not depend on the logits'."""
-    from fused_kl import triton_device as device
-    from fused_kl import triton_kernels as host
+    from fused_kl import triton_divergence, triton_rows, triton_shared, triton_tokens
 
     for splits, kernel in product(
-        SUMMARY_SPLITS, (device.divergence_summary, device.token_summary)
+        SUMMARY_SPLITS, (triton_divergence.divergence_summary, triton_tokens.token_summary)
     ):
-        shape = host.summary_program(splits)
+        shape = triton_rows.summary_program(splits)
         yield Variant(kernel, {"BLOCK": shape["BLOCK"]}, shape["num_warps"])
     for banned in (True, False):
-        constants: Kinds = {"BLOCK": host.CHOSEN_BLOCK, "HAS_BANNED": banned}
-        yield Variant(device.chosen_logprobs, constants, host.CHOSEN_WARPS)
+        constants: Kinds = {"BLOCK": triton_rows.CHOSEN_BLOCK, "HAS_BANNED": banned}
+        yield Variant(triton_tokens.chosen_logprobs, constants, triton_rows.CHOSEN_WARPS)
     for dtype in ("*fp32", "*bf16"):
-        constants = {"BLOCK": host.SCALE_BLOCK}
-        yield Variant(device.scale_in_place, constants, host.SCALE_WARPS, {"values": dtype})
+        constants = {"BLOCK": triton_rows.SCALE_BLOCK}
+        yield Variant(
+            triton_shared.scale_in_place, constants, triton_rows.SCALE_WARPS, {"values": dtype}
+        )
 
 
 def compiled(variant: Variant, target: Any) -> Any:

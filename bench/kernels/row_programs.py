@@ -12,7 +12,7 @@ class Rows:
     """Row programs on random logits: divergence and token loss of each row, with gradients."""
 
     def __init__(self, num_rows: int, columns: int) -> None:
-        from fused_kl import triton_kernels  # needs Triton
+        from fused_kl import triton_rows  # needs Triton
 
         generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -23,7 +23,7 @@ class Rows:
         self.ids = torch.randint(columns, (num_rows,), generator=generator, device=DEVICE)
         self.grad = torch.empty(num_rows, columns, dtype=DTYPE, device=DEVICE)
         self.scale = torch.ones(num_rows, device=DEVICE)
-        self.programs: Any = triton_kernels
+        self.programs: Any = triton_rows
 
     def divergence(self, beta: float = 1.0) -> torch.Tensor:
         """`[N]`; its gradient goes into `grad`."""

@@ -1,15 +1,19 @@
-"""Argument checks: one line that names the argument, what it is, and what it should be."""
+"""Checks of arguments. A message names the argument, what it is, and what is expected."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fused_kl.walk import Inputs, Rules
+from fused_kl.arguments import (
+    DivergenceInputs,
+    DivergenceOptions,
+    HeadInputs,
+    LogitOptions,
+    TokenInputs,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,15 +29,10 @@ def _check_float(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_side(
-    hidden_name: str,
-    hidden: Tensor,
-    head_name: str,
-    lm_head: Tensor,
-    bias_name: str,
-    bias: Tensor | None,
-) -> None:
-    """One model's hidden states [N, H], head [V, H] and bias [V]."""
+def check_head(inputs: HeadInputs, prefix: str = "") -> None:
+    """One model's hidden states [N, H], head [V, H] and bias [V]; `prefix` starts their names."""
+    hidden, lm_head, bias = inputs
+    hidden_name, head_name, bias_name = (prefix + field for field in inputs._fields)
     for name, tensor, expected in (
         (hidden_name, hidden, "[N, H]"),
         (head_name, lm_head, "[V, H]"),
@@ -58,8 +57,14 @@ def check_side(
                 )
 
 
+def check_logit_options(options: LogitOptions) -> None:
+    """Finite numbers above 0; `softcap` may be None."""
+    for name, value in zip(options._fields, options, strict=True):
+        check_positive(name, value)
+
+
 def check_same_device(anchor_name: str, anchor: Tensor, **others: Tensor | None) -> None:
-    """Every tensor lives where the anchor lives."""
+    """Every tensor is on the device of the anchor."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != anchor.device:
             raise ValueError(
@@ -68,14 +73,14 @@ def check_same_device(anchor_name: str, anchor: Tensor, **others: Tensor | None)
 
 
 def check_frozen(what: str, **tensors: Tensor | None) -> None:
-    """No gradient flows into these: asking for one is a mistake."""
+    """The loss gives no gradient to these tensors, so that none may require one."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires grad, expected {what} without grad (detach it)")
 
 
 def check_rows(num_rows: int, **tensors: Tensor | None) -> None:
-    """Per-token values: [N], floating, or bool where a mask is meant."""
+    """Values per token: [N], of a float dtype, or bool for a mask."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -86,14 +91,14 @@ def check_rows(num_rows: int, **tensors: Tensor | None) -> None:
 
 
 def check_columns(allowed_columns: Tensor | None, vocab: int, used: int) -> None:
-    """allowed_columns [V] bool with one True at least among the `used` first columns."""
+    """allowed_columns [V] bool, with at least one True among the first `used` columns."""
     if allowed_columns is None:
         return
     if allowed_columns.shape != (vocab,):
         raise ValueError(f"allowed_columns has shape {_shape(allowed_columns)}, expected [{vocab}]")
     if allowed_columns.dtype != torch.bool:
         raise ValueError(f"allowed_columns has dtype {allowed_columns.dtype}, expected bool")
-    # Only on the CPU: elsewhere this would stop the host, and the loss becomes NaN instead.
+    # Only on the CPU: elsewhere the host would wait, and the loss becomes NaN instead.
     if allowed_columns.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if not allowed_columns[:used].any():
@@ -109,8 +114,11 @@ def check_token_ids(token_ids: Tensor, num_rows: int) -> None:
 
 
 def check_token_range(token_ids: Tensor, vocab: int, token_weights: Tensor | None = None) -> None:
-    """Every id names a column, but for rows of weight 0; on other devices, where asking would stop
-    the host, and under torch.compile, torch's own assertion says so."""
+    """Every id is a column of the vocabulary, except in rows of weight 0.
+
+    Only on the CPU and outside torch.compile: elsewhere the host would wait, and torch's own
+    assertion finds the mistake.
+    """
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if token_weights is not None:
@@ -156,13 +164,13 @@ def check_positive(name: str, value: float | None) -> None:
 
 
 def check_k(k: int, num_columns: int) -> None:
-    """An integer that the vocabulary can serve."""
+    """An integer between 1 and the number of columns."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= num_columns:
         raise ValueError(f"k is {k!r}, expected an integer in [1, {num_columns}]")
 
 
 def chunk_rows(chunk_size: int | str) -> int:
-    """'auto' is 0, a positive integer itself."""
+    """The number of rows of a chunk, 0 for 'auto'."""
     if isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1:
         return chunk_size
     if chunk_size != "auto":
@@ -171,7 +179,7 @@ def chunk_rows(chunk_size: int | str) -> int:
 
 
 def check_finite(active: Tensor | None, **tensors: Tensor | None) -> None:
-    """No NaN, and inf only as the -inf of a bias; `[N, ...]` tensors in active rows only."""
+    """No NaN and no inf, except -inf in a bias; hidden states count in active rows only."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -186,14 +194,15 @@ def check_finite(active: Tensor | None, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} holds {value} at {place}, expected finite values")
 
 
-def _check_tokens(
+def _check_rows_and_columns(
     shape: tuple[int, int],
     teacher_vocab: int,
     token_weights: Tensor | None,
     token_ids: Tensor | None,
     allowed_columns: Tensor | None,
 ) -> None:
-    """What a divergence is told of its rows and columns, `[N, V]` of the student."""
+    """Arguments of a divergence that describe its rows and columns, `shape` [N, V] of the
+    student."""
     num_rows, vocab = shape
     num_columns = min(vocab, teacher_vocab)
     check_frozen("constants", token_weights=token_weights)
@@ -204,11 +213,11 @@ def _check_tokens(
         check_token_range(token_ids, num_columns, token_weights)
 
 
-def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
-    """All arguments of a divergence between two heads; their values too with `check`."""
-    for name, side in (("student", inputs[:3]), ("teacher", inputs[3:6])):
-        check_side(f"{name}_hidden", side[0], f"{name}_lm_head", side[1], f"{name}_bias", side[2])
-    num_rows = inputs.student_hidden.shape[0]
+def check_divergence(inputs: DivergenceInputs, options: DivergenceOptions, check: bool) -> None:
+    """All arguments of a divergence between two models; with `check` also their values."""
+    check_head(inputs.student, "student_")
+    check_head(inputs.teacher, "teacher_")
+    num_rows, vocab = inputs.num_rows, inputs.student_lm_head.shape[0]
     if inputs.teacher_hidden.shape[0] != num_rows:
         raise ValueError(
             f"teacher_hidden has {inputs.teacher_hidden.shape[0]} rows, "
@@ -221,20 +230,40 @@ def check_divergence(inputs: Inputs, rules: Rules, check: bool) -> None:
         teacher_bias=inputs.teacher_bias,
     )
     check_same_device("student_hidden", inputs.student_hidden, **inputs._asdict())
-    vocab, teacher_vocab = (head.shape[0] for head in (inputs[1], inputs[4]))
     weights = inputs.token_weights
-    _check_tokens(
+    teacher_vocab = inputs.teacher_lm_head.shape[0]
+    _check_rows_and_columns(
         (num_rows, vocab), teacher_vocab, weights, inputs.token_ids, inputs.allowed_columns
     )
-    check_positive("temperature", rules.temperature)
-    check_positive("softcap", rules.softcap)
-    check_positive("logit_scale", rules.logit_scale)
+    check_logit_options(options.logits)
     if check:
         check_finite(None, token_weights=weights)
         check_finite(
             None if weights is None else weights != 0,
-            **dict(zip(inputs._fields[:6], inputs[:6], strict=True)),
+            student_hidden=inputs.student_hidden,
+            student_lm_head=inputs.student_lm_head,
+            student_bias=inputs.student_bias,
+            teacher_hidden=inputs.teacher_hidden,
+            teacher_lm_head=inputs.teacher_lm_head,
+            teacher_bias=inputs.teacher_bias,
         )
+
+
+def check_tokens(inputs: TokenInputs, options: LogitOptions) -> None:
+    """Arguments that the losses of given tokens share, except for the range of the ids, which does
+    not matter in rows of weight 0."""
+    check_head(inputs.head)
+    check_same_device(
+        "hidden",
+        inputs.hidden,
+        lm_head=inputs.lm_head,
+        token_ids=inputs.token_ids,
+        allowed_columns=inputs.allowed_columns,
+        bias=inputs.bias,
+    )
+    check_token_ids(inputs.token_ids, inputs.num_rows)
+    check_columns(inputs.allowed_columns, inputs.num_columns, inputs.num_columns)
+    check_logit_options(options)
 
 
 def check_logits(
@@ -244,7 +273,7 @@ def check_logits(
     token_ids: Tensor | None,
     allowed_columns: Tensor | None,
 ) -> None:
-    """The tensors of a divergence between logits."""
+    """All tensors of a divergence between logits."""
     for name, tensor in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if tensor.ndim != 2 or tensor.shape[1] == 0:
             raise ValueError(f"{name} has shape {_shape(tensor)}, expected [N, V]")
@@ -264,6 +293,6 @@ def check_logits(
         token_ids=token_ids,
         allowed_columns=allowed_columns,
     )
-    _check_tokens(
+    _check_rows_and_columns(
         (num_rows, vocab), teacher_logits.shape[1], token_weights, token_ids, allowed_columns
     )

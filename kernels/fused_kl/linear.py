@@ -1,34 +1,15 @@
-"""Divergences between student and teacher over the vocabulary, straight from hidden states."""
+"""Divergences between student and teacher over the vocabulary, from hidden states."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fused_kl import checks, divergence, ops
-from fused_kl.chunks import LossWithGradients, Needs
-from fused_kl.tiles import Plan
-from fused_kl.walk import Inputs, Rules, plan_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearKLOutput:
-    """What the divergences of two heads return; fp32, or fp64 for fp64 inputs; values in nats.
-
-    `loss` is differentiable: a scalar, or `[N]` with reduction="none". The others are [N],
-    detached, not weighted, and 0 in rows of weight 0; `student_logprobs`, of the given tokens, is
-    None where none were given. `plan` says how many rows and columns of logits were alive at once.
-    """
-
-    loss: Tensor
-    token_kl: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_logprobs: Tensor | None
-    plan: Plan
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, LinearKLOutput, NeedsGrad
+from fused_kl.head import LossWithGradients
 
 
 def linear_reverse_kl(
@@ -54,8 +35,8 @@ def linear_reverse_kl(
 ) -> LinearKLOutput:
     """loss = sum_n w_n KL(p_S || p_T)_n, p = softmax((hidden @ lm_head.T + bias) / temperature).
 
-    `[N, V]` never exists. Mode "fast" makes the gradients with the loss, chunk by chunk over
-    tokens: 4 GEMM units, and only one backward is possible. "lowmem" walks over tiles of the
+    The `[N, V]` logits are never held at once. Mode "fast" computes the gradients with the loss, in
+    chunks of tokens: 4 GEMM units, and a single backward. Mode "lowmem" goes over tiles of the
     vocabulary and recomputes them in backward: 6 GEMM units (JSD: 8), a fifth of the memory.
 
     Args:
@@ -65,10 +46,10 @@ def linear_reverse_kl(
         teacher_lm_head: `[V', Ht]`, without grad; if V' differs from V, both heads are cut to the
             smaller.
         token_weights: `[N]`, default ones: factors of each row's loss and gradient. A row of weight
-            0 is left out and may hold NaN. With 1/denominator in them the loss needs no division,
-            and backward makes no pass over the head's gradient.
-        token_ids: `[N]` int, below both vocabulary sizes: their log-probabilities under the student
-            come with the result, at no further product.
+            0 is left out and may hold NaN. If they include 1/denominator, the loss needs no
+            division, and backward makes no pass over the head's gradient.
+        token_ids: `[N]` int, below both vocabulary sizes; the result then has their
+            log-probabilities under the student, at no further product.
         allowed_columns: `[V]` bool; other columns get probability 0 on both sides before
             normalisation.
         temperature: divides both logits; the loss is not multiplied by its square.
@@ -78,13 +59,13 @@ def linear_reverse_kl(
         teacher_bias: `[V']`, without grad.
         softcap: c > 0 replaces both logits z by c tanh(z / c), before the temperature.
         logit_scale: multiplies both logits, before softcap and temperature.
-        estimator: "sampled" is the loss sum_n w_n (log p_S(y) - log p_T(y)) on `token_ids` y, drawn
-            from p_S, with the policy gradient on them: in expectation that of the reverse KL.
-            Banned tokens count 0. The statistics stay those of the whole vocabulary.
+        estimator: "sampled" gives the loss sum_n w_n (log p_S(y) - log p_T(y)) on `token_ids` y
+            drawn from p_S, with the policy gradient, whose expectation is the gradient of the
+            reverse KL. Banned tokens count 0. All other values stay those of the whole vocabulary.
         reduction: "none" gives w_n KL_n, `[N]`, differentiable, in mode "lowmem".
         chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
         mode: "auto" is "fast" for a sum and "lowmem" without reduction.
-        check: look for NaN and inf in the inputs first; on a GPU that stops the host.
+        check: look for NaN and inf in the inputs first; on a GPU the host waits for the answer.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range, or a teacher that requires grad.
@@ -97,27 +78,25 @@ def linear_reverse_kl(
     checks.check_choice("reduction", reduction, ("sum", "none"))
     checks.check_choice("mode", mode, ("auto", "fast", "lowmem"))
     checks.check_beta(beta)
-    sampled = estimator == "sampled"
     if mode == "fast" and reduction == "none":
         raise ValueError("mode is 'fast' and reduction is 'none', expected mode 'lowmem' or 'auto'")
-    if sampled and (mode == "lowmem" or reduction == "none" or beta != 1.0 or token_ids is None):
+    if estimator == "sampled" and (
+        mode == "lowmem" or reduction == "none" or beta != 1.0 or token_ids is None
+    ):
         raise ValueError(
             "estimator is 'sampled', expected token_ids, beta 1, reduction 'sum' and not mode "
             "'lowmem'"
         )
-    rules = Rules(
+    options = DivergenceOptions(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         beta=float(beta),
-        sampled=sampled,
-        topk=0,
-        student_support=False,
-        tail=False,
+        estimator=estimator,
         mode="lowmem" if mode == "lowmem" or reduction == "none" else "fast",
         chunk_size=checks.chunk_rows(chunk_size),
     )
-    inputs = Inputs(
+    inputs = DivergenceInputs(
         student_hidden,
         student_lm_head,
         student_bias,
@@ -128,8 +107,8 @@ def linear_reverse_kl(
         token_ids,
         allowed_columns,
     )
-    checks.check_divergence(inputs, rules, check)
-    return _divergence(inputs, rules, reduction)
+    checks.check_divergence(inputs, options, check)
+    return _divergence(inputs, options, reduction)
 
 
 def topk_reverse_kl(
@@ -155,30 +134,27 @@ def topk_reverse_kl(
     """loss = sum_n w_n KL(p_S || p_T)_n on the k columns S_n that one side finds likeliest.
 
     Without `tail` both sides are renormalised on S_n; with it, all other columns are one more
-    outcome. `token_kl` is the KL on the support, the entropies those of the whole vocabulary. With
-    k = 1 and no tail it is 0, and with k = V it is `linear_reverse_kl`. 4 GEMM units.
+    outcome. `token_kl` is the KL on S_n, whereas the entropies are those of the whole vocabulary.
+    k = 1 without a tail gives 0, and k = V gives `linear_reverse_kl`. 4 GEMM units.
 
     Args:
         k: in [1, number of columns]; ties are broken as `torch.topk` breaks them.
-        support: whose likeliest columns; they are constants to the gradient.
-        tail: keep the mass outside the support, as one outcome.
+        support: the side whose likeliest columns are taken; the gradient treats S_n as constant.
+        tail: keep the mass outside S_n, as one outcome.
 
     All other arguments, and the errors, are those of `linear_reverse_kl`.
     """
     checks.check_choice("support", support, ("teacher", "student"))
-    rules = Rules(
+    options = DivergenceOptions(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        beta=1.0,
-        sampled=False,
-        topk=k,
-        student_support=support == "student",
+        k=k,
+        support=support,
         tail=tail,
-        mode="fast",
         chunk_size=checks.chunk_rows(chunk_size),
     )
-    inputs = Inputs(
+    inputs = DivergenceInputs(
         student_hidden,
         student_lm_head,
         student_bias,
@@ -189,36 +165,36 @@ def topk_reverse_kl(
         token_ids,
         allowed_columns,
     )
-    checks.check_divergence(inputs, rules, check)
-    checks.check_k(k, min(len(student_lm_head), len(teacher_lm_head)))
-    return _divergence(inputs, rules, "sum")
+    checks.check_divergence(inputs, options, check)
+    checks.check_k(k, inputs.num_columns)
+    return _divergence(inputs, options, "sum")
 
 
-def _divergence(inputs: Inputs, rules: Rules, reduction: str) -> LinearKLOutput:
-    needs = Needs.of(*inputs[:3])
-    compiling = torch.compiler.is_compiling()
-    if rules.mode == "lowmem":
-        rowwise = ops.lowmem(*inputs, *rules)
-        loss, *stats = rowwise[:4]
-        stats = [loss, *stats[: 2 + (inputs.token_ids is not None)]]
+def _divergence(
+    inputs: DivergenceInputs, options: DivergenceOptions, reduction: str
+) -> LinearKLOutput:
+    needs_grad = NeedsGrad.of(inputs.student)
+    num_details = 3 + (inputs.token_ids is not None)
+    if options.mode == "lowmem":
+        token_kl, *others = ops.lowmem(*inputs, *options)
+        details = [token_kl, *others][:num_details]
+        loss = token_kl
         if inputs.token_weights is not None:
             loss = loss * inputs.token_weights.to(loss.dtype)
         if reduction == "sum":
             loss = loss.sum()
-    elif compiling:
-        loss, *stats = ops.fast(*inputs, *rules, *needs)[: 4 + (inputs.token_ids is not None)]
-    elif any(needs):
-        loss, *stats = LossWithGradients.apply(
-            lambda: divergence.fast(inputs, rules, needs), *inputs[:3]
-        )
+    elif torch.compiler.is_compiling():
+        loss, *results = ops.fast(*inputs, *options, *needs_grad)
+        details = results[:num_details]
     else:
-        loss, stats, _ = divergence.fast(inputs, rules, needs)
-    token_kl, student_entropy, teacher_entropy, *logprobs = (stat.detach() for stat in stats)
+        computed = divergence.fast(inputs, options, needs_grad)
+        loss, *details = LossWithGradients.apply(computed, *inputs.student)
+    token_kl, student_entropy, teacher_entropy, *logprobs = (value.detach() for value in details)
     return LinearKLOutput(
         loss=loss,
         token_kl=token_kl,
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_logprobs=logprobs[0] if logprobs else None,
-        plan=plan_of(inputs, rules, needs),
+        plan=divergence.plan_of(inputs, options, needs_grad),
     )

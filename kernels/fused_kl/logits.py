@@ -1,4 +1,4 @@
-"""Divergences of logits that exist already: where a model's head is out of reach."""
+"""Divergences of logits that exist already, where hidden states and heads are not at hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_kl import checks
-from fused_kl.chunks import SECOND_BACKWARD, compute_dtype, keep_active, row_programs
-from fused_kl.linear import LinearKLOutput
+from fused_kl import checks, head
+from fused_kl.arguments import LinearKLOutput
+from fused_kl.head import SECOND_BACKWARD, compute_dtype, keep_active
 from fused_kl.rows import Banned
 from fused_kl.tiles import Plan, make_plan, slices
 
@@ -40,7 +40,7 @@ def reverse_kl(
     )
 
 
-@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
+@torch.compiler.disable()  # breaks the graph cleanly: this loss has no custom op
 def jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -55,12 +55,12 @@ def jsd(
 ) -> LinearKLOutput:
     """The generalised JSD of `linear_reverse_kl`, from logits instead of hidden states.
 
-    The gradient is made with the loss and is the only `[N, V]` tensor allocated; backward scales it
-    and hands it over, once.
+    The gradient is computed with the loss and is the only `[N, V]` tensor allocated; backward
+    scales it and hands it over, once.
 
     Args:
-        student_logits: `[N, V]` fp16, bf16, fp32 or fp64; left as they are.
-        teacher_logits: `[N, V']`, without grad; if V' differs, the larger is cut.
+        student_logits: `[N, V]` fp16, bf16, fp32 or fp64; they are not changed.
+        teacher_logits: `[N, V']`, without grad; if V' differs from V, the larger is cut.
 
     All other arguments, the result and the errors are those of `linear_reverse_kl`.
     """
@@ -84,7 +84,7 @@ def jsd(
     banned = (
         None if allowed_columns is None else Banned.outside(allowed_columns[:num_columns], dtype)
     )
-    token_kl, *stats = _Logits.apply(
+    token_kl, *stats = _LogitDivergence.apply(
         student_logits, teacher_logits, ids, active, banned, float(beta), temperature, plan
     )
     loss = token_kl if token_weights is None else token_kl * token_weights.to(dtype)
@@ -98,7 +98,9 @@ def jsd(
     )
 
 
-class _Logits(torch.autograd.Function):
+class _LogitDivergence(torch.autograd.Function):
+    """Divergence and statistics of each row; forward computes the gradient of the logits, too."""
+
     @staticmethod
     def forward(  # pyright: ignore
         ctx,
@@ -118,7 +120,7 @@ class _Logits(torch.autograd.Function):
         stats = [make(num_rows, dtype=dtype) for _ in range(3 + (token_ids is not None))]
         buffers = make(2, min(plan.rows, num_rows), plan.columns, dtype=dtype)
         scale = make(num_rows, dtype=dtype).fill_(1 / temperature)
-        programs = row_programs(buffers)
+        programs = head.row_programs(buffers)
         for rows in slices(num_rows, plan.rows):
             s, t = buffers[:, : rows.stop - rows.start]
             for out, logits in ((s, student_logits), (t, teacher_logits)):

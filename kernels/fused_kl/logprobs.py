@@ -1,4 +1,4 @@
-"""Sampled-token log-probabilities and entropy, straight from hidden states."""
+"""Log-probabilities of given tokens, and entropy, from hidden states."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_kl import checks
-from fused_kl.chunks import Gradients, HeadRules, Needs, compute_dtype, multiplies_half
+from fused_kl import checks, head
+from fused_kl.arguments import NO_GRAD, LogitOptions, NeedsGrad, TokenInputs, TokenOptions
+from fused_kl.head import GradientSums, cast_to_inputs
 from fused_kl.tiles import Plan
-from fused_kl.tokens import TokenOptions, TokenPass, check_token_arguments, token_plan
+from fused_kl.token_pass import TokenPass, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLogprobsOutput:
-    """What `linear_logprobs` returns, [N] each; fp32, or fp64 for fp64 inputs; values in nats.
+    """Result of `linear_logprobs`; fp32, or fp64 for fp64 inputs; values in nats.
 
-    `logprobs` is differentiable, `entropy` detached. `plan` says how many rows of logits were alive
-    at once.
+    Attributes:
+        logprobs: `[N]`, differentiable.
+        entropy: `[N]`, detached.
+        plan: how many rows of logits were held at once.
     """
 
     logprobs: Tensor
@@ -28,7 +31,7 @@ class LinearLogprobsOutput:
     plan: Plan
 
 
-@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
+@torch.compiler.disable()  # breaks the graph cleanly: this loss has no custom op
 def linear_logprobs(
     hidden: Tensor,
     lm_head: Tensor,
@@ -43,17 +46,17 @@ def linear_logprobs(
 ) -> LinearLogprobsOutput:
     """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
-    Chunked over tokens. A row's gradient is known in forward but for a factor, so that a frozen
-    head takes 2 GEMM units. A trained one takes 3 where all rows are one chunk: the gradient of the
-    logits is then kept until backward, if it is no larger than the head's. Else, and with a trained
-    bias, the logits are made again in backward (4): `linear_policy_loss` takes 3 always.
+    Computed in chunks of tokens. Forward knows each row's gradient up to a factor, so that a frozen
+    head takes 2 GEMM units. A trained head takes 3 where all rows are one chunk and the gradient of
+    the logits is no larger than the head: it is then kept until backward. Otherwise, and with a
+    trained bias, backward computes the logits again (4). `linear_policy_loss` always takes 3.
 
     Args:
         hidden: `[N, H]` fp16, bf16, fp32 or fp64, after the final norm.
         lm_head: `[V, H]`; its gradient is skipped when it does not require grad.
         token_ids: `[N]` int64 or int32, in [0, V).
         allowed_columns: `[V]` bool; other columns get probability 0 before normalisation. A token
-            outside has logprob -inf and moves nothing.
+            among these has logprob -inf and no gradient.
         temperature: divides the logits.
         bias: `[V]`, may require grad.
         softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
@@ -63,30 +66,37 @@ def linear_logprobs(
     Raises:
         ValueError: on a wrong shape, dtype, device or range.
     """
-    rules = HeadRules(temperature, softcap, logit_scale)
-    options = TokenOptions(allowed_columns, rules, chunk_size)
-    check_token_arguments(hidden, lm_head, bias, token_ids, options)
-    checks.check_token_range(token_ids, lm_head.shape[0])
-    needs = Needs.of(hidden, lm_head, bias)
-    plan = token_plan(hidden, lm_head, bias, options)
-    function = _Ahead if _is_ahead(needs, hidden, lm_head, plan) else _Recomputed
-    logprobs, entropy = function.apply(hidden, lm_head, bias, token_ids.long(), options)
+    inputs = TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns)
+    options = TokenOptions(
+        LogitOptions(temperature, softcap, logit_scale), checks.chunk_rows(chunk_size)
+    )
+    checks.check_tokens(inputs, options.logits)
+    checks.check_token_range(token_ids, inputs.num_columns)
+    plan = plan_of(inputs, options)
+    in_forward = _gradients_in_forward(inputs, plan)
+    function = _GradientsInForward if in_forward else _GradientsInBackward
+    logprobs, entropy = function.apply(
+        hidden, lm_head, bias, token_ids.long(), allowed_columns, options
+    )
     return LinearLogprobsOutput(logprobs=logprobs, entropy=entropy, plan=plan)
 
 
-def _is_ahead(needs: Needs, hidden: Tensor, lm_head: Tensor, plan: Plan) -> bool:
-    """Whether forward prepares the gradients: not where that costs memory beyond the head's own."""
-    if needs.bias or not needs.lm_head:
-        return needs.hidden and not needs.bias
-    half = multiplies_half(hidden, lm_head)
-    itemsize = (torch.bfloat16 if half else compute_dtype(hidden, lm_head)).itemsize
+def _gradients_in_forward(inputs: TokenInputs, plan: Plan) -> bool:
+    """Whether forward prepares the gradients: only where that takes no more memory than the head's
+    gradient does."""
+    needs_grad = NeedsGrad.of(inputs.head)
+    if needs_grad.bias or not needs_grad.lm_head:
+        return needs_grad.hidden and not needs_grad.bias
+    hidden, lm_head = inputs.hidden, inputs.lm_head
+    half = head.multiplies_half(hidden, lm_head)
+    itemsize = (torch.bfloat16 if half else head.compute_dtype(hidden, lm_head)).itemsize
     num_rows, hidden_size = hidden.shape
     return plan.rows >= num_rows and num_rows * itemsize <= hidden_size * lm_head.itemsize
 
 
-class _Ahead(torch.autograd.Function):
-    """Forward makes d logprob / d hidden, and keeps d logprob / d logits for the head's gradient;
-    backward multiplies by the rows' factors."""
+class _GradientsInForward(torch.autograd.Function):
+    """Forward computes d logprob / d hidden, and keeps d logprob / d logits for the head's
+    gradient; backward multiplies them by the rows' factors."""
 
     @staticmethod
     def forward(  # pyright: ignore
@@ -95,23 +105,25 @@ class _Ahead(torch.autograd.Function):
         lm_head: Tensor,
         bias: Tensor | None,
         token_ids: Tensor,
+        allowed_columns: Tensor | None,
         options: TokenOptions,
     ):
-        # The loss may ignore a row of NaN, and 0 * NaN spreads: products get zeros in its place.
+        # The loss may ignore a row of NaN, but 0 * NaN is NaN: products get zeros in its place.
         finite = hidden.isfinite().all(1)
-        token_pass = TokenPass(hidden, lm_head, bias, token_ids, options, finite)
-        _, logprobs, entropy, gradients = token_pass.run(
-            Needs(ctx.needs_input_grad[0], False, False),
+        inputs = TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns)
+        token_pass = TokenPass(inputs, options, finite)
+        _, logprobs, entropy, (hidden_grad, *_) = token_pass.run(
+            NeedsGrad(ctx.needs_input_grad[0], False, False),
             lambda _, logprobs: (logprobs, torch.ones_like(logprobs)),
-            keep=ctx.needs_input_grad[1],
+            keep_logits_grad=ctx.needs_input_grad[1],
         )
         for values in (logprobs, entropy):
             values.masked_fill_(~finite, torch.nan)
-        if gradients.hidden is not None:
-            gradients.hidden.masked_fill_(~finite[:, None], torch.nan)
+        if hidden_grad is not None:
+            hidden_grad.masked_fill_(~finite[:, None], torch.nan)
         ctx.save_for_backward(hidden, logprobs.isneginf())
-        ctx.side = token_pass.side
-        ctx.hidden_grad, ctx.logits_grad = gradients.hidden, token_pass.logits_grad
+        ctx.projection = token_pass.projection
+        ctx.hidden_grad, ctx.logits_grad = hidden_grad, token_pass.logits_grad
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -128,17 +140,21 @@ class _Ahead(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             hidden_grad = weighted(ctx.hidden_grad).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            num_rows, vocab = len(hidden), ctx.side.num_columns
-            head = Gradients(ctx.side, Needs(False, True, False), num_rows, vocab, num_rows)
+            num_rows, vocab = len(hidden), ctx.projection.num_columns
+            sums = GradientSums(
+                ctx.projection, NeedsGrad(False, True, False), vocab=vocab, block_rows=num_rows
+            )
             if num_rows:
-                every = slice(0, num_rows), slice(0, vocab)
-                head.add(*every, weighted(hidden), ctx.logits_grad)
-            lm_head_grad = head.take()[1].to(ctx.side.lm_head.dtype)  # type: ignore[union-attr]
-        return hidden_grad, lm_head_grad, None, None, None
+                block = slice(0, num_rows), slice(0, vocab)
+                sums.add(*block, weighted(hidden), ctx.logits_grad)
+            _, lm_head_grad, _ = sums.take()
+            assert lm_head_grad is not None
+            lm_head_grad = lm_head_grad.to(ctx.projection.lm_head.dtype)
+        return hidden_grad, lm_head_grad, *[None] * 4
 
 
-class _Recomputed(torch.autograd.Function):
-    """Forward keeps its inputs alone; backward makes the logits again, chunk by chunk."""
+class _GradientsInBackward(torch.autograd.Function):
+    """Forward keeps its inputs alone; backward computes the logits again, chunk by chunk."""
 
     @staticmethod
     def forward(  # pyright: ignore
@@ -147,11 +163,12 @@ class _Recomputed(torch.autograd.Function):
         lm_head: Tensor,
         bias: Tensor | None,
         token_ids: Tensor,
+        allowed_columns: Tensor | None,
         options: TokenOptions,
     ):
-        token_pass = TokenPass(hidden, lm_head, bias, token_ids, options)
-        _, logprobs, entropy, _ = token_pass.run(Needs(False, False, False), None)
-        ctx.save_for_backward(hidden, lm_head, bias, token_ids)
+        inputs = TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns)
+        _, logprobs, entropy, _ = TokenPass(inputs, options).run(NO_GRAD, None)
+        ctx.save_for_backward(*inputs)
         ctx.options = options
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -159,15 +176,11 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor, _):  # pyright: ignore
-        hidden, lm_head, bias, token_ids = ctx.saved_tensors
+        inputs = TokenInputs(*ctx.saved_tensors)
         # Rows that the loss ignores may hold NaN hidden states, like those of weight 0 elsewhere.
-        active = grad_logprobs != 0
-        token_pass = TokenPass(hidden, lm_head, bias, token_ids, ctx.options, active)
+        token_pass = TokenPass(inputs, ctx.options, active=grad_logprobs != 0)
         *_, gradients = token_pass.run(
-            Needs(*ctx.needs_input_grad[:3]), lambda rows, logprobs: (logprobs, grad_logprobs[rows])
+            NeedsGrad(*ctx.needs_input_grad[:3]),
+            lambda rows, logprobs: (logprobs, grad_logprobs[rows]),
         )
-        cast = (
-            None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients.take(), (hidden, lm_head, bias), strict=True)
-        )
-        return *cast, None, None
+        return *cast_to_inputs(gradients, inputs.head), None, None, None

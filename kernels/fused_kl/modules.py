@@ -1,4 +1,4 @@
-"""The losses as nn.Modules: options once, tensors at every call."""
+"""The losses as nn.Modules, which take options once and tensors at every call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fused_kl.policy import linear_cross_entropy, linear_policy_loss
 
 
 class _Loss(nn.Module):
-    """`function` with fixed options, its keyword arguments; a call gives its tensors, positional
-    ones and keywords, and returns what it returns."""
+    """`function` with fixed options, which are keyword arguments of it; a call takes its tensors,
+    positional or by keyword, and returns its result."""
 
     function: ClassVar[Callable[..., Any]]
 

@@ -1,134 +1,163 @@
-"""Custom ops: what `torch.compile` sees as one node each. Eager code runs the same functions.
+"""Custom ops, which `torch.compile` sees as one node each; eager code runs the same functions.
 
-`fast` returns its gradients beside the loss, and its backward scales copies of them; `lowmem` is
-differentiable per row, and its backward is an op of its own.
+`fast` returns its gradients beside the loss, and its backward scales copies of them. `lowmem` is
+differentiable per row, and its backward is an op of its own. The schemas derive from the fields of
+`DivergenceInputs`, `DivergenceOptions` and `NeedsGrad`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fused_kl import divergence
-from fused_kl.chunks import Needs, compute_dtype
-from fused_kl.divergence import Rowwise
-from fused_kl.walk import Inputs, Rules
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
+from fused_kl.divergence import RowDivergences
+from fused_kl.head import HeadGradients, cast_to_inputs, compute_dtype
 
-ARGUMENTS = (
-    "Tensor student_hidden, Tensor student_lm_head, Tensor? student_bias, Tensor teacher_hidden, "
-    "Tensor teacher_lm_head, Tensor? teacher_bias, Tensor? token_weights, Tensor? token_ids, "
-    "Tensor? allowed_columns, float temperature, float? softcap, float logit_scale, float beta, "
-    "bool sampled, int topk, bool student_support, bool tail, str mode, SymInt chunk_size"
-)
-NEEDS = "bool needs_hidden, bool needs_lm_head, bool needs_bias"
-NUM_INPUTS, NUM_RULES = len(Inputs._fields), len(Rules._fields)
-
-
-def _split(arguments: Sequence) -> tuple[Inputs, Rules, Sequence]:
-    end = NUM_INPUTS + NUM_RULES
-    return Inputs(*arguments[:NUM_INPUTS]), Rules(*arguments[NUM_INPUTS:end]), arguments[end:]
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "SymInt",
+    bool: "bool",
+    str: "str",
+}
 
 
-def _cast(gradients: Sequence[Tensor | None], inputs: Inputs) -> list[Tensor]:
-    """Those that are needed, each in the dtype of its input."""
-    leaves = zip(gradients, inputs[:3], strict=True)
-    return [grad.to(leaf.dtype) for grad, leaf in leaves if grad is not None and leaf is not None]
+def schema_of(*definitions: type) -> str:
+    """The arguments of an op that takes the fields of these named tuples one by one."""
+    fields = [
+        f"{SCHEMA_TYPES[annotation]} {name}"
+        for definition in definitions
+        for name, annotation in get_type_hints(definition).items()
+    ]
+    return ", ".join(fields)
 
 
-def _gradients_like(inputs: Inputs, needs: Sequence[bool]) -> list[Tensor]:
-    leaves = zip(inputs[:3], needs, strict=True)
-    return [torch.empty_like(leaf) for leaf, needed in leaves if needed and leaf is not None]
+NUM_INPUTS = len(DivergenceInputs._fields)
+NUM_ARGUMENTS = NUM_INPUTS + len(DivergenceOptions._fields)
 
 
-def _hand_out(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    left = iter(gradients)
-    return [next(left) if needed else None for needed in needs]
+def _split(
+    arguments: Sequence[Any],
+) -> tuple[DivergenceInputs, DivergenceOptions, Sequence[Any]]:
+    """Inputs, options, and the arguments after them."""
+    return (
+        DivergenceInputs(*arguments[:NUM_INPUTS]),
+        DivergenceOptions(*arguments[NUM_INPUTS:NUM_ARGUMENTS]),
+        arguments[NUM_ARGUMENTS:],
+    )
+
+
+def _needed(gradients: HeadGradients, inputs: DivergenceInputs) -> list[Tensor]:
+    """The gradients that are needed, each in the dtype of its input."""
+    return [grad for grad in cast_to_inputs(gradients, inputs.student) if grad is not None]
+
+
+def _empty_gradients(inputs: DivergenceInputs, needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Tensors of the shapes and dtypes of `_needed`."""
+    pairs = zip(inputs.student, needs_grad, strict=True)
+    return [torch.empty_like(leaf) for leaf, needed in pairs if needed and leaf is not None]
+
+
+def _per_input(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    """One entry per input of the head: its gradient, or None where none is needed."""
+    remaining = iter(gradients)
+    return [next(remaining) if needed else None for needed in needs_grad]
 
 
 @torch.library.custom_op(
-    "fused_kl::fast", mutates_args=(), schema=f"({ARGUMENTS}, {NEEDS}) -> Tensor[]"
+    "fused_kl::fast",
+    mutates_args=(),
+    schema=f"({schema_of(DivergenceInputs, DivergenceOptions, NeedsGrad)}) -> Tensor[]",
 )
 def fast(*arguments):
-    """Loss, statistics (see `divergence.fast`), then the gradients that are needed."""
-    inputs, rules, needs = _split(arguments)
-    loss, stats, gradients = divergence.fast(inputs, rules, Needs(*needs))
-    # Details are views of one tensor, and results of an op must not share memory.
-    return [loss, *(stat.clone() for stat in stats), *_cast(gradients.take(), inputs)]
+    """Loss and details of `divergence.fast`, then the gradients that are needed."""
+    inputs, options, needs_grad = _split(arguments)
+    loss, details, gradients = divergence.fast(inputs, options, NeedsGrad(*needs_grad))
+    # Details are views of one tensor, and the results of an op must not share memory.
+    return [loss, *(detail.clone() for detail in details), *_needed(gradients, inputs)]
 
 
 @fast.register_fake
 def _(*arguments):
-    inputs, _, needs = _split(arguments)
-    make, dtype = inputs.student_hidden.new_empty, compute_dtype(*inputs[:6])
-    num_stats = 3 + (inputs.token_ids is not None)
-    stats = [make(inputs.student_hidden.shape[0], dtype=dtype) for _ in range(num_stats)]
-    return [make((), dtype=dtype), *stats, *_gradients_like(inputs, needs)]
+    inputs, _, needs_grad = _split(arguments)
+    new_empty = inputs.student_hidden.new_empty
+    dtype = compute_dtype(*inputs.student, *inputs.teacher)
+    num_details = 3 + (inputs.token_ids is not None)
+    details = [new_empty(inputs.num_rows, dtype=dtype) for _ in range(num_details)]
+    return [new_empty((), dtype=dtype), *details, *_empty_gradients(inputs, needs_grad)]
 
 
-def _keep_fast(ctx, inputs, output):
-    *_, ctx.needs = _split(inputs)
-    ctx.save_for_backward(*output[len(output) - sum(ctx.needs) :])
+def _save_fast(ctx, inputs, output):
+    *_, ctx.needs_grad = _split(inputs)
+    ctx.save_for_backward(*output[len(output) - sum(ctx.needs_grad) :])
 
 
 def _backward_fast(ctx, grads):
     scaled = [gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors]
-    return *_hand_out(scaled, ctx.needs), *[None] * (NUM_INPUTS + NUM_RULES)
+    return *_per_input(scaled, ctx.needs_grad), *[None] * NUM_ARGUMENTS
 
 
-fast.register_autograd(_backward_fast, setup_context=_keep_fast)
+fast.register_autograd(_backward_fast, setup_context=_save_fast)
 
 
 @torch.library.custom_op(
     "fused_kl::lowmem",
     mutates_args=(),
-    schema=f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({schema_of(DivergenceInputs, DivergenceOptions)}) -> "
+    f"({', '.join(['Tensor'] * len(RowDivergences._fields))})",
 )
 def lowmem(*arguments):
     """`divergence.lowmem`, differentiable by its first result, `[N]`."""
-    inputs, rules, _ = _split(arguments)
-    return tuple(divergence.lowmem(inputs, rules))
+    inputs, options, _ = _split(arguments)
+    return tuple(divergence.lowmem(inputs, options))
 
 
 @lowmem.register_fake
 def _(*arguments):
     inputs, *_ = _split(arguments)
-    make, dtype = inputs.student_hidden.new_empty, compute_dtype(*inputs[:6])
-    num_rows = inputs.student_hidden.shape[0]
-    values = [make(num_rows, dtype=dtype) for _ in range(3)]
-    logprobs = make(0 if inputs.token_ids is None else num_rows, dtype=dtype)
-    return *values, logprobs, make(6, num_rows, dtype=dtype)
+    new_empty, num_rows = inputs.student_hidden.new_empty, inputs.num_rows
+    dtype = compute_dtype(*inputs.student, *inputs.teacher)
+    values = [new_empty(num_rows, dtype=dtype) for _ in range(3)]
+    logprobs = new_empty(0 if inputs.token_ids is None else num_rows, dtype=dtype)
+    return *values, logprobs, new_empty(6, num_rows, dtype=dtype)
 
 
 @torch.library.custom_op(
     "fused_kl::lowmem_gradients",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, {NEEDS}, Tensor saved, Tensor grad_kl) -> Tensor[]",
+    schema=f"({schema_of(DivergenceInputs, DivergenceOptions, NeedsGrad)}, Tensor saved, "
+    "Tensor grad_kl) -> Tensor[]",
 )
 def lowmem_gradients(*arguments):
-    """`divergence.lowmem_gradients`, those that are needed."""
-    inputs, rules, (*needs, saved, grad_kl) = _split(arguments)
-    gradients = divergence.lowmem_gradients(inputs, rules, Needs(*needs), saved, grad_kl)
-    return _cast(gradients.take(), inputs)
+    """`divergence.lowmem_gradients`, the gradients that are needed."""
+    inputs, options, (*needs_grad, saved, grad_kl) = _split(arguments)
+    gradients = divergence.lowmem_gradients(inputs, options, NeedsGrad(*needs_grad), saved, grad_kl)
+    return _needed(gradients, inputs)
 
 
 @lowmem_gradients.register_fake
 def _(*arguments):
-    inputs, _, (*needs, _, _) = _split(arguments)
-    return _gradients_like(inputs, needs)
+    inputs, _, (*needs_grad, _, _) = _split(arguments)
+    return _empty_gradients(inputs, needs_grad)
 
 
-def _keep_lowmem(ctx, inputs, output):
-    tensors, ctx.rules, _ = _split(inputs)
-    ctx.save_for_backward(*tensors, Rowwise(*output).saved)
+def _save_lowmem(ctx, inputs, output):
+    tensors, ctx.options, _ = _split(inputs)
+    ctx.save_for_backward(*tensors, RowDivergences(*output).saved)
 
 
 def _backward_lowmem(ctx, grad_kl, *_):
     *tensors, saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    gradients = lowmem_gradients(*tensors, *ctx.rules, *needs, saved, grad_kl)
-    return *_hand_out(gradients, needs), *[None] * (NUM_INPUTS + NUM_RULES - 3)
+    needs_grad = ctx.needs_input_grad[: len(NeedsGrad._fields)]
+    gradients = lowmem_gradients(*tensors, *ctx.options, *needs_grad, saved, grad_kl)
+    return *_per_input(gradients, needs_grad), *[None] * (NUM_ARGUMENTS - len(needs_grad))
 
 
-lowmem.register_autograd(_backward_lowmem, setup_context=_keep_lowmem)
+lowmem.register_autograd(_backward_lowmem, setup_context=_save_lowmem)

@@ -1,4 +1,4 @@
-"""Losses of sampled tokens, straight from hidden states: policy gradient and cross-entropy."""
+"""Losses of given tokens, from hidden states: policy gradient and cross-entropy."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import torch
 from torch import Tensor
 
 from fused_kl import checks
-from fused_kl.chunks import Gradients, HeadRules, LossWithGradients, Needs
+from fused_kl.arguments import LogitOptions, NeedsGrad, TokenInputs, TokenOptions
+from fused_kl.head import ComputedLoss, LossWithGradients
 from fused_kl.tiles import Plan
-from fused_kl.tokens import Objective, TokenOptions, TokenPass, check_token_arguments
+from fused_kl.token_pass import RowLoss, TokenPass
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPolicyOutput:
-    """What the losses of sampled tokens return; fp32, or fp64 for fp64 inputs; values in nats.
+    """Result of a loss of given tokens; fp32, or fp64 for fp64 inputs; values in nats.
 
-    `loss` is a differentiable scalar. `logprobs` and `entropy` are [N], detached, not weighted, and
-    0 in rows of weight 0. `plan` says how many rows of logits were alive at once.
+    Attributes:
+        loss: a differentiable scalar.
+        logprobs: `[N]`, log-probabilities of `token_ids`.
+        entropy: `[N]`.
+        plan: how many rows of logits were held at once.
+
+    `logprobs` and `entropy` are detached, not weighted, and 0 in rows of weight 0.
     """
 
     loss: Tensor
@@ -49,24 +55,24 @@ def linear_policy_loss(
     """loss = -sum_n w_n min(rho_n A_n, clip(rho_n, 1-c, 1+c) A_n), rho = exp(logprob - old).
 
     Without `clip` the loss is -sum_n w_n rho_n A_n. With `reference_logprobs` r the penalty
-    kl_coef sum_n w_n (e^d - d - 1), d = r - logprob, is added, whose mean over samples is the KL to
-    the reference. Gradients are computed in forward: 3 GEMM units, no `[N, V]`, only one backward.
+    kl_coef sum_n w_n (e^d - d - 1), d = r - logprob, is added; its expectation is the KL to the
+    reference. Gradients are computed in forward: 3 GEMM units, no `[N, V]`, a single backward.
 
     Args:
         hidden: `[N, H]` fp16, bf16, fp32 or fp64, after the final norm.
         lm_head: `[V, H]`; its gradient is skipped when it does not require grad.
-        token_ids: `[N]` int64 or int32, in [0, V); anything in rows of weight 0.
-        advantages: `[N]`, constants.
-        old_logprobs: `[N]` constants under the same policy; None means the current ones, so that
-            rho = 1 and the gradient is -w A dlogprob.
-        reference_logprobs: `[N]` constants of a frozen policy, for the penalty.
+        token_ids: `[N]` int64 or int32, in [0, V); any value in rows of weight 0.
+        advantages: `[N]`, without grad.
+        old_logprobs: `[N]`, without grad, under the policy that sampled; None stands for the
+            current log-probabilities, so that rho = 1 and the gradient is -w A dlogprob.
+        reference_logprobs: `[N]`, without grad, of a frozen policy, for the penalty.
         token_weights: `[N]`, default ones: factors of each row's loss, penalty included, and of its
-            gradient. A row of weight 0 is left out and may hold NaN. With 1/denominator in them the
-            loss needs no division, and backward makes no pass over the head's gradient.
-        clip: half-width c of the trust interval, in (0, 1), or None.
-        kl_coef: of the penalty, at least 0.
+            gradient. A row of weight 0 is left out and may hold NaN. If they include 1/denominator,
+            the loss needs no division, and backward makes no pass over the head's gradient.
+        clip: half-width c of the interval around 1 that rho is clipped to, in (0, 1), or None.
+        kl_coef: coefficient of the penalty, at least 0.
         allowed_columns: `[V]` bool; other columns get probability 0 before normalisation. A token
-            outside has logprob -inf and moves nothing.
+            among these has logprob -inf and no gradient.
         temperature: divides the logits.
         bias: `[V]`, may require grad.
         softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
@@ -74,7 +80,7 @@ def linear_policy_loss(
         chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or range, or constants that require grad.
+        ValueError: on a wrong shape, dtype, device or range, or a constant that requires grad.
         RuntimeError: on a second backward.
 
     Source: the clipped surrogate of PPO (arXiv 1707.06347), with the penalty of GRPO (2402.03300).
@@ -90,7 +96,7 @@ def linear_policy_loss(
     checks.check_clip(clip)
     checks.check_kl_coef(kl_coef, reference_logprobs)
 
-    def objective(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    def row_loss(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         advantage = advantages[rows].to(logprobs.dtype)
         if old_logprobs is None:
             ratio = torch.ones_like(logprobs)
@@ -110,13 +116,12 @@ def linear_policy_loss(
         return value, slope
 
     return _token_loss(
-        hidden,
-        lm_head,
-        token_ids,
-        objective,
+        TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns),
+        TokenOptions(
+            LogitOptions(temperature, softcap, logit_scale), checks.chunk_rows(chunk_size)
+        ),
         token_weights,
-        bias,
-        TokenOptions(allowed_columns, HeadRules(temperature, softcap, logit_scale), chunk_size),
+        row_loss,
     )
 
 
@@ -135,61 +140,55 @@ def linear_cross_entropy(
 ) -> LinearPolicyOutput:
     """loss = -sum_n w_n log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
-    The policy loss at advantage 1, with the log-probability as its value. Arguments, shapes and
-    errors as in `linear_policy_loss`; a token outside `allowed_columns` makes the loss +inf, and
-    still moves nothing.
+    Its gradient is that of `linear_policy_loss` at advantage 1, whose arguments, shapes and errors
+    it has. A token outside `allowed_columns` makes the loss +inf and has no gradient.
     """
+
+    def row_loss(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        return -logprobs, -torch.ones_like(logprobs)
+
     return _token_loss(
-        hidden,
-        lm_head,
-        token_ids,
-        lambda rows, logprobs: (-logprobs, -torch.ones_like(logprobs)),
+        TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns),
+        TokenOptions(
+            LogitOptions(temperature, softcap, logit_scale), checks.chunk_rows(chunk_size)
+        ),
         token_weights,
-        bias,
-        TokenOptions(allowed_columns, HeadRules(temperature, softcap, logit_scale), chunk_size),
+        row_loss,
     )
 
 
-@torch.compiler.disable()  # a clean break of the graph: there is no custom op for it
+@torch.compiler.disable()  # breaks the graph cleanly: this loss has no custom op
 def _token_loss(
-    hidden: Tensor,
-    lm_head: Tensor,
-    token_ids: Tensor,
-    objective: Objective,
-    token_weights: Tensor | None,
-    bias: Tensor | None,
+    inputs: TokenInputs,
     options: TokenOptions,
+    token_weights: Tensor | None,
+    row_loss: RowLoss,
 ) -> LinearPolicyOutput:
-    check_token_arguments(hidden, lm_head, bias, token_ids, options)
-    checks.check_rows(hidden.shape[0], token_weights=token_weights)
+    checks.check_tokens(inputs, options.logits)
+    checks.check_rows(inputs.num_rows, token_weights=token_weights)
     checks.check_frozen("constants", token_weights=token_weights)
-    checks.check_same_device("hidden", hidden, token_weights=token_weights)
-    checks.check_token_range(token_ids, lm_head.shape[0], token_weights)
-    token_ids, active, masked = token_ids.long(), None, None
+    checks.check_same_device("hidden", inputs.hidden, token_weights=token_weights)
+    checks.check_token_range(inputs.token_ids, inputs.num_columns, token_weights)
+    token_ids, active, masked = inputs.token_ids.long(), None, None
     if token_weights is not None:
         active, masked = token_weights != 0, token_weights == 0
         token_ids = token_ids * active
-    token_pass = TokenPass(hidden, lm_head, bias, token_ids, options, active)
-    needs = Needs.of(hidden, lm_head, bias)
+    token_pass = TokenPass(inputs._replace(token_ids=token_ids), options, active)
 
     def weighted(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = objective(rows, logprobs)
+        value, slope = row_loss(rows, logprobs)
         if token_weights is None or masked is None:
             return value, slope
         weights = token_weights[rows].to(value.dtype)
-        # Not a plain product: the row of a masked token may be inf or NaN, and 0 * NaN spreads.
-        left_out = masked[rows]
+        # A product alone would not do: the row of a masked token may be inf or NaN, and 0 * NaN
+        # is NaN.
+        masked_rows = masked[rows]
         value, slope = value * weights, slope * weights
-        return value.masked_fill_(left_out, 0), slope.masked_fill_(left_out, 0)
+        return value.masked_fill_(masked_rows, 0), slope.masked_fill_(masked_rows, 0)
 
-    def run() -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
-        losses, *details, gradients = token_pass.run(needs, weighted)
-        if masked is not None:
-            details = [detail.masked_fill_(masked, 0) for detail in details]
-        return losses.sum(), tuple(details), gradients
-
-    if any(needs):
-        loss, logprobs, entropy = LossWithGradients.apply(run, hidden, lm_head, bias)
-    else:
-        loss, (logprobs, entropy), _ = run()
+    losses, *details, gradients = token_pass.run(NeedsGrad.of(inputs.head), weighted)
+    if masked is not None:
+        details = [detail.masked_fill_(masked, 0) for detail in details]
+    computed = ComputedLoss(losses.sum(), tuple(details), gradients)
+    loss, logprobs, entropy = LossWithGradients.apply(computed, *inputs.head)
     return LinearPolicyOutput(loss=loss, logprobs=logprobs, entropy=entropy, plan=token_pass.plan)

@@ -25,7 +25,7 @@ from bench.steps import full_size
 from fused_kl import tiles, tuned
 from fused_kl.tuned import Sizes
 
-pytest.importorskip("fused_kl.triton_kernels")
+pytest.importorskip("fused_kl.triton_rows")
 ROOT = Path(__file__).parents[2]
 
 

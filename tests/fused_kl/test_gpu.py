@@ -128,7 +128,7 @@ def test_memory_at_16384_tokens(mode, limit, itemsize):
 
 
 def test_offsets_beyond_two_to_the_31():
-    from fused_kl import triton_kernels
+    from fused_kl import triton_rows
 
     num_rows = 2**31 // V + 64
     student = torch.randn(num_rows, V, device="cuda")
@@ -139,8 +139,8 @@ def test_offsets_beyond_two_to_the_31():
     scale = torch.ones(num_rows, device="cuda")
     banned = Banned.outside(torch.arange(V, device="cuda") % 5 != 0, torch.float32)
     rules: dict[str, Any] = dict(beta=1.0, banned=banned)
-    kl, *_ = triton_kernels.divergence_rows_(student, teacher, **rules, scale=scale, grad=student)
-    expected, *_ = triton_kernels.divergence_rows_(*few, **rules, scale=scale[:8], grad=few[0])
+    kl, *_ = triton_rows.divergence_rows_(student, teacher, **rules, scale=scale, grad=student)
+    expected, *_ = triton_rows.divergence_rows_(*few, **rules, scale=scale[:8], grad=few[0])
     assert torch.allclose(kl[last], expected, rtol=1e-5)
     assert torch.allclose(student[last], few[0], rtol=1e-4, atol=1e-9)
 

@@ -30,7 +30,7 @@ from fused_kl import (
 )
 from tests.fake import shape_of
 
-triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
+triton_rows = pytest.importorskip("fused_kl.triton_rows")
 V, TEACHER_V, HS, HT = 151_936, 152_064, 2048, 4096
 BF16 = torch.bfloat16
 POINTERS = {torch.float32: "*fp32", BF16: "*bf16"}
@@ -64,7 +64,7 @@ class Launches(TorchDispatchMode):
         return out
 
     def start(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
-        """In place of `triton_kernels._start`."""
+        """In place of `triton_rows._start`."""
         names = kernel.arg_names
         known = dict(zip(names, arguments, strict=False)) | flags
         assert set(known) == {*names, "num_warps"} and all(size > 0 for size in grid)
@@ -101,7 +101,7 @@ def launches(monkeypatch) -> Iterator[Launches]:
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(tiles, "gpu_name", lambda: "gpu")
     counted = Launches()
-    monkeypatch.setattr(triton_kernels, "_start", counted.start)
+    monkeypatch.setattr(triton_rows, "_start", counted.start)
     with FakeTensorMode(), counted:
         yield counted
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fused_kl import chunks, linear_cross_entropy, linear_logprobs, linear_policy_loss, reference
+from fused_kl import head, linear_cross_entropy, linear_logprobs, linear_policy_loss, reference
 
 
 def leaves_of(tensors):
@@ -61,13 +61,13 @@ def test_logprobs(case, num_rows, logit_std, banned, chunk_size):
 def multiplied(monkeypatch):
     """N x V x H of every product, as it is made."""
     sizes = []
-    original = chunks.product_
+    original = head.product_
 
     def product_(out, a, b, **options):
         sizes.append(out.numel() * a.shape[1])
         original(out, a, b, **options)
 
-    monkeypatch.setattr(chunks, "product_", product_)
+    monkeypatch.setattr(head, "product_", product_)
     return sizes
 
 

@@ -12,9 +12,8 @@ from fused_kl import (
     linear_policy_loss,
     linear_reverse_kl,
     tiles,
-    walk,
 )
-from fused_kl.chunks import Needs
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
 
 N, V, H, CHUNK = 64, 1187, 4, 8
 DTYPES = (torch.float32, torch.bfloat16)
@@ -82,7 +81,7 @@ def test_no_gradient_work_under_no_grad(tensors, loss, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("gradient work under no_grad")
 
-    monkeypatch.setattr("fused_kl.chunks.Gradients.add", fail)
+    monkeypatch.setattr("fused_kl.head.GradientSums.add", fail)
     with pytest.raises(AssertionError):
         loss(tensors).backward()
     with torch.no_grad():
@@ -140,13 +139,13 @@ def test_lowmem_holds_a_tile(case, monkeypatch, largest_tensor):
     tensors = case.build(num_rows=N, student_size=H, teacher_size=H, dtype=torch.float32)
     student = (tensors.student_hidden, tensors.student_lm_head, None)
     teacher = (tensors.teacher_hidden, tensors.teacher_lm_head, None)
-    inputs = walk.Inputs(*student, *teacher, None, None, None)
-    rules = walk.Rules(1.0, None, 1.0, 0.5, False, 0, False, False, "lowmem", 0)
+    inputs = DivergenceInputs(*student, *teacher, None, None, None)
+    options = DivergenceOptions(beta=0.5, mode="lowmem")
     # The recorder does not see into a custom op, so the functions behind it are called.
     with largest_tensor:
-        saved = divergence_module.lowmem(inputs, rules).saved
-        needs = Needs(True, True, False)
-        divergence_module.lowmem_gradients(inputs, rules, needs, saved, torch.ones(N))
+        saved = divergence_module.lowmem(inputs, options).saved
+        needs_grad = NeedsGrad(True, True, False)
+        divergence_module.lowmem_gradients(inputs, options, needs_grad, saved, torch.ones(N))
     assert largest_tensor.numel == 2 * N * 100
 
 

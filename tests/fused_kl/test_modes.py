@@ -282,14 +282,15 @@ def test_compiles_whole(case, function, options):
 @pytest.mark.parametrize("name", ["fast", "lowmem"])
 @pytest.mark.parametrize("ids", [True, False])
 def test_opcheck(case, name, ids):
-    from fused_kl import ops, walk
+    from fused_kl import ops
+    from fused_kl.arguments import DivergenceInputs, DivergenceOptions
 
     tensors = case.build(num_rows=5, vocab=23, bias=True, dtype=torch.float32)
-    inputs = walk.Inputs(
+    inputs = DivergenceInputs(
         *(tensors.student_hidden, tensors.student_lm_head, tensors.student_bias),
         *(tensors.teacher_hidden, tensors.teacher_lm_head, tensors.teacher_bias),
         *(tensors.token_weights, tensors.token_ids if ids else None, tensors.allowed_columns),
     )
-    rules = walk.Rules(0.7, 9.0, 1.0, 0.5, False, 0, False, False, name, 3)
-    needs = (True, True, False) if name == "fast" else ()
-    torch.library.opcheck(getattr(ops, name), (*inputs, *rules, *needs))
+    options = DivergenceOptions(0.7, 9.0, beta=0.5, mode=name, chunk_size=3)
+    needs_grad = (True, True, False) if name == "fast" else ()
+    torch.library.opcheck(getattr(ops, name), (*inputs, *options, *needs_grad))

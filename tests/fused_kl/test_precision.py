@@ -146,9 +146,8 @@ def half_products(monkeypatch):
     def multiplies_half(*tensors):
         return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
-    for module in ("chunks", "walk", "tokens", "logprobs"):
-        monkeypatch.setattr(f"fused_kl.{module}.multiplies_half", multiplies_half)
-    monkeypatch.setattr("fused_kl.chunks.product_", product_)
+    monkeypatch.setattr("fused_kl.head.multiplies_half", multiplies_half)
+    monkeypatch.setattr("fused_kl.head.product_", product_)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lowmem"])

@@ -16,12 +16,12 @@ from fused_kl import (
     linear_reverse_kl,
     reference,
     tiles,
-    torch_kernels,
+    torch_rows,
 )
-from fused_kl.chunks import row_programs
+from fused_kl.head import row_programs
 from fused_kl.rows import Banned
 
-triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
+triton_rows = pytest.importorskip("fused_kl.triton_rows")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, the interpreter: tests/conftest.py
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 F32, F64 = torch.float32, torch.float64
@@ -73,7 +73,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
     scale = torch.tensor([0.25, 1.0, -2.0])
     wide = None if banned is None else Banned(banned.columns, banned.value.double())
     expected_grad = student.double()
-    expected = torch_kernels.divergence_rows_(
+    expected = torch_rows.divergence_rows_(
         expected_grad,
         teacher.double(),
         ids,
@@ -83,7 +83,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
         grad=expected_grad,
     )
     grad = student.to(DEVICE, copy=True)
-    found = triton_kernels.divergence_rows_(
+    found = triton_rows.divergence_rows_(
         grad,
         teacher.to(DEVICE),
         ids.to(DEVICE),
@@ -98,7 +98,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
     error = (grad.cpu().double() - expected_grad).norm()
     assert error < (2e-3 if gap else 1e-5) * expected_grad.norm() + 1e-7
     kept = student.to(DEVICE, copy=True)
-    without = triton_kernels.divergence_rows_(
+    without = triton_rows.divergence_rows_(
         kept, teacher.to(DEVICE), beta=beta, banned=place(banned)
     )
     assert torch.equal(kept.cpu(), student)
@@ -121,11 +121,11 @@ def test_token_rows(share, num_columns, std, splits, split_rows):
         return logprobs.masked_fill(logprobs.isneginf(), 0) + 2
 
     expected_grad = values.double()
-    expected = torch_kernels.token_rows_(
+    expected = torch_rows.token_rows_(
         expected_grad, ids, banned=wide, scale=scale, grad=expected_grad
     )
     grad = values.to(DEVICE, copy=True)
-    found = triton_kernels.token_rows_(
+    found = triton_rows.token_rows_(
         grad, ids.to(DEVICE), banned=place(banned), scale=scale, grad=grad
     )
     for value, truth in zip(found, expected, strict=True):
@@ -145,7 +145,7 @@ def test_a_row_in_tiles(beta, num_columns, std, splits, split_rows):
     middle = num_columns // 2
     tiles = (slice(0, middle), slice(middle, num_columns))
     results = []
-    for programs, dtype, device in ((torch_kernels, F64, "cpu"), (triton_kernels, F32, DEVICE)):
+    for programs, dtype, device in ((torch_rows, F64, "cpu"), (triton_rows, F32, DEVICE)):
         part = [banned.part(columns) for columns in tiles]
         part = [Banned(x.columns.to(device), x.value.to(device, dtype)) for x in part]
 
@@ -185,12 +185,12 @@ def test_a_row_in_tiles(beta, num_columns, std, splits, split_rows):
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [-0.5, torch.nan])
 def test_scale(numel, dtype, factor, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "SCALE_BLOCK", 64)
-    monkeypatch.setattr(triton_kernels, "num_multiprocessors", lambda: 2)
+    monkeypatch.setattr(triton_rows, "SCALE_BLOCK", 64)
+    monkeypatch.setattr(triton_rows, "num_multiprocessors", lambda: 2)
     values = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     beyond = torch.full((64,), 7.0, device=DEVICE, dtype=dtype)
     memory = torch.cat([values, beyond])
-    triton_kernels.scale_(memory[:numel], torch.tensor(factor, device=DEVICE))
+    triton_rows.scale_(memory[:numel], torch.tensor(factor, device=DEVICE))
     assert_close(memory[:numel], values * factor, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(memory[numel:], beyond)
 
@@ -200,29 +200,27 @@ def test_a_factor_of_one_writes_nothing():
     bits = torch.full((9000,), 0x7FA00000, dtype=torch.int32, device=DEVICE)
     for factor, kept in ((1.0, True), (2.0, False)):
         memory = bits.clone()
-        triton_kernels.scale_(memory.view(F32), torch.tensor(factor, device=DEVICE))
+        triton_rows.scale_(memory.view(F32), torch.tensor(factor, device=DEVICE))
         assert torch.equal(memory, bits) is kept
 
 
 @pytest.mark.parametrize(("numel", "programs"), [(1, 1), (8193, 2), (10**6, 12), (10**10, 12)])
 def test_scale_starts_few_programs(numel, programs, monkeypatch):
     grids = []
-    monkeypatch.setattr(triton_kernels, "num_multiprocessors", lambda: 3)
-    monkeypatch.setattr(
-        triton_kernels, "_start", lambda _, grid, *args, **flags: grids.append(grid)
-    )
-    triton_kernels.scale_(torch.empty(1).expand(numel), torch.ones(()))
+    monkeypatch.setattr(triton_rows, "num_multiprocessors", lambda: 3)
+    monkeypatch.setattr(triton_rows, "_start", lambda _, grid, *args, **flags: grids.append(grid))
+    triton_rows.scale_(torch.empty(1).expand(numel), torch.ones(()))
     assert grids == [(programs,)]
 
 
 def test_scale_of_nothing():
-    triton_kernels.scale_(torch.empty(0, 5, device=DEVICE), torch.ones((), device=DEVICE))
+    triton_rows.scale_(torch.empty(0, 5, device=DEVICE), torch.ones((), device=DEVICE))
 
 
 def test_no_allowed_column_is_never_silent():
     student, teacher = logits(2, 50, 1.0, None)
     banned = place(Banned.outside(torch.zeros(50, dtype=torch.bool), F32))
-    kl, *_ = triton_kernels.divergence_rows_(
+    kl, *_ = triton_rows.divergence_rows_(
         student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=banned
     )
     assert kl.isnan().all()
@@ -230,7 +228,7 @@ def test_no_allowed_column_is_never_silent():
 
 def test_no_rows():
     student, teacher = logits(0, 50, 1.0, None)
-    found = triton_kernels.divergence_rows_(
+    found = triton_rows.divergence_rows_(
         student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=None
     )
     assert [len(values) for values in found] == [0, 0, 0]
@@ -248,7 +246,7 @@ from bench.kernels.registers import (
     row_variants,
 )
 from bench.kernels.tune import REGISTERS
-from fused_kl import triton_device
+from fused_kl import triton_divergence, triton_shared, triton_tokens
 from fused_kl.tiles import ROW_BLOCKS
 
 arch = sys.argv[1]
@@ -262,8 +260,14 @@ variants = [(v, v.register_limit) for v in other_variants()]
 for shape, limit in shapes.items():
     variants += [(v, v.register_limit if limit == 255 else limit) for v in row_variants(shape)]
 
-kernels = {k for k, v in vars(triton_device).items() if isinstance(v, JITFunction)}
-programs = {name for name in kernels if not name.startswith("_")}  # those are parts of others
+functions = {
+    name: function
+    for module in (triton_divergence, triton_shared, triton_tokens)
+    for name, function in vars(module).items()
+    if isinstance(function, JITFunction)
+}
+# The others are parts of programs.
+programs = {name for name, function in functions.items() if "tl.program_id" in function.src}
 assert programs == set(RESIDENT_THREADS), "a program has no register limit"
 assert programs == {v.kernel.__name__ for v, _ in variants}, "a program is not compiled here"
 
@@ -346,8 +350,7 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         if DEVICE == "cuda":
             pytest.skip("the interpreter is not on")
-        for module in ("chunks", "walk", "tokens"):
-            monkeypatch.setattr(f"fused_kl.{module}.row_programs", lambda _: triton_kernels)
+        monkeypatch.setattr("fused_kl.head.row_programs", lambda _: triton_rows)
     return request.param
 
 
@@ -435,8 +438,8 @@ def test_without_triton_torch_does_the_work_and_says_so(monkeypatch):
     class OnGPU:
         is_cuda, dtype = True, F32
 
-    assert row_programs(OnGPU()) is triton_kernels  # pyright: ignore
-    monkeypatch.delattr("fused_kl.triton_kernels")
-    monkeypatch.setitem(sys.modules, "fused_kl.triton_kernels", None)
-    with pytest.warns(UserWarning, match="plain torch does the work of Triton"):
-        assert row_programs(OnGPU()) is torch_kernels  # pyright: ignore
+    assert row_programs(OnGPU()) is triton_rows  # pyright: ignore
+    monkeypatch.delattr("fused_kl.triton_rows")
+    monkeypatch.setitem(sys.modules, "fused_kl.triton_rows", None)
+    with pytest.warns(UserWarning, match="plain torch does its work"):
+        assert row_programs(OnGPU()) is torch_rows  # pyright: ignore

@@ -103,8 +103,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     if not torch.cuda.is_available():  # torch asks for a driver before it asks the mode
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     # Row programs need a device: what surrounds their launches is traced.
-    triton_kernels = pytest.importorskip("fused_kl.triton_kernels")
-    monkeypatch.setattr(triton_kernels, "_start", lambda *_, **__: None)
+    triton_rows = pytest.importorskip("fused_kl.triton_rows")
+    monkeypatch.setattr(triton_rows, "_start", lambda *_, **__: None)
     with Ahead():
         yield fetched
 

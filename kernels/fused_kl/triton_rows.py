@@ -1,5 +1,8 @@
-"""Row programs in Triton: the functions of `torch_kernels`, in two reads of the logits (three for
-JSD with its gradient). fp32 logits only; gradients in the dtype of the tensor that receives them.
+"""Row programs in Triton, for fp32 logits on a GPU: see `rows.RowPrograms`.
+
+It launches the programs of `triton_divergence`, `triton_tokens` and `triton_shared`. A
+divergence reads the logits twice, and the JSD with its gradient three times. Gradients are written
+in the dtype of the tensor that receives them. Logits that are not `grad` are left unchanged.
 """
 
 from __future__ import annotations
@@ -9,39 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kl import triton_device
+from fused_kl import triton_divergence, triton_shared, triton_tokens
 from fused_kl.rows import Banned, Norms, Summary, TokenRows, TokenScale
 from fused_kl.tiles import RowProgram, num_multiprocessors, row_program
 
-# `scale_` keeps this many programs on each multiprocessor; `bench.registers` holds the registers
-# of a thread to what lets them stay.
+# Programs of `scale_` on each multiprocessor; `bench.registers` limits the registers of a thread so
+# that all of them are resident at once.
 SCALE_PROGRAMS = 4
 SCALE_BLOCK, SCALE_WARPS = 8192, 8
 CHOSEN_BLOCK, CHOSEN_WARPS = 128, 4
-# Splits of a row that a summary reads at least; more than that are rare.
+# Fewest splits of a row that a summary reads at once; more splits are rare.
 SUMMARY_BLOCK = 32
 
 
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
-    """Every launch goes through here."""
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+    """Launch a program; every launch goes through here."""
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device.
         kernel[grid](*arguments, **flags)
 
 
 def _launch(kernel: Any, program: RowProgram, num_rows: int, *arguments: Any, **flags: Any) -> None:
+    """Launch a program over rows of logits, each of which may be split over several programs."""
     if num_rows:
         flags |= {"BLOCK": program.block, "num_warps": program.num_warps}
         _start(kernel, (num_rows, program.splits), *arguments, program.split_columns, **flags)
 
 
 def summary_program(splits: int) -> dict[str, int]:
-    """How a program reads all splits of a row at once, at most four by each thread."""
+    """Launch options of a program that reads all splits of a row at once, at most four per
+    thread."""
     block = max(SUMMARY_BLOCK, 1 << (splits - 1).bit_length())
     return {"BLOCK": block, "num_warps": max(1, block // 128)}
 
 
 def _summary(kernel: Any, states: Tensor, num_fields: int) -> Tensor:
-    """`[num_fields, n]` of the states `[splits, ..., n]`."""
+    """Summarise the states `[splits, ..., n]`: `[num_fields, n]`."""
     splits, _, num_rows = states.shape
     out = states.new_empty(num_fields, num_rows)
     if num_rows:
@@ -50,7 +55,8 @@ def _summary(kernel: Any, states: Tensor, num_fields: int) -> Tensor:
 
 
 def _banned(banned: Banned | None, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """Which columns are banned, as bytes, and what stands there."""
+    """The banned columns, as bytes, and the value of their logits; `unused` stands for both where
+    nothing is banned."""
     if banned is None:
         return unused, unused
     return banned.columns.view(torch.uint8), banned.value
@@ -59,12 +65,11 @@ def _banned(banned: Banned | None, unused: Tensor) -> tuple[Tensor, Tensor]:
 def chosen_logprobs(
     logits: Tensor, token_ids: Tensor, maxima: Tensor, log_sums: Tensor, banned: Banned | None
 ) -> Tensor:
-    """`torch_kernels.chosen_logprobs` in one launch."""
     num_rows = len(logits)
     logprobs = logits.new_empty(num_rows)
     if num_rows:
         _start(
-            triton_device.chosen_logprobs,
+            triton_tokens.chosen_logprobs,
             (-(-num_rows // CHOSEN_BLOCK),),
             logits,
             *_banned(banned, logits),
@@ -82,20 +87,18 @@ def chosen_logprobs(
 
 
 def summarise(states: Tensor) -> Summary:
-    """`torch_kernels.summarise` in one launch."""
-    fields = _summary(triton_device.divergence_summary, states, 9).unbind()
+    fields = _summary(triton_divergence.divergence_summary, states, 9).unbind()
     return Summary(Norms(*fields[:5]), *fields[5:])
 
 
 def divergence_statistics(
     student_logits: Tensor, teacher_logits: Tensor, *, banned: Banned | None
 ) -> Tensor:
-    """`torch_kernels.divergence_statistics`; both logits are left as they were."""
     num_rows, num_columns = student_logits.shape
     program = row_program(num_rows, num_columns)
     states = student_logits.new_empty(program.splits, 8, num_rows)
     _launch(
-        triton_device.divergence_statistics,
+        triton_divergence.divergence_statistics,
         program,
         num_rows,
         student_logits,
@@ -123,14 +126,15 @@ def _gradient(
     grad: Tensor | None = None,
     with_value: bool,
 ) -> Tensor:
-    """One read of both logits; returns the two values `[2, n]`, if they are asked for."""
+    """Read both logits once; write the gradient, and return the two values `[2, n]`
+    `with_value`."""
     num_rows, num_columns = student_logits.shape
     program = row_program(num_rows, num_columns)
     values = student_logits.new_empty(program.splits if with_value else 0, 2, num_rows)
-    kinds = {1.0: triton_device.REVERSE, 0.0: triton_device.FORWARD}
+    kind_of_beta = {1.0: triton_divergence.REVERSE, 0.0: triton_divergence.FORWARD}
     unused = student_logits
     _launch(
-        triton_device.divergence_gradient,
+        triton_divergence.divergence_gradient,
         program,
         num_rows,
         student_logits,
@@ -147,7 +151,7 @@ def _gradient(
         teacher_logits.stride(0),
         0 if grad is None else grad.stride(0),
         beta,
-        KIND=kinds.get(beta, triton_device.JSD).value,
+        KIND=kind_of_beta.get(beta, triton_divergence.JSD).value,
         HAS_BANNED=banned is not None,
         WITH_VALUE=with_value,
         WITH_GRAD=grad is not None,
@@ -163,7 +167,6 @@ def jsd_parts(
     beta: float,
     banned: Banned | None,
 ) -> Tensor:
-    """`torch_kernels.jsd_parts`; both logits are left as they were."""
     return _gradient(
         student_logits, teacher_logits, norms, beta=beta, banned=banned, with_value=True
     )
@@ -180,7 +183,6 @@ def divergence_gradient_(
     scale: Tensor,
     grad: Tensor,
 ) -> None:
-    """`torch_kernels.divergence_gradient_`; logits that are not `grad` are left as they were."""
     _gradient(
         student_logits,
         teacher_logits,
@@ -204,23 +206,22 @@ def divergence_rows_(
     scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> list[Tensor]:
-    """`torch_kernels.divergence_rows_`; logits that are not `grad` are left as they were."""
     states = divergence_statistics(student_logits, teacher_logits, banned=banned)
     norms, student_entropy, teacher_entropy, *_ = summarise(states)
     logprobs = []
     if token_ids is not None:
         sizes = norms.student_max, norms.student_log_sum
         logprobs.append(chosen_logprobs(student_logits, token_ids, *sizes, banned))
-    rules: dict[str, Any] = dict(beta=beta, banned=banned)
+    options: dict[str, Any] = dict(beta=beta, banned=banned)
     logits = student_logits, teacher_logits
     if beta in (0.0, 1.0):
-        kl, _ = _gradient(*logits, norms, **rules, scale=scale, grad=grad, with_value=True)
+        kl, _ = _gradient(*logits, norms, **options, scale=scale, grad=grad, with_value=True)
     else:
-        teacher_part, student_part = jsd_parts(*logits, norms, **rules)
+        teacher_part, student_part = jsd_parts(*logits, norms, **options)
         kl = beta * teacher_part + (1 - beta) * student_part
         if grad is not None and scale is not None:
             divergence_gradient_(
-                *logits, norms, **rules, student_part=student_part, scale=scale, grad=grad
+                *logits, norms, **options, student_part=student_part, scale=scale, grad=grad
             )
     return [kl.clamp_min(0), student_entropy, teacher_entropy, *logprobs]
 
@@ -233,13 +234,12 @@ def token_rows_(
     scale: TokenScale | None = None,
     grad: Tensor | None = None,
 ) -> TokenRows:
-    """`torch_kernels.token_rows_`; logits that are not `grad` are left as they were."""
     num_rows, num_columns = logits.shape
     program = row_program(num_rows, num_columns)
     states = logits.new_empty(program.splits, 4, num_rows)
     banned_columns = _banned(banned, logits)
     _launch(
-        triton_device.token_statistics,
+        triton_tokens.token_statistics,
         program,
         num_rows,
         logits,
@@ -251,11 +251,11 @@ def token_rows_(
         logits.stride(0),
         HAS_BANNED=banned is not None,
     )
-    largest, log_sum, rest, entropy = _summary(triton_device.token_summary, states, 4).unbind()
+    largest, log_sum, rest, entropy = _summary(triton_tokens.token_summary, states, 4).unbind()
     logprobs = chosen_logprobs(logits, token_ids, largest, log_sum, banned)
     if grad is not None and scale is not None:
         _launch(
-            triton_device.token_gradient,
+            triton_tokens.token_gradient,
             program,
             num_rows,
             logits,
@@ -275,9 +275,8 @@ def token_rows_(
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
-    """`values` times the 0-dim `factor`, in place; a factor of 1 costs no pass over them."""
     count = values.numel()
     programs = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * num_multiprocessors())
     if programs:
         flags = {"BLOCK": SCALE_BLOCK, "num_warps": SCALE_WARPS}
-        _start(triton_device.scale_in_place, (programs,), values, factor, count, **flags)
+        _start(triton_shared.scale_in_place, (programs,), values, factor, count, **flags)

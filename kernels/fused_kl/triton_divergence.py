@@ -1,7 +1,8 @@
-"""What runs on the GPU: programs over rows of fp32 logits. `triton_kernels` launches them.
+"""Triton programs of the divergences over rows of fp32 logits; `triton_rows` launches them.
 
-Program (row, split) covers the columns from split * split_columns on. Sums of a split merge by
-`rows.merge`. Row offsets are int64: rows times columns passes 2^31.
+Program (row, split) covers `split_columns` columns from split * split_columns on. Sums of the
+splits merge by the rule of `rows.merge`. Row offsets are int64, because rows times columns can
+exceed 2^31.
 """
 
 # Triton's reductions are typed as if they returned tuples.
@@ -12,22 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_kl.rows import FLOOR, MAX_LOG_RATIO
+from fused_kl.rows import MAX_LOG_RATIO
+from fused_kl.triton_shared import NEGATIVE, load_logits
 
-NEGATIVE = tl.constexpr(FLOOR)
 LIMIT = tl.constexpr(MAX_LOG_RATIO)
 REVERSE, FORWARD, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _load(row, columns, num_columns, banned, floor, HAS_BANNED: tl.constexpr):
-    """Logits of a block; banned ones and those past the end stand far below."""
-    inside = columns < num_columns
-    values = tl.load(row + columns, mask=inside, other=NEGATIVE)
-    if HAS_BANNED:
-        outside = tl.load(banned + columns, mask=inside, other=0)
-        values = tl.where(outside != 0, tl.load(floor), values)
-    return values
 
 
 @triton.jit
@@ -69,8 +59,8 @@ def divergence_statistics(
     s_sum, t_sum, s_first, t_first, s_cross, t_cross = zero, zero, zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(s_row, columns, end, banned, floor, HAS_BANNED)
-        t = _load(t_row, columns, end, banned, floor, HAS_BANNED)
+        s = load_logits(s_row, columns, end, banned, floor, HAS_BANNED)
+        t = load_logits(t_row, columns, end, banned, floor, HAS_BANNED)
         s_new, t_new = tl.maximum(s_max, tl.max(s)), tl.maximum(t_max, tl.max(t))
         s_shift, t_shift = s_max - s_new, t_max - t_new
         s_scale, t_scale = tl.exp(s_shift), tl.exp(t_shift)
@@ -136,35 +126,6 @@ def divergence_summary(
 
 
 @triton.jit
-def chosen_logprobs(
-    logits,
-    banned,
-    floor,
-    token_ids,
-    maxima,
-    log_sums,
-    logprobs,
-    num_rows,
-    stride,
-    HAS_BANNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The log-probability of one token per row, -inf for a banned one."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < num_rows
-    chosen = tl.load(token_ids + index, mask=inside, other=0)
-    norm = tl.load(maxima + index, mask=inside, other=0.0)
-    log_sum = tl.load(log_sums + index, mask=inside, other=0.0)
-    value = tl.load(logits + index * stride + chosen, mask=inside, other=0.0) - norm - log_sum
-    if HAS_BANNED:
-        outside = tl.load(banned + chosen, mask=inside, other=0)
-        # The floor is NaN where no column is allowed.
-        value = tl.where(outside != 0, tl.load(floor) - norm - log_sum, value)
-    value = tl.where(value < NEGATIVE / 2, float("-inf"), value)
-    tl.store(logprobs + index, value, mask=inside)
-
-
-@triton.jit
 def divergence_gradient(
     student,
     teacher,
@@ -207,8 +168,8 @@ def divergence_gradient(
     value, student_part = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load(s_row, columns, end, banned, floor, HAS_BANNED)
-        t = _load(t_row, columns, end, banned, floor, HAS_BANNED)
+        s = load_logits(s_row, columns, end, banned, floor, HAS_BANNED)
+        t = load_logits(t_row, columns, end, banned, floor, HAS_BANNED)
         x, y = s - s_max - s_log, t - t_max - t_log
         p, r = tl.exp(x), x - y
         if KIND == JSD:
@@ -237,117 +198,3 @@ def divergence_gradient(
         out = values + split * 2 * num_rows + index
         tl.store(out, value)
         tl.store(out + num_rows, student_part)
-
-
-@triton.jit
-def token_statistics(
-    logits,
-    banned,
-    floor,
-    token_ids,
-    states,  # [splits, 4, rows]: max z, sum e^x, sum e^x x, sum e^x of all but the token
-    num_rows,
-    num_columns,
-    stride,
-    split_columns,
-    HAS_BANNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, chosen = logits + index * stride, tl.load(token_ids + index)
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, num_columns)
-    largest = tl.full((), NEGATIVE, tl.float32)
-    zero = tl.full((), 0.0, tl.float32)
-    total, first, others = zero, zero, zero
-    for start in range(begin, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _load(row, columns, end, banned, floor, HAS_BANNED)
-        new = tl.maximum(largest, tl.max(z))
-        shift = largest - new
-        scale = tl.exp(shift)
-        x = z - new
-        e = tl.exp(x)
-        first = scale * (first + total * shift) + tl.sum(e * x)
-        total = scale * total + tl.sum(e)
-        others = scale * others + tl.sum(tl.where(columns == chosen, 0.0, e))
-        largest = new
-    out = states + split * 4 * num_rows + index
-    tl.store(out, largest)
-    tl.store(out + num_rows, total)
-    tl.store(out + 2 * num_rows, first)
-    tl.store(out + 3 * num_rows, others)
-
-
-@triton.jit
-def token_summary(
-    states,  # [splits, 4, rows]
-    summary,  # [4, rows]: max z, log sum e^x, share of all but the token, entropy
-    num_rows,
-    splits,
-    BLOCK: tl.constexpr,
-):
-    """One row of token_statistics; all its splits are read at once, and merge as in rows.merge."""
-    index, parts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = parts < splits
-    state = states + parts * 4 * num_rows + index
-    maxima = tl.load(state, mask=inside, other=NEGATIVE)
-    totals = tl.load(state + num_rows, mask=inside, other=0.0)
-    firsts = tl.load(state + 2 * num_rows, mask=inside, other=0.0)
-    others = tl.load(state + 3 * num_rows, mask=inside, other=0.0)
-    largest = tl.max(maxima)
-    shift = maxima - largest
-    scale = tl.exp(shift)
-    total = tl.sum(scale * totals)
-    log_sum = tl.log(total)
-    out = summary + index
-    tl.store(out, largest)
-    tl.store(out + num_rows, log_sum)
-    tl.store(out + 2 * num_rows, tl.sum(scale * others) / total)
-    tl.store(out + 3 * num_rows, log_sum - tl.sum(scale * (firsts + totals * shift)) / total)
-
-
-@triton.jit
-def token_gradient(
-    logits,
-    banned,
-    floor,
-    token_ids,
-    maxima,
-    log_sums,
-    others,
-    scales,
-    grad,
-    num_columns,
-    stride,
-    grad_stride,
-    split_columns,
-    HAS_BANNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, chosen = logits + index * stride, tl.load(token_ids + index)
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, num_columns)
-    largest, log_sum = tl.load(maxima + index), tl.load(log_sums + index)
-    rest, scale = tl.load(others + index), tl.load(scales + index)
-    for start in range(begin, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _load(row, columns, end, banned, floor, HAS_BANNED)
-        # 1 - p of a near-certain token would cancel; the sum over the others does not.
-        slope = tl.where(columns == chosen, rest, -tl.exp(z - largest - log_sum))
-        tl.store(grad + index * grad_stride + columns, scale * slope, mask=columns < end)
-
-
-@triton.jit
-def scale_in_place(values, factor, count, BLOCK: tl.constexpr):
-    """values *= factor by a few programs that stride over the values, and no pass where the factor
-    is 1, which the host never asks."""
-    scale = tl.load(factor)
-    if scale != 1.0:  # NaN is not 1 either
-        begin = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(begin, count, step):
-            places = start + tl.arange(0, BLOCK)
-            inside = places < count
-            tl.store(values + places, tl.load(values + places, mask=inside) * scale, mask=inside)

@@ -1,7 +1,6 @@
-"""Row programs in plain torch: logits in, statistics out, the gradient written where it is wanted.
+"""Row programs in plain torch, for every device and for fp32 and fp64: see `rows.RowPrograms`.
 
-They work on blocks of rows small enough for the cache, with two scratch blocks. All arithmetic is
-in the dtype of the logits (fp32 or fp64). `triton_kernels` has the same functions for a GPU.
+They work in place on blocks of rows that fit into the cache, with one or two scratch blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ TINY = 1e-30
 def _blocks(
     num_scratch: int, banned: Banned | None, logits: Tensor, *others: Tensor
 ) -> Iterator[tuple]:
-    """Rows, the logits and `others` of each block, with banned columns filled, and scratch
-    blocks."""
+    """Yield, for each block: its rows, its logits and those of `others` with banned columns
+    filled, and its scratch blocks."""
     num_rows, num_columns = logits.shape
     block = row_block_rows(num_columns, logits.element_size(), logits.device.type)
     scratch = logits.new_empty(num_scratch, min(block, num_rows), num_columns)
@@ -54,13 +53,9 @@ def divergence_rows_(
     scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> list[Tensor]:
-    """Divergence, student's and teacher's entropy of each row, and the student's log-probability
-    of a token where it is given; both logits `[n, V]` are overwritten.
-
-    `grad` `[n, V]`, which may be `student_logits`, receives scale dD/dlogits. Near the teacher the
-    log ratio r is small, so everything is formed from r: `sum p r - p + q` is off by at most the
-    rounding of a probability, 6e-8, whereas `mu - lse(s) + lse(t)` is off by that of lse.
-    """
+    # Near the teacher the log ratio r is small, so everything is formed from r: the error of
+    # `sum p r - p + q` is the rounding of a probability, 6e-8 at most, whereas that of
+    # `mu - lse(s) + lse(t)` is the rounding of lse.
     num_rows = len(student_logits)
     stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
     token_kl, student_entropy, teacher_entropy, *logprobs = stats
@@ -86,7 +81,8 @@ def divergence_rows_(
     return stats
 
 
-# Each takes q, p and r = log p - log q, returns the divergence and leaves the gradient in q.
+# Each takes q, p and r = log p - log q of a block, returns its divergence and, given a scale,
+# leaves the gradient in q.
 
 
 def _reverse_block_(
@@ -122,7 +118,7 @@ def _jsd_block_(
 def _jsd_parts_(
     q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """KL(q || m) and KL(p || m); r becomes log(p/m)."""
+    """KL(q || m) and KL(p || m); r is overwritten with log(p/m)."""
     # log(q/m) = -log1p((1-beta) expm1(r)) and log(p/m) = -log1p(beta expm1(-r)): m is never formed.
     r.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     torch.expm1(r, out=scratch).mul_(1 - beta).log1p_()
@@ -139,11 +135,6 @@ def token_rows_(
     scale: TokenScale | None = None,
     grad: Tensor | None = None,
 ) -> TokenRows:
-    """Log-probability of one token per row, and entropy; the logits `[n, V]` are overwritten.
-
-    `grad` `[n, V]`, which may be `logits`, receives scale dlogprob/dlogits = scale (onehot - p).
-    A banned token has logprob -inf, and its scale must then be 0.
-    """
     num_rows = len(logits)
     stats = TokenRows(logits.new_empty(num_rows), logits.new_empty(num_rows))
     for rows, z, x in _blocks(1, banned, logits):
@@ -153,7 +144,7 @@ def token_rows_(
         torch.exp(x, out=z)
         stats.entropy[rows] = x.mul_(z).sum(-1).neg_()
         if grad is not None and scale is not None:
-            # 1 - p of a near-certain token would cancel; the sum over the others does not.
+            # 1 - p would cancel for a near-certain token; the sum over all others does not.
             z.neg_().scatter_(-1, ids, 0)
             z.scatter_(-1, ids, z.sum(-1, keepdim=True).neg_())
             z.mul_(scale(rows, stats.logprobs[rows])[:, None])
@@ -174,8 +165,11 @@ def topk_rows_(
     scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> list[Tensor]:
-    """`divergence_rows_` for the reverse KL on the k likeliest columns of one side: between both
-    renormalised on them, or with all the others as one more outcome (`tail`)."""
+    """`divergence_rows_` for the reverse KL on the k likeliest columns of one side.
+
+    Both sides are renormalised on these columns, or with `tail` all other columns are one more
+    outcome. It has no Triton version.
+    """
     num_rows = len(student_logits)
     stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
     token_kl, student_entropy, teacher_entropy, *logprobs = stats
@@ -194,7 +188,7 @@ def topk_rows_(
         p, q, r = log_p.exp(), log_q.exp(), log_p - log_q
         value = (p * r - p + q).sum(-1, keepdim=True)
         rest = t.scatter_(-1, places, 0).sum(-1, keepdim=True)
-        # A rest of 0 stays 0: TINY only keeps its logarithm finite.
+        # TINY keeps the logarithm of a rest of 0 finite; its product with the rest is still 0.
         rest_r = rest.clamp_min(TINY).log() - teacher_rest.clamp_min(TINY).log()
         if tail:
             value += rest * rest_r - rest + teacher_rest
@@ -213,13 +207,9 @@ def topk_rows_(
     return stats
 
 
-# A tile holds some columns only: statistics of all tiles first, then what needs the norms.
-
-
 def divergence_statistics(
     student_logits: Tensor, teacher_logits: Tensor, *, banned: Banned | None
 ) -> Tensor:
-    """States `[parts, 8, n]` of some columns (see `merge`), here of one part."""
     num_rows = len(student_logits)
     state = student_logits.new_empty(8, num_rows)
     for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
@@ -234,19 +224,17 @@ def divergence_statistics(
 
 
 def summarise(states: Tensor) -> Summary:
-    """What the states `[parts, 8, n]` of all parts of the vocabulary amount to."""
     return summarise_whole(states[0] if len(states) == 1 else merge(states))
 
 
 def chosen_logprobs(
     logits: Tensor, token_ids: Tensor, maxima: Tensor, log_sums: Tensor, banned: Banned | None
 ) -> Tensor:
-    """The log-probability `[n]` of one token per row, -inf for a banned one."""
     return as_logprobs(chosen_logits(logits, token_ids, banned) - maxima - log_sums)
 
 
 def _probabilities(s: Tensor, t: Tensor, norms: Norms, rows: slice) -> tuple:
-    """p, q and r = log p - log q; both logits are overwritten."""
+    """p, q and r = log p - log q of a block of logits s and t, which are overwritten."""
     s.sub_(norms.student_max[rows, None]).sub_(norms.student_log_sum[rows, None])
     t.sub_(norms.teacher_max[rows, None]).sub_(norms.teacher_log_sum[rows, None])
     return s.exp(), t.exp(), s.sub_(t)
@@ -260,8 +248,6 @@ def jsd_parts(
     beta: float,
     banned: Banned | None,
 ) -> Tensor:
-    """The share `[2, n]` that some columns have in KL(q || m) and KL(p || m); the logits are
-    overwritten."""
     parts = student_logits.new_empty(2, len(student_logits))
     for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
         p, q, r = _probabilities(s, t, norms, rows)
@@ -280,10 +266,6 @@ def divergence_gradient_(
     scale: Tensor,
     grad: Tensor,
 ) -> None:
-    """Write scale dD/dlogits of some columns into `grad` `[n, V]`, which may be `student_logits`.
-
-    `student_part` `[n]` is KL(p || m) of the whole vocabulary, used by JSD only.
-    """
     for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
         p, q, r = _probabilities(s, t, norms, rows)
         if beta == 1.0:
@@ -296,3 +278,9 @@ def divergence_gradient_(
         torch.mul(out, scale[rows, None], out=s)
         if grad is not student_logits:
             grad[rows] = s
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    # Reading a scalar on the CPU is free; a pass over the head's gradient is not.
+    if factor.device.type != "cpu" or factor.item() != 1.0:
+        values.mul_(factor)

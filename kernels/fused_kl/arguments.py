@@ -1,0 +1,155 @@
+"""Tensors and options of the losses as the layers below the public functions receive them, and the
+result that the divergences return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_kl.tiles import Plan
+
+
+class HeadInputs(NamedTuple):
+    """One model: its hidden states, and the head that turns them into logits."""
+
+    hidden: Tensor  # [N, H]
+    lm_head: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class LogitOptions(NamedTuple):
+    """How hidden states become logits: z = logit_scale (h W^T + b), with a softcap c
+    z = c tanh(z / c), then z / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class NeedsGrad(NamedTuple):
+    """Which of a head's inputs need a gradient."""
+
+    hidden: bool
+    lm_head: bool
+    bias: bool
+
+    @staticmethod
+    def of(inputs: HeadInputs) -> NeedsGrad:
+        """The inputs that require grad; none while grad is disabled."""
+        enabled = torch.is_grad_enabled()
+        return NeedsGrad(
+            *(enabled and tensor is not None and tensor.requires_grad for tensor in inputs)
+        )
+
+
+NO_GRAD = NeedsGrad(False, False, False)
+
+
+class DivergenceInputs(NamedTuple):
+    """Tensors of a divergence between two models.
+
+    The custom ops of `fused_kl.ops` take these fields, and those of `DivergenceOptions`, one by
+    one: their schema is derived from the two definitions.
+    """
+
+    student_hidden: Tensor  # [N, Hs]
+    student_lm_head: Tensor  # [V, Hs]
+    student_bias: Tensor | None  # [V]
+    teacher_hidden: Tensor  # [N, Ht]
+    teacher_lm_head: Tensor  # [V', Ht]
+    teacher_bias: Tensor | None  # [V']
+    token_weights: Tensor | None  # [N]
+    token_ids: Tensor | None  # [N]
+    allowed_columns: Tensor | None  # [V]
+
+    @property
+    def student(self) -> HeadInputs:
+        return HeadInputs(self.student_hidden, self.student_lm_head, self.student_bias)
+
+    @property
+    def teacher(self) -> HeadInputs:
+        return HeadInputs(self.teacher_hidden, self.teacher_lm_head, self.teacher_bias)
+
+    @property
+    def num_rows(self) -> int:
+        return self.student_hidden.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the vocabulary that both heads have."""
+        return min(self.student_lm_head.shape[0], self.teacher_lm_head.shape[0])
+
+
+class DivergenceOptions(NamedTuple):
+    """Options of a divergence between two models, named as in `linear_reverse_kl` and
+    `topk_reverse_kl`."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    beta: float = 1.0
+    estimator: str = "full"
+    k: int = 0  # 0: the full vocabulary
+    support: str = "teacher"
+    tail: bool = False
+    mode: str = "fast"
+    chunk_size: int = 0  # 0: "auto"
+
+    @property
+    def logits(self) -> LogitOptions:
+        return LogitOptions(self.temperature, self.softcap, self.logit_scale)
+
+
+class TokenInputs(NamedTuple):
+    """Tensors of a loss of given tokens."""
+
+    hidden: Tensor  # [N, H]
+    lm_head: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    token_ids: Tensor  # [N]
+    allowed_columns: Tensor | None  # [V]
+
+    @property
+    def head(self) -> HeadInputs:
+        return HeadInputs(self.hidden, self.lm_head, self.bias)
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        return self.lm_head.shape[0]
+
+
+class TokenOptions(NamedTuple):
+    """Options that the losses of given tokens share."""
+
+    logits: LogitOptions
+    chunk_size: int  # 0: "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearKLOutput:
+    """Result of a divergence between two models; fp32, or fp64 for fp64 inputs; values in nats.
+
+    Attributes:
+        loss: differentiable; a scalar, or `[N]` with reduction="none".
+        token_kl: `[N]`, the divergence of each row.
+        student_entropy: `[N]`.
+        teacher_entropy: `[N]`.
+        student_logprobs: `[N]`, log-probabilities of `token_ids`; None without `token_ids`.
+        plan: how many rows and columns of logits were held at once.
+
+    All `[N]` values except `loss` are detached, not weighted, and 0 in rows of weight 0.
+    """
+
+    loss: Tensor
+    token_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprobs: Tensor | None
+    plan: Plan
