@@ -1,4 +1,4 @@
-"""Losses of a language-model head from hidden states, without ever holding `[tokens, vocab]`."""
+"""Losses of a language-model head from hidden states, without holding `[tokens, vocab]` logits."""
 
 from fused_kl.linear import LinearKLOutput, linear_reverse_kl, topk_reverse_kl
 from fused_kl.logits import jsd, reverse_kl

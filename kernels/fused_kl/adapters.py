@@ -1,12 +1,12 @@
-"""Drop-in replacements, by call signature, for three public losses: change the import.
+"""Drop-in replacements for three public losses, with their call signatures: change the import.
 
     LigerFusedLinearJSD         liger_kernel.transformers.LigerFusedLinearJSD
     LigerFusedLinearJSDLoss     liger_kernel.chunked_loss.LigerFusedLinearJSDLoss
     chunked_divergence_loss     trl.trainer.distillation_trainer._chunked_divergence_loss
 
-Logits and gradients are fp32 inside, so values differ from Liger's by the rounding of its bf16
-logits. One backward per loss, as with all losses that make their gradients in forward. Where
-vocabularies differ in size both are cut to the smaller, where Liger pads the student's logits.
+Logits and their gradients are fp32, so that values differ from Liger's by the rounding of its bf16
+logits. Each loss allows one backward, because its gradients are computed in forward. Vocabularies
+of different sizes are cut to the smaller, whereas Liger pads the student's logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fused_kl.policy import linear_cross_entropy
 
 
 def _mean_weights(labels: Tensor | None, hidden: Tensor, ignore_index: int) -> Tensor:
-    """1/valid at valid tokens, 0 elsewhere, without asking the device."""
+    """1 / number of valid tokens at these, 0 elsewhere, without waiting for the device."""
     if labels is None:
         return hidden.new_full((len(hidden),), 1 / max(1, len(hidden)), dtype=torch.float32)
     valid = labels != ignore_index
@@ -31,7 +31,7 @@ def _mean_weights(labels: Tensor | None, hidden: Tensor, ignore_index: int) -> T
 class LigerFusedLinearJSD(nn.Module):
     """Mean generalised JSD over tokens whose label is not `ignore_index`.
 
-    `accum_dtype` is accepted and has no effect: sums are fp32 always.
+    `accum_dtype` is accepted and has no effect: sums are always fp32.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
     """weight_hard_loss CE(labels) + weight_soft_loss JSD, both means over valid tokens.
 
     The cross-entropy is taken at temperature 1, the JSD at `temperature`. `compiled` and
-    `chunk_size` are accepted and have no effect: chunks keep to a memory budget.
+    `chunk_size` are accepted and have no effect: chunk sizes follow a memory budget.
     """
 
     def __init__(
@@ -143,10 +143,11 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `[B, K, H]`, mask `[B, K]` -> loss, sum of the student's entropy, valid tokens.
+    """Loss, sum of the student's entropies and number of valid tokens, from hidden states
+    `[B, K, H]` and a mask `[B, K]`.
 
-    The loss is a mean over valid tokens, or the sum over `num_items_in_batch`. Both models need the
-    same logit scale and softcap.
+    The loss is the mean over valid tokens, or the sum divided by `num_items_in_batch`. Both models
+    must have the same logit scale and softcap.
     """
     for name, student, teacher in (
         ("teacher_logit_scale", student_logit_scale, teacher_logit_scale),
@@ -159,7 +160,7 @@ def chunked_divergence_loss(
         if student != teacher:
             raise ValueError(f"{name} is {teacher}, expected {student} as for the student")
     valid = completion_mask.reshape(-1) != 0
-    # As TRL does, only valid tokens are projected; on a GPU, counting them stops the host.
+    # Only valid tokens are projected, as in TRL; on a GPU the host waits for their number.
     student_hidden, teacher_hidden = (
         states.reshape(-1, states.shape[-1])[valid]
         for states in (student_hidden_states, teacher_hidden_states.detach())

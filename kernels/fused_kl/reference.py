@@ -1,7 +1,8 @@
-"""Dense definitions: the truth that every fast path is compared with. Allocates `[N, V]`.
+"""Dense definitions of the losses, which the tests compare the fused ones with.
 
-Rows of weight 0 and columns outside the policy are cut out rather than masked, so that nothing
-here shares a trick, or a mistake, with the fused code. `dtype` is the dtype of all arithmetic.
+They allocate `[N, V]`. Rows of weight 0 and columns outside the policy are cut out rather than
+masked, so that no method, and no mistake, is shared with the fused code. All arithmetic is in
+`dtype`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def log_probs(
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """log softmax(z / temperature) over the allowed columns, `[N, H]` and `[V, H]` give
-    `[N, number of allowed columns]`.
+    """log softmax(z / temperature) over the allowed columns: `[N, number of allowed columns]` from
+    `[N, H]` and `[V, H]`.
 
-    z = logit_scale (hidden @ lm_head.T + bias), and with a softcap c it is c tanh(z / c) instead.
+    z = logit_scale (hidden @ lm_head.T + bias), replaced by c tanh(z / c) with a softcap c.
     """
     logits = hidden.to(dtype) @ lm_head.to(dtype).T
     if bias is not None:
@@ -40,15 +41,15 @@ def log_probs(
 
 
 def entropy(log_probs: Tensor) -> Tensor:
-    """-sum_v p log p, `[N, V]` -> `[N]` in nats."""
+    """-sum_v p log p in nats, `[N]` from `[N, V]`."""
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
-    """`[N, V]` twice -> `[N]` in nats.
+    """Divergence of each row in nats, `[N]` from two `[N, V]`.
 
-    beta 1: sum p (log p - log q), reverse; beta 0: sum q (log q - log p), forward; between:
-    beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q.
+    beta 1: sum p (log p - log q), the reverse KL. beta 0: sum q (log q - log p), the forward KL.
+    Between: beta KL(q || m) + (1 - beta) KL(p || m) with m = (1 - beta) p + beta q.
     """
     p, q = student_log_probs.exp(), teacher_log_probs.exp()
     if beta == 1.0:
@@ -95,8 +96,8 @@ def linear_reverse_kl(
     reduction: str = "sum",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense `fused_kl.linear_reverse_kl`, and with `k` `fused_kl.topk_reverse_kl`: loss, token_kl,
-    student_entropy, teacher_entropy."""
+    """Dense `fused_kl.linear_reverse_kl`, or with `k` `fused_kl.topk_reverse_kl`; returns loss,
+    token_kl, student_entropy and teacher_entropy."""
     vocab = min(len(student_lm_head), len(teacher_lm_head))
     kept = _kept(token_weights, len(student_hidden))
     columns = None if allowed_columns is None else allowed_columns[:vocab]
@@ -133,8 +134,8 @@ def linear_reverse_kl(
 def on_support(
     student: Tensor, teacher: Tensor, k: int, support: str, tail: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both log_probs `[N, V]` on the k likeliest columns of one side: renormalised `[N, k]`, or
-    with the mass of all others as one more outcome, `[N, k + 1]`."""
+    """Both log-probabilities `[N, V]` on the k likeliest columns of one side: renormalised,
+    `[N, k]`, or with the mass of all other columns as one more outcome, `[N, k + 1]`."""
     places = (student if support == "student" else teacher).topk(k).indices
     sides = []
     for log_p in (student, teacher):
@@ -163,10 +164,11 @@ def sampled_reverse_kl(
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Dense `fused_kl.linear_reverse_kl` with `estimator="sampled"`: the value of the loss, and a
-    surrogate whose gradient is the loss's.
+    """Dense `fused_kl.linear_reverse_kl` with `estimator="sampled"`; returns the value of the loss,
+    and a surrogate that has its gradient.
 
-    With r_n = log p(y_n) - log q(y_n), they are sum_n w_n r_n and sum_n w_n sg[r_n] log p(y_n).
+    With r_n = log p(y_n) - log q(y_n) these are sum_n w_n r_n and sum_n w_n sg[r_n] log p(y_n),
+    where sg stops the gradient.
     """
     vocab = min(len(student_lm_head), len(teacher_lm_head))
     kept = _kept(token_weights, len(student_hidden))
@@ -188,7 +190,7 @@ def sampled_reverse_kl(
         )
     )
     weights = log_p.new_ones(len(log_p)) if token_weights is None else token_weights[kept].to(dtype)
-    allowed = log_p.isfinite()  # a token outside the policy counts 0
+    allowed = log_p.isfinite()  # tokens outside the policy count 0
     weights, log_p, log_q = weights[allowed], log_p[allowed], log_q[allowed]
     log_ratio = (log_p - log_q).detach()
     return (weights * log_ratio).sum(), (weights * log_ratio * log_p).sum()
@@ -206,7 +208,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Dense `fused_kl.linear_logprobs`: logprobs (-inf for a token outside the policy), entropy."""
+    """Dense `fused_kl.linear_logprobs`; returns logprobs (-inf outside the policy) and entropy."""
     dense = log_probs(
         hidden,
         lm_head,
@@ -242,7 +244,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense `fused_kl.linear_policy_loss`: loss, logprobs, entropy; no banned tokens."""
+    """Dense `fused_kl.linear_policy_loss`, without banned tokens: loss, logprobs, entropy."""
     kept = _kept(token_weights, len(hidden))
     logprobs, token_entropy = linear_logprobs(
         hidden[kept],
@@ -282,7 +284,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense `fused_kl.linear_cross_entropy`: loss, logprobs, entropy."""
+    """Dense `fused_kl.linear_cross_entropy`; returns loss, logprobs and entropy."""
     kept = _kept(token_weights, len(hidden))
     logprobs, token_entropy = linear_logprobs(
         hidden[kept],

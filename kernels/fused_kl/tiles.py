@@ -1,4 +1,4 @@
-"""Sizes of the pieces: what is alive at once, vocabulary tiles, row blocks, Triton blocks."""
+"""Sizes of chunks of rows, tiles of the vocabulary, blocks of row programs and Triton blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from fused_kl.tuned import TUNED
 
 T = TypeVar("T")
 
-# Where a table has GPU names, those are measured (`fused_kl.tuned`), and "gpu" is for all others.
-# Logits and their gradient alive at once. Larger chunks mean fewer passes over the head and over
+# Each table has an entry "gpu", and one by name for each GPU that was measured (`fused_kl.tuned`).
+
+# Bytes of logits and their gradient held at once. Larger chunks mean fewer passes over the head and
 # its gradient; on a GPU, 2.4 GB are some 1,500 rows of 150,000 columns.
 FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000} | {
     name: sizes.fast_bytes for name, sizes in TUNED.items()
@@ -20,44 +21,44 @@ FAST_BYTES = {"cpu": 160_000_000, "gpu": 2_400_000_000} | {
 LOWMEM_BYTES = {"cpu": 64_000_000, "gpu": 450_000_000} | {
     name: sizes.lowmem_bytes for name, sizes in TUNED.items()
 }
-# Tiles narrower than this waste the products; rows are cut instead.
+# Narrower tiles make the products inefficient, so that the number of rows is cut instead.
 MIN_TILE_COLUMNS = 1024
-# Where a head has to be widened, it is widened tile by tile: no widened copy of it ever exists.
+# A head that has to be widened is widened in tiles of this size, never as a whole.
 HEAD_TILE_BYTES = 32 * 2**20
-# Row programs in torch make some fifteen passes over a block: on a CPU each thread's rows should
-# stay in its cache.
+# Row programs in torch make some fifteen passes over a block, so that on a CPU each thread's rows
+# should fit into its cache.
 CPU_THREAD_BLOCK_BYTES = 2**20
 DEVICE_ROW_BLOCK_BYTES = 64 * 2**20
-# Columns that a Triton row program reads at once, with its warps. 4,096 would need over 100
-# registers, and JSD would spill.
+# Columns that a Triton row program reads at once, and its warps. With 4,096 a thread would need
+# over 100 registers, and JSD would spill.
 ROW_BLOCKS = {"gpu": {1024: 4, 2048: 8}} | {name: sizes.row_blocks for name, sizes in TUNED.items()}
-# Programs that keep a large GPU busy; few rows are split over the vocabulary to reach them.
+# Number of programs that keeps a large GPU busy; rows are split over the vocabulary to reach it.
 GPU_PROGRAMS = {"gpu": 528} | {name: sizes.programs for name, sizes in TUNED.items()}
 
 
 @torch.compiler.assume_constant_result
 def gpu_name() -> str:
-    """Of the current device; "gpu" where there is none."""
+    """Name of the current GPU; "gpu" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "gpu"
 
 
 @torch.compiler.assume_constant_result
 def num_multiprocessors() -> int:
-    """Of the current device; those of an H100 where there is none."""
+    """Number of multiprocessors of the current GPU; that of an H100 without one."""
     if not torch.cuda.is_available():
         return 132
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def entry(table: Mapping[str, T], device_type: str) -> T:
-    """What a table has for the device."""
+    """The entry of a table for the device: "cpu", the GPU's name, or else "gpu"."""
     if device_type == "cpu":
         return table["cpu"]
     return table.get(gpu_name(), table["gpu"])
 
 
 class Plan(NamedTuple):
-    """How a loss walks over its logits: blocks of `rows` tokens by `columns` of the vocabulary."""
+    """How a loss divides its logits: blocks of `rows` tokens by `columns` of the vocabulary."""
 
     mode: str
     rows: int
@@ -75,11 +76,15 @@ def make_plan(
     device_type: str,
     chunk_size: int,
 ) -> Plan:
-    """`chunk_size` rows at once, or with 0 as many as the budget holds. "fast" takes all columns of
-    some rows, "lowmem" some columns of all rows.
+    """Plan blocks of `chunk_size` rows, or with 0 of as many as the budget holds.
 
-    A single chunk gives back `freed_bytes` per logit, the teacher's, before the head's gradient is
-    allocated; while there are no more rows than that has, `gradient_rows`, they cost nothing.
+    Mode "fast" takes all columns of some rows, "lowmem" some columns of all rows.
+
+    Args:
+        freed_bytes: bytes per logit, the teacher's, that a single chunk frees before the head's
+            gradient is allocated.
+        gradient_rows: number of rows whose freed bytes the head's gradient then takes; up to that
+            many they do not count against the budget.
     """
     rows = max(1, num_rows)
     if mode == "fast":
@@ -102,17 +107,17 @@ def make_plan(
 
 
 def slices(total: int, step: int) -> list[slice]:
-    """Cut `total` into slices of `step`."""
+    """Consecutive slices of `step` that cover `total`; the last may be shorter."""
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def head_tile_rows(hidden_size: int, itemsize: int) -> int:
-    """Vocabulary rows of a head that are widened at once."""
+    """Number of rows of a head, columns of the vocabulary, that are widened at once."""
     return max(1, HEAD_TILE_BYTES // max(1, hidden_size * itemsize))
 
 
 def row_block_rows(num_columns: int, itemsize: int, device_type: str) -> int:
-    """Logit rows that one round of row passes covers: as many for each thread."""
+    """Number of logit rows in one block of the torch row programs, the same for each thread."""
     row_bytes = num_columns * itemsize
     if device_type == "cpu":
         return torch.get_num_threads() * max(1, CPU_THREAD_BLOCK_BYTES // row_bytes)
@@ -120,22 +125,21 @@ def row_block_rows(num_columns: int, itemsize: int, device_type: str) -> int:
 
 
 class RowProgram(NamedTuple):
-    """The shape of a Triton row program: `block` columns are read at once, a power of two, by
-    `num_warps`; a row is split over `splits` programs of `split_columns` each."""
+    """The shape of a Triton row program."""
 
-    block: int
+    block: int  # columns that are read at once, a power of two
     num_warps: int
-    splits: int
-    split_columns: int
+    splits: int  # programs that share a row
+    split_columns: int  # columns of each of them
 
 
 def row_program(num_rows: int, num_columns: int) -> RowProgram:
-    """The smallest block that holds a row, or the largest; few rows are split until the programs
-    are enough for the GPU."""
+    """The smallest block that holds a row, or else the largest; few rows are split until there are
+    enough programs for the GPU."""
     blocks = entry(ROW_BLOCKS, "cuda")
-    block = min((known for known in blocks if known >= num_columns), default=max(blocks))
+    block = min((size for size in blocks if size >= num_columns), default=max(blocks))
     num_blocks = -(-num_columns // block)
-    wanted = min(num_blocks, max(1, entry(GPU_PROGRAMS, "cuda") // max(1, num_rows)))
-    split_columns = -(-num_blocks // wanted) * block
+    max_splits = min(num_blocks, max(1, entry(GPU_PROGRAMS, "cuda") // max(1, num_rows)))
+    split_columns = -(-num_blocks // max_splits) * block
     splits = -(-num_columns // split_columns)
     return RowProgram(block, blocks[block], splits, split_columns)

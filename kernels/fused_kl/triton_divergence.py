@@ -28,7 +28,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    # The rounding of 1 + x divides out of log(1 + x) x / ((1 + x) - 1).
+    # In log(1 + x) x / ((1 + x) - 1) the rounding of 1 + x cancels.
     one = 1 + x
     same = one == 1
     return tl.where(same, x, tl.log(one) * (x / tl.where(same, 1.0, one - 1)))
@@ -53,7 +53,7 @@ def divergence_statistics(
     s_row, t_row = student + index * student_stride, teacher + index * teacher_stride
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
-    # All sums are relative to the running maxima, so that neither maximum has to cancel later.
+    # All sums are relative to the running maxima, so that no maximum has to cancel later.
     zero, lowest = tl.full((), 0.0, tl.float32), tl.full((), NEGATIVE, tl.float32)
     s_max, t_max = lowest, lowest
     s_sum, t_sum, s_first, t_first, s_cross, t_cross = zero, zero, zero, zero, zero, zero
@@ -92,7 +92,7 @@ def divergence_summary(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """One row in `rows.merge` and `rows.summarise`; all its splits are read at once."""
+    """`rows.merge` and `rows.summarise` of one row; all its splits are read at once."""
     index, parts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = parts < splits
     state = states + parts * 8 * num_rows + index

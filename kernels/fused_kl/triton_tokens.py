@@ -62,7 +62,7 @@ def token_summary(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """One row of token_statistics; all its splits are read at once, and merge as in rows.merge."""
+    """Merge the splits of one row, which are read at once, by the rule of `rows.merge`."""
     index, parts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = parts < splits
     state = states + parts * 4 * num_rows + index
@@ -109,7 +109,7 @@ def token_gradient(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = load_logits(row, columns, end, banned, floor, HAS_BANNED)
-        # 1 - p of a near-certain token would cancel; the sum over the others does not.
+        # 1 - p would cancel for a near-certain token; the sum over all others does not.
         slope = tl.where(columns == chosen, rest, -tl.exp(z - largest - log_sum))
         tl.store(grad + index * grad_stride + columns, scale * slope, mask=columns < end)
 
@@ -128,7 +128,7 @@ def chosen_logprobs(
     HAS_BANNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The log-probability of one token per row, -inf for a banned one."""
+    """Log-probability of one token per row, -inf for a banned one."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_rows
     chosen = tl.load(token_ids + index, mask=inside, other=0)
@@ -137,7 +137,7 @@ def chosen_logprobs(
     value = tl.load(logits + index * stride + chosen, mask=inside, other=0.0) - norm - log_sum
     if HAS_BANNED:
         outside = tl.load(banned + chosen, mask=inside, other=0)
-        # The floor is NaN where no column is allowed.
+        # `floor` holds NaN if no column is allowed.
         value = tl.where(outside != 0, tl.load(floor) - norm - log_sum, value)
     value = tl.where(value < NEGATIVE / 2, float("-inf"), value)
     tl.store(logprobs + index, value, mask=inside)

@@ -1,5 +1,5 @@
-"""What `python -m bench.gpu tune` found fastest, by the GPU's name; it writes this file. For other
-GPUs `fused_kl.tiles` has defaults."""
+"""Fastest sizes by GPU name. `python -m bench.gpu tune` measures them and rewrites this table;
+`fused_kl.tiles` has defaults for all other GPUs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 
 class Sizes(NamedTuple):
-    """`row_blocks`: columns that a Triton row program reads at once, with its warps; `programs`
-    that few rows are split into; bytes alive at once in modes fast and lowmem."""
+    """Sizes for one GPU; `fused_kl.tiles` says what each is for."""
 
-    row_blocks: dict[int, int]
-    programs: int
-    fast_bytes: int
-    lowmem_bytes: int
+    row_blocks: dict[int, int]  # columns that a Triton row program reads at once -> its warps
+    programs: int  # number of programs that few rows are split into
+    fast_bytes: int  # of logits and their gradient, held at once in mode "fast"
+    lowmem_bytes: int  # the same in mode "lowmem"
 
 
 TUNED: dict[str, Sizes] = {}
