@@ -1,5 +1,6 @@
 """The Triton row programs: under the interpreter what the torch ones compute, and compiled."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from fused_kl import (
     torch_rows,
 )
 from fused_kl.head import row_programs
-from fused_kl.rows import Banned
+from fused_kl.rows import Banned, RowPrograms
 
 triton_rows = pytest.importorskip("fused_kl.triton_rows")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, the interpreter: tests/conftest.py
@@ -60,6 +61,16 @@ SHAPES = pytest.mark.parametrize(
 def split_rows(monkeypatch, splits):
     """How many programs share a row of 3 or 4."""
     monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", {"gpu": 4 * splits})
+
+
+def test_both_modules_fulfil_the_contract():
+    functions = inspect.getmembers(RowPrograms, inspect.isfunction)
+    contract = [(name, function) for name, function in functions if not name.startswith("_")]
+    assert len(contract) == 8
+    for name, function in contract:
+        _, *expected = inspect.signature(function).parameters.values()  # without self
+        for module in (torch_rows, triton_rows):
+            assert list(inspect.signature(getattr(module, name)).parameters.values()) == expected
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
