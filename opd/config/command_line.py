@@ -1,36 +1,45 @@
-"""The command line that the commands share."""
+"""Handling of arguments, flags and errors that the commands share."""
 
 import sys
 from typing import NoReturn
 
 from opd import distributed
-from opd.config.options import describe
+from opd.config.help import help_text
 from opd.config.run import Config, load_config, to_yaml
 from opd.errors import printable, require
 
+FLAGS = ("-h", "--help", "--print-config")
 
-def command_line(command: str, arguments: list[str]) -> list[str]:
-    """The arguments of a command without its flags; `--help` and `--print-config` print what they
-    say and end it."""
-    arguments = [a for a in arguments if not a.startswith("--local_rank=")]  # DeepSpeed's launcher
+
+def command_line(usage: str, arguments: list[str]) -> list[str]:
+    """Return the arguments of a command that are no flags; `--help` and `--print-config` print
+    and exit.
+
+    Args:
+        usage: name of the command and its arguments, such as `opd.train [CONFIG.yaml]`.
+        arguments: those of the process, without the name of the command.
+
+    Raises:
+        ConfigError: for an unknown flag.
+        SystemExit: with code 0 after a flag.
+    """
+    # The deepspeed launcher adds --local_rank; ranks come from the environment instead.
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
     flags = [a for a in arguments if a.startswith("-") and "=" not in a]
-    known = ("-h", "--help", "--print-config")
     for flag in flags:
-        require(flag in known, f"{printable(flag)}: no such flag (known: {', '.join(known)})")
+        require(flag in FLAGS, f"{printable(flag)}: no such flag; use {' or '.join(FLAGS[1:])}")
     rest = [a for a in arguments if a not in flags]
     if "--print-config" in flags:
         print(to_yaml(load_config(rest)), end="")
     elif flags:
-        print(f"usage: python -m {command}\n")
-        print("--print-config prints the whole configuration; as a file it repeats the run.\n")
-        print("\n".join(describe(Config())))
+        print(help_text(usage, Config()), end="")
     if flags:
         raise SystemExit(0)
     return rest
 
 
 def fail(message: object, exit_code: int = 2) -> NoReturn:
-    """End with one line on stderr, of the first rank; exit code 2 is a user's mistake."""
+    """Exit with one line on the first rank's stderr; exit code 2 stands for a user's mistake."""
     if distributed.is_first():
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(exit_code)

@@ -1,26 +1,29 @@
-"""Settings of data: sources, sampling of videos, prompts, decoding."""
+"""Settings of data: sources, sampling of videos, prompts and decoding."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from opd.config.options import option
+from opd.config.options import check_values, option
+from opd.errors import ConfigError, require
+from opd.text.templates import Template, load_template
 
 Family = Literal["qwen3_vl", "qwen2_5_vl"]
 RECIPES: dict[str, tuple[Family, float, int, int, int | None, int | None]] = {
-    # Model family, fps, max_frames, video_tokens, min_frame_tokens, max_frame_tokens.
-    # The configuration of Qwen3-VL's checkpoints: 4,096 to 25,165,824 pixels.
+    # Model family, fps, max_frames, video_tokens, min_frame_tokens, max_frame_tokens
+    # Configuration of the Qwen3-VL checkpoints: 4,096 to 25,165,824 pixels.
     "qwen3_vl": ("qwen3_vl", 2.0, 768, 12_288, None, None),
-    # arXiv 2602.02994; its least size of a frame is not told.
+    # arXiv 2602.02994, which does not state a minimum frame size.
     "video_opd": ("qwen3_vl", 2.0, 768, 8192, None, None),
     # arXiv 2512.14698 and its code: min_tokens 64, total_tokens 14336, fps_max_frames 448.
     "timelens_8b": ("qwen3_vl", 2.0, 448, 14_336, 64, 768),
     "timelens_7b": ("qwen2_5_vl", 2.0, 448, 14_336, 64, 768),
     # arXiv 2503.13377 and its code: total_pixels 3584 * 28 * 28, min_pixels 16 * 28 * 28.
     "time_r1": ("qwen2_5_vl", 2.0, 768, 3584, 16, 768),
-    # qwen-vl-utils as it is: 90% of 128,000 tokens.
+    # Defaults of qwen-vl-utils: 90% of 128,000 tokens.
     "qwen2_5_vl": ("qwen2_5_vl", 2.0, 768, 115_200, 128, 768),
 }
-FORMATS = (  # of annotation files, read by opd/data/formats.py
+FORMATS = (  # of annotation files; opd/data/annotations/formats.py reads them
     "timerft",
     "charades",
     "activitynet",
@@ -37,70 +40,117 @@ FORMATS = (  # of annotation files, read by opd/data/formats.py
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Sources, several separated by commas: `[FORMAT:]PATH[?root=DIR&weight=W&part=train]`, part
-    train or held_out, split by videos (`holdout=0.1`); `synthetic:SPLIT` is written on first use
-    below `video_root`."""
+    """Data.
 
-    train: str = option("synthetic:train", "what is trained on")
-    eval: str = option("synthetic:eval", "what is evaluated on")
+    A source is [FORMAT:]PATH[?root=DIR&weight=W&part=PART&holdout=SHARE], PART being train or
+    held_out, or synthetic:SPLIT, which is written on first use; commas separate several.
+    """
+
+    train: str = option("synthetic:train", "Sources of the training examples.")
+    eval: str = option("synthetic:eval", "Sources of the evaluation examples.")
     format: str = option(
         "auto",
-        "of sources that name none; auto recognises it, and says so",
+        "Annotation format of sources that do not name one; auto recognises the format and "
+        "reports it.",
         choices=("auto", *FORMATS),
     )
-    video_root: str = option("runs/synthetic", "folder that videos are named relative to")
-    allow_leak: bool = option(False, "evaluate on videos that are trained on, too")
-    limit_train: int | None = option(None, "the first so many examples", least=1)
-    limit_eval: int | None = option(None, "the first so many examples", least=1)
-    fps: float = option(4.0, "frames sampled per second of video", above=0)
-    max_frames: int = option(768, "frames per video at most", least=4)
+    video_root: str = option(
+        "runs/synthetic", "Folder that the video names in annotations are relative to."
+    )
+    allow_leak: bool = option(False, "Allow evaluation on videos that are also trained on.")
+    limit_train: int | None = option(
+        None, "Number of training examples used, from the first; null uses all.", least=1
+    )
+    limit_eval: int | None = option(
+        None, "Number of evaluation examples used, from the first; null uses all.", least=1
+    )
+    fps: float = option(4.0, "Frame sampling rate, in frames per second of video.", above=0)
+    max_frames: int = option(768, "Maximum number of frames per video.", least=4)
     video_tokens: int | None = option(
         None,
-        "vision tokens of a video at most: larger frames are scaled down; null leaves the "
-        "processor's own budget",
+        "Maximum size of a video, in vision tokens: larger frames are scaled down; null keeps the "
+        "budget of the checkpoint's processor.",
         least=16,
     )
     min_frame_tokens: int | None = option(
-        None, "vision tokens' worth of pixels that a frame has at least, over video_tokens", least=1
+        None,
+        "Minimum frame size, in vision tokens; it takes precedence over video_tokens.",
+        least=1,
     )
-    max_frame_tokens: int | None = option(None, "that it has at most", least=1)
+    max_frame_tokens: int | None = option(None, "Maximum frame size, in vision tokens.", least=1)
     recipe: str | None = option(
         None,
-        "how published runs sampled videos: stands in for those of fps, max_frames, video_tokens, "
-        "min_frame_tokens and max_frame_tokens that are left as they are",
+        "Published recipe of video sampling, whose values replace the defaults of fps, max_frames, "
+        "video_tokens, min_frame_tokens and max_frame_tokens.",
         choices=tuple(RECIPES),
     )
     prompt: str = option(
         "default",
-        "the user's turn and the form of its answer: a template's name, a file (see "
-        "opd/text/templates.py), or a text; {video} stands where the frames go",
+        "Wording of the prompt and form of the answer: the name of a template, a template file, or "
+        "a text in which {query} and {video} mark the places of the query and the frames.",
     )
     reading: str = option(
         "lenient",
-        "lenient reads an answer in any form; strict in the prompt's alone",
+        "Parsing of answers: lenient accepts every known form, strict only the form that the "
+        "prompt asks for.",
         choices=("lenient", "strict"),
     )
-    backend: str = option("decord", "who decodes", choices=("decord", "pyav"))
+    backend: str = option("decord", "Video decoding library.", choices=("decord", "pyav"))
     workers: int = option(
-        0, "processes that decode, ahead of use; 0 decodes in the run's own process", least=0
+        0,
+        "Number of processes that decode videos ahead of use; 0 decodes in the main process.",
+        least=0,
     )
-    prefetch_mb: int = option(2048, "MiB of frames that workers decode ahead", least=1)
-    decode_timeout_s: float = option(60.0, "that a worker may take for one video", above=0)
-    decode_retries: int = option(1, "further attempts at a video that took too long", least=0)
-    frame_cache: str | None = option(None, "folder where decoded frames are kept between runs")
-    frame_cache_gb: float = option(50.0, "GiB of it at most; the least recently used go", above=0)
+    prefetch_mb: int = option(
+        2048, "Maximum size of the frames that workers decode ahead, in MiB.", least=1
+    )
+    decode_timeout_s: float = option(
+        60.0, "Time limit for a worker to decode one video, in seconds.", above=0
+    )
+    decode_retries: int = option(
+        1, "Number of further attempts to decode a video after a time-out.", least=0
+    )
+    frame_cache: str | None = option(
+        None, "Folder in which decoded frames are kept between runs; null keeps none."
+    )
+    frame_cache_gb: float = option(
+        50.0,
+        "Maximum size of frame_cache, in GiB; the least recently used frames are removed.",
+        above=0,
+    )
     cache_mb: int = option(
         1024,
-        "MiB a split of vision tokens (of frozen towers; else of frames) kept in memory",
+        "Memory per split for the vision tokens of frozen vision towers, or for decoded frames if "
+        "a tower is trained, in MiB.",
         least=0,
     )
 
+    def __post_init__(self) -> None:
+        check_values(self, "data")
+        try:
+            _ = self.template
+        except ConfigError as error:
+            message = str(error)
+            prefix = "" if "data.prompt" in message else "data.prompt: "
+            raise ConfigError(f"{prefix}{message}") from None
+        for key in ("min_frame_tokens", "max_frame_tokens"):
+            value = getattr(self, key)
+            require(
+                value is None or self.recipe is not None or self.video_tokens is not None,
+                f"data.{key}={value}: needs data.video_tokens, the limit of the whole video",
+            )
+
+    @cached_property
+    def template(self) -> Template:
+        """The prompt template that `prompt` names or holds."""
+        return load_template(self.prompt)
+
     def filled(self) -> "DataConfig":
-        """With the recipe's values where the defaults are."""
+        """Return these settings with the recipe's values in place of defaults."""
         if self.recipe is None:
             return self
         names = ("fps", "max_frames", "video_tokens", "min_frame_tokens", "max_frame_tokens")
-        values: dict[str, Any] = dict(zip(names, RECIPES[self.recipe][1:], strict=True))
+        recipe: dict[str, Any] = dict(zip(names, RECIPES[self.recipe][1:], strict=True))
         default = DataConfig()
-        left = {k: v for k, v in values.items() if getattr(self, k) == getattr(default, k)}
-        return replace(self, **left)
+        unset = {k: v for k, v in recipe.items() if getattr(self, k) == getattr(default, k)}
+        return replace(self, **unset)

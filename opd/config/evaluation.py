@@ -2,25 +2,36 @@
 
 from dataclasses import dataclass
 
-from opd.config.options import option
+from opd.config.options import check_values, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on `data.eval`, before and after training."""
+    """Evaluation.
 
-    draws: int = option(4, "sampled answers per query, beside the greedy one", least=0)
-    batch_size: int = option(32, "prompts", least=1)
-    teacher: bool = option(True, "evaluate the teacher too (method opd)")
-    before: bool = option(True, "evaluate the student before training too")
-    every: int | None = option(None, "steps between evaluations on the way", least=1)
+    Answers to the queries of data.eval, before, during and after training.
+    """
+
+    draws: int = option(4, "Sampled answers per query, in addition to the greedy one.", least=0)
+    batch_size: int = option(
+        32, "Prompts per batch, in evaluation and in scoring for the curriculum.", least=1
+    )
+    teacher: bool = option(True, "Also evaluate the teacher (method opd).")
+    before: bool = option(True, "Also evaluate the student before training.")
+    every: int | None = option(
+        None, "Optimizer steps between evaluations during training; null makes none.", least=1
+    )
     metrics: str = option(
         "auto",
-        "whose scores opd.evaluate adds; auto is those of the data's format",
+        "Official metrics that opd.evaluate adds; auto takes those of the data's format.",
         choices=("auto", "grounding", "qvhighlights", "nextgqa", "rextime", "videoqa"),
     )
     recall: str = option(
         "reached",
-        "R@m counts a tIoU that has reached m, or, as Time-R1 does, is above it",
+        "Comparison in R@m: reached counts a tIoU of m or more, above only a tIoU greater than m, "
+        "as Time-R1 does.",
         choices=("reached", "above"),
     )
+
+    def __post_init__(self) -> None:
+        check_values(self, "eval")

@@ -1,106 +1,193 @@
-"""Settings of the methods, their rollouts, rewards and curricula."""
+"""Settings of the methods: rollouts, objectives, rewards and curricula."""
 
 from dataclasses import dataclass
 
-from opd.config.options import option
+from opd.config.options import check_values, option
+from opd.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Decoding of rollouts and of sampled evaluation answers."""
+    """Sampling.
 
-    temperature: float = option(1.0, "of the policy: sampler and loss alike", above=0)
-    max_completion_length: int = option(20, "tokens, the end token included", least=1)
+    Decoding of rollouts and of sampled answers in evaluation.
+    """
+
+    temperature: float = option(
+        1.0, "Temperature of the policy, in sampling and in the loss.", above=0
+    )
+    max_completion_length: int = option(
+        20, "Maximum length of a completion with its end token, in tokens.", least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OPDConfig:
-    """Method opd: its objectives' settings, and controls."""
+    """Method opd.
+
+    On-policy distillation: parameters of its objectives, and controls for experiments.
+    """
 
     beta: float = option(
-        0.5, "of objective jsd: 0 is the forward KL, 1 the reverse KL", least=0, most=1
+        0.5,
+        "Interpolation of objective jsd: 0 is the forward KL and 1 the reverse KL.",
+        least=0,
+        most=1,
     )
-    k: int = option(32, "tokens that objective topk looks at", least=1)
-    support: str = option("teacher", "whose likeliest k", choices=("teacher", "student"))
-    tail: bool = option(False, "count all other tokens as one more, instead of renormalising")
+    k: int = option(32, "Number of most likely tokens that objective topk compares.", least=1)
+    support: str = option(
+        "teacher",
+        "Model whose k most likely tokens objective topk compares.",
+        choices=("teacher", "student"),
+    )
+    tail: bool = option(
+        False,
+        "Treat the tokens outside the top k as one more token, instead of renormalising over the "
+        "top k (objective topk).",
+    )
     horizon: int | None = option(
-        None, "tokens of a completion in the loss, from its first", least=1
+        None,
+        "Number of leading completion tokens that enter the loss; null is the whole completion.",
+        least=1,
     )
     completions: str = option(
         "student",
-        "who wrote what is scored; reference answers make it off-policy",
+        "Source of the completions that the teacher scores: sampled from the student, or the "
+        "reference answers (off-policy).",
         choices=("student", "reference"),
     )
     reward_coef: float = option(
-        0.0, "of a policy gradient on the task's reward, added to the objective", least=0
+        0.0,
+        "Weight of a policy gradient on the reward, which is added to the objective.",
+        least=0,
     )
+
+    def __post_init__(self) -> None:
+        check_values(self, "opd")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
-    """Method grpo: num_rollouts answers to one prompt are compared with each other."""
+    """Method grpo.
+
+    Group-relative policy optimisation over the num_rollouts completions of each prompt.
+    """
 
     advantage: str = option(
         "std",
-        "reward less the group's mean, over its standard deviation or as it is",
+        "Advantage of a completion: its reward minus the group's mean, divided by the group's "
+        "standard deviation (std) or not divided (mean).",
         choices=("std", "mean"),
     )
-    clip: float = option(0.2, "half-width of the ratio's interval", above=0, below=1)
-    kl_coef: float = option(0.0, "of the KL to the student as it starts", least=0)
-    epochs: int = option(1, "optimizer steps per batch of rollouts", least=1)
+    clip: float = option(
+        0.2, "Probability ratios are clipped to [1 - clip, 1 + clip].", above=0, below=1
+    )
+    kl_coef: float = option(0.0, "Weight of the KL divergence from the initial student.", least=0)
+    epochs: int = option(1, "Optimizer steps per batch of rollouts.", least=1)
+
+    def __post_init__(self) -> None:
+        check_values(self, "grpo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Weights of the reward's terms, each in [0, 1] (method grpo)."""
+    """Reward.
 
-    tiou: float = option(1.0, "temporal IoU with the best matching true span", least=0)
-    threshold: float = option(0.0, "1 where the tIoU reaches threshold_at", least=0)
-    threshold_at: float = option(0.5, "the tIoU that threshold asks for", above=0, most=1)
-    boundary: float = option(0.0, "tIoU less for each boundary's distance (Time-R1)", least=0)
-    format: float = option(0.0, "1 where the answer is written as data.prompt asks", least=0)
-    choice: float = option(0.0, "1 where the right option of a question is chosen", least=0)
+    Weights of the reward's terms, each in [0, 1], for method grpo, opd.reward_coef and
+    curriculum.routing.
+    """
+
+    tiou: float = option(
+        1.0, "Weight of the temporal IoU with the best matching true span.", least=0
+    )
+    threshold: float = option(
+        0.0, "Weight of a term that is 1 if the tIoU reaches threshold_at.", least=0
+    )
+    threshold_at: float = option(
+        0.5, "The tIoU at which the threshold term becomes 1.", above=0, most=1
+    )
+    boundary: float = option(
+        0.0,
+        "Weight of the tIoU discounted by the distance of both boundaries (Time-R1).",
+        least=0,
+    )
+    format: float = option(
+        0.0, "Weight of a term that is 1 if the answer has the form data.prompt asks for.", least=0
+    )
+    choice: float = option(
+        0.0, "Weight of a term that is 1 if the right option of a question is chosen.", least=0
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, "reward")
+        require(
+            any((self.tiou, self.threshold, self.boundary, self.format, self.choice)),
+            "reward: every weight is 0, so all answers have the same reward; set one above 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """Which examples of the pool are trained on, and in which order."""
+    """Curriculum.
+
+    Selection of training examples from the pool, repeated at the start of each round.
+    """
 
     kind: str = option(
         "none",
-        "none is the whole pool; tvdf where the teacher is reliable and ahead; scc where it is "
-        "reliable, what the student can (anchors) and cannot (frontiers); variance where the "
-        "student's answers vary; random as a control",
+        "Selection criterion: none (the whole pool), tvdf (the teacher is reliable and better than "
+        "the student), scc (the teacher is reliable; a mix of anchors, which the student answers "
+        "well, and frontiers, which it does not), variance (the student's answers vary) or random "
+        "(a control).",
         choices=("none", "tvdf", "scc", "variance", "random"),
     )
-    share: float = option(0.25, "of the pool, chosen in a round", above=0, most=1)
-    rounds: int = option(1, "of choosing and training", least=1)
-    answers: int = option(4, "sampled per example and model to score it", least=1)
+    share: float = option(0.25, "Share of the pool selected in each round.", above=0, most=1)
+    rounds: int = option(1, "Rounds of selection and training.", least=1)
+    answers: int = option(
+        4, "Sampled answers per example and model from which scores are computed.", least=1
+    )
     threshold: float = option(
         0.7,
-        "teacher's mean tIoU from which it is reliable (kinds tvdf, scc; ours), and the student's "
-        "from which an example is an anchor",
+        "Mean tIoU at which the teacher counts as reliable (kinds tvdf and scc) and at which the "
+        "student's examples count as anchors (kind scc).",
         least=0,
         most=1,
     )
     select: str = option(
         "topk",
-        "of the reliable examples: furthest ahead, evenly over the ranking, from five buckets, "
-        "drawn around a gap of 0.9; controls: any reliable one, furthest ahead of all",
+        "Selection among reliable examples by the gap between teacher and student (kind tvdf): "
+        "topk (largest gaps), uniform (evenly over the ranking), buckets (equally from five "
+        "buckets), gaussian (around a gap of 0.9), or the controls reliability (at random) and "
+        "disagreement (largest gaps, reliable or not).",
         choices=("topk", "uniform", "buckets", "gaussian", "reliability", "disagreement"),
     )
-    anchors: float = option(0.1, "share of the chosen that are anchors (kind scc)", least=0, most=1)
+    anchors: float = option(
+        0.1, "Share of anchors among the selected examples (kind scc).", least=0, most=1
+    )
     frontier_below: float = option(
-        0.3, "student's mean tIoU below which an example is a frontier (kind scc)", least=0, most=1
+        0.3,
+        "Student's mean tIoU below which an example counts as a frontier (kind scc).",
+        least=0,
+        most=1,
     )
     routing: str = option(
         "auto",
-        "suspend the rollouts that are good enough: no teacher, no backward; auto is on with scc",
+        "Exclude rollouts that are already good enough from teacher scoring and the backward pass; "
+        "auto is on with kind scc.",
         choices=("auto", "on", "off"),
     )
     route_below: float = option(
-        0.5, "reward of a rollout below which it is trained on (routing)", above=0
+        0.5, "Reward below which a rollout is trained on (routing).", above=0
     )
     min_std: float = option(
-        0.1, "of the student's tIoUs (kind variance; our choice)", least=0, most=1
+        0.1,
+        "Standard deviation of the student's tIoU above which its answers vary (kind variance).",
+        least=0,
+        most=1,
     )
+
+    def __post_init__(self) -> None:
+        check_values(self, "curriculum")

@@ -1,8 +1,9 @@
-"""Settings of the student, the teacher and where the teacher's weights are."""
+"""Settings of the student and the teacher."""
 
 from dataclasses import dataclass
 
-from opd.config.options import option
+from opd.config.options import check_values, option
+from opd.errors import require
 
 BACKENDS = (
     "flash_attention_4",
@@ -16,51 +17,81 @@ BACKENDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Checkpoint folders or hub ids; `embedded:NAME` is a shipped model, `tiny:NAME` a fresh
-    one."""
+    """Student and teacher.
 
-    student: str = option("embedded:student", "the model that is trained")
+    A model is a checkpoint folder, a Hugging Face Hub id, `embedded:NAME` (a shipped model) or
+    `tiny:NAME` (a new model with random weights).
+    """
+
+    student: str = option("embedded:student", "Model that is trained.")
     teacher: str = option(
-        "embedded:teacher", "the frozen model that scores its tokens (method opd)"
+        "embedded:teacher", "Frozen model that scores the student's tokens (method opd)."
     )
     trainable: str = option(
         "language",
-        "language, or all: with the vision tower and its merger",
+        "Trained part of the student: the language model, or all, which adds the vision tower and "
+        "its merger.",
         choices=("language", "all"),
     )
     lora_rank: int | None = option(
-        None, "of adapters on the language model, trained in its place; null trains it", least=1
+        None,
+        "Rank of LoRA adapters, which are trained in place of the language model's weights; null "
+        "trains the weights.",
+        least=1,
     )
-    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", above=0)
+    lora_alpha: float = option(
+        32.0, "LoRA scale: adapters are multiplied by lora_alpha / lora_rank.", above=0
+    )
     dtype: str = option(
         "auto",
-        "of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU",
+        "Data type of weights and activations; auto is float32 on a CPU and bfloat16 on a GPU.",
         choices=("auto", "float32", "bfloat16", "float64"),
     )
     attention: str = option(
         "auto",
-        "of the language model's prompts; auto is the first of these that is installed and that "
-        "the device supports",
+        "Attention backend for the language model's prompts; auto takes the first one listed that "
+        "is installed and that the device supports.",
         choices=("auto", *BACKENDS),
     )
-    vision_attention: str = option("auto", "of the vision tower", choices=("auto", *BACKENDS))
+    vision_attention: str = option(
+        "auto",
+        "Attention backend for the vision tower; auto as for model.attention.",
+        choices=("auto", *BACKENDS),
+    )
     liger: str = option(
         "auto",
-        "Liger's RMSNorm, RoPE and SwiGLU; auto is on with a GPU where liger-kernel is installed",
+        "Use Liger's RMSNorm, RoPE and SwiGLU kernels; auto uses them on a GPU if liger-kernel is "
+        "installed.",
         choices=("auto", "on", "off"),
     )
     save_dtype: str = option(
-        "auto", "of the saved student; auto is as trained", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "Data type of the saved student; auto is the one it was trained in.",
+        choices=("auto", "float32", "bfloat16"),
     )
+
+    def __post_init__(self) -> None:
+        check_values(self, "model")
+        require(
+            self.lora_rank is None or self.trainable == "language",
+            f"model.trainable={self.trainable}: model.lora_rank trains adapters on the language "
+            "model only; use model.trainable=language",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Where the frozen teacher's weights are."""
+    """Teacher placement.
+
+    The frozen teacher's weights are on every device, sharded over the ranks, or in CPU memory.
+    """
 
     placement: str = option(
         "auto",
-        "replica: whole on every rank; shard: ZeRO-3 over the ranks; offload: in the CPU's memory; "
-        "auto is the first that fits",
+        "Location of the teacher's weights: replica (whole on every rank), shard (ZeRO-3 over the "
+        "ranks) or offload (in CPU memory); auto takes the first that fits.",
         choices=("auto", "replica", "shard", "offload"),
     )
+
+    def __post_init__(self) -> None:
+        check_values(self, "teacher")

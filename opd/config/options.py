@@ -1,9 +1,11 @@
-"""A dataclass of dataclasses as a set of dotted keys: what they mean, which values are possible,
-and a merge of defaults, a YAML file and `dotted.key=value` arguments."""
+"""Keys of a configuration: defaults, descriptions and limits, and the merge of their values.
+
+A configuration is a dataclass of dataclasses; its keys are the dotted names of their fields.
+"""
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,13 +27,20 @@ def option(
     most: float = math.inf,
     below: float = math.inf,
 ) -> Any:
-    """A key's default, what it means (with its unit), and which values are possible."""
+    """A dataclass field for a key.
+
+    Args:
+        default: value unless a file or an argument sets another.
+        doc: plain sentence that says what the key does, with its unit.
+        choices: possible values of a text; empty where any text is possible.
+        least, above, most, below: limits of a number, the first and third included.
+    """
     limits = {"least": least, "above": above, "most": most, "below": below}
     return field(default=default, metadata={"doc": doc, "choices": choices, **limits})
 
 
 def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """Every key of a dataclass and the dataclasses in it: dotted name, field and type."""
+    """Iterate over the keys of a dataclass and of those within it: dotted name, field, type."""
     types = get_type_hints(kind)
     for entry in fields(kind):
         if is_dataclass(types[entry.name]):
@@ -40,57 +49,64 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any
             yield prefix + entry.name, entry, types[entry.name]
 
 
-def describe(default: Any) -> Iterator[str]:
-    """Two lines for every key: its default, then its meaning and possible values."""
-    for key, entry, _ in keys_of(type(default)):
-        choices = entry.metadata["choices"]
-        listed = f" [{' | '.join(choices)}]" if choices else ""
-        yield f"{key}={printable(_value(default, key))}"
-        yield f"    {entry.metadata['doc']}{listed}"
+def limits_of(entry: Field[Any]) -> str:
+    """The limits of a number in words: `in [0, 1)`, `1 or more`, `above 0`; empty without any."""
+    least, above, most, below = (entry.metadata[k] for k in ("least", "above", "most", "below"))
+    if math.isfinite(min(most, below)):
+        low = f"[{least}" if math.isfinite(least) else f"({above}"
+        high = f"{most}]" if math.isfinite(most) else f"{below})"
+        return f"in {low}, {high}"
+    if math.isfinite(least):
+        return f"{least} or more"
+    return f"above {above}" if math.isfinite(above) else ""
 
 
-def check(config: Any) -> None:
-    """Raise ConfigError unless every value is possible for its key."""
-    for key, entry, _ in keys_of(type(config)):
-        value, limits = _value(config, key), entry.metadata
-        told = f"{key}={printable(value)}"
+def check_values(section: Any, name: str = "") -> None:
+    """Raise ConfigError unless every key of one dataclass has a possible value; dataclasses within
+    it check themselves. `name` is what the section's keys begin with."""
+    for entry in fields(section):
+        limits, value = entry.metadata, getattr(section, entry.name)
+        if not limits:
+            continue  # a section
+        setting = f"{name}.{entry.name}".lstrip(".") + f"={printable(value)}"
         if isinstance(value, str):
-            require(
-                value.isprintable() and bool(value.strip()), f"{told}: must be one line of text"
-            )
+            valid = value.isprintable() and bool(value.strip())
+            require(valid, f"{setting}: must be one line of text")
             choices = limits["choices"]
-            require(not choices or value in choices, f"{told}: not one of {', '.join(choices)}")
+            require(not choices or value in choices, f"{setting}: not one of {', '.join(choices)}")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            require(math.isfinite(value), f"{told}: must be a finite number")
-            least, above, most, below = (limits[k] for k in ("least", "above", "most", "below"))
-            if math.isfinite(min(most, below)):
-                low = f"[{least}" if math.isfinite(least) else f"({above}"
-                high = f"{most}]" if math.isfinite(most) else f"{below})"
-                wanted = f"in {low}, {high}"
-            else:
-                wanted = f"{least} or more" if math.isfinite(least) else f"above {above}"
-            inside = least <= value <= most and above < value < below
-            require(inside, f"{told}: must be {wanted}")
+            require(math.isfinite(value), f"{setting}: must be a finite number")
+            inside = limits["least"] <= value <= limits["most"]
+            inside = inside and limits["above"] < value < limits["below"]
+            require(inside, f"{setting}: must be {limits_of(entry)}")
 
 
 def merge(default: Any, file: Path | None, arguments: list[str]) -> Any:
-    """The defaults with a YAML file's values and then those of `dotted.key=value` arguments; later
-    ones win, and `${key}` in a value stands for another key's.
+    """Merge the defaults, the values of a YAML file and those of `dotted.key=value` arguments.
 
-    Args: default: an instance of the dataclass, every part of it included.
+    Later values win, and `${key}` in a value stands for the value of another key. Nothing is
+    rounded, and only whole numbers become text.
 
-    Raises ConfigError, in one line that names the key, for an unknown key and for a value of
-    another type: nothing is rounded, and only whole numbers become text.
+    Args:
+        default: an instance of the dataclass, with all of its sections.
+        file: the YAML file, or None.
+        arguments: `dotted.key=value` texts.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type, in one line with the key.
     """
     types = {key: kind for key, _, kind in keys_of(type(default))}
-    groups = {key.rpartition(".")[0] for key in types} - {""}
+    sections = {key.rpartition(".")[0] for key in types} - {""}
     sources = [] if file is None else [_read_file(file, types)]
     sources += [_read_argument(argument, types) for argument in arguments]
     merged = OmegaConf.create(asdict(default))
     key = ""
     try:
         for key, value in (leaf for source in sources for leaf in _leaves(source)):
-            require(key not in groups, f"{key}={printable(value)}: a group; set {key}.KEY")
+            require(
+                key not in sections,
+                f"{key}={printable(value)}: a section has no value; set {key}.KEY",
+            )
             if key not in types:
                 raise ConfigError(
                     f"{printable(key)}: no such key; the nearest is {_nearest(key, types)}"
@@ -113,23 +129,23 @@ def _read_file(path: Path, types: dict[str, Any]) -> dict[Any, Any]:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{printable(path)}: not YAML: {' '.join(str(error).split())}") from error
-    require(isinstance(tree, dict), f"{path}: must hold `key: value` lines")
+    require(isinstance(tree, dict), f"{path}: must consist of `key: value` lines")
     return tree
 
 
 def _read_argument(argument: str, types: dict[str, Any]) -> Any:
     key, _, text = argument.partition("=")
     if types.get(key) is str and text[:1] not in ("'", '"'):
-        return {key: text}  # as it is: YAML has other plans for {video} or 1e3
+        return {key: text}  # YAML would read {video} as a mapping and 1e3 as a number
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        told = f"{printable(key)}={printable(text)}"
-        raise ConfigError(f"{told}: not a value: {' '.join(str(error).split())}") from error
+        setting = f"{printable(key)}={printable(text)}"
+        raise ConfigError(f"{setting}: not a value: {' '.join(str(error).split())}") from error
 
 
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names and values of a nested dictionary."""
+    """Iterate over the dotted names and values of a nested dictionary."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -137,18 +153,19 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def _nearest(key: str, known: dict[str, Any]) -> str:
-    """The real key most like a wrong one, by its whole name or its last part."""
+def _nearest(key: str, types: Mapping[str, Any]) -> str:
+    """The existing key most similar to an unknown one, by its whole name or its last part."""
 
-    def likeness(name: str) -> float:
+    def similarity(name: str) -> float:
         pairs = ((key, name), (key.rpartition(".")[2], name.rpartition(".")[2]))
         whole, last = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
         return max(whole, last) + 0.1 * whole
 
-    return max(known, key=likeness)
+    return max(types, key=similarity)
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
+    """A value as its key's type; ConfigError if it is of another type."""
     if type(None) in get_args(kind):
         return None if value is None else _typed(key, value, get_args(kind)[0])
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -164,13 +181,8 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{key}={printable(value)}: must be a finite number") from None
 
 
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
-
-
 def _build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """An instance of a dataclass and of those within it, from the values of dotted keys."""
     parts: dict[str, Any] = {}
     for name, part in get_type_hints(kind).items():
         key = prefix + name

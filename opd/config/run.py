@@ -1,8 +1,6 @@
-"""Configuration: frozen dataclasses whose defaults are the embedded run; merge(defaults, YAML,
-dotted overrides)."""
+"""The configuration of a run: all sections, the checks between them, loading and printing."""
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -12,54 +10,71 @@ from opd.config.evaluation import EvalConfig
 from opd.config.method import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig, SampleConfig
 from opd.config.models import ModelConfig, TeacherConfig
 from opd.config.optimisation import EngineConfig, OptimConfig, PrefixConfig
-from opd.config.options import check, merge, option
-from opd.errors import ConfigError, printable, require
-from opd.text.templates import Template, load_template
+from opd.config.options import check_values, merge, option
+from opd.errors import printable, require
+from opd.text.templates import Template
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. The defaults are the embedded one: minutes on two CPU cores."""
+    """Run.
 
-    method: str = option("opd", "what trains the student", choices=("opd", "grpo", "sft"))
+    What is trained, for how long, and where the results go; the defaults are the embedded run.
+    """
+
+    method: str = option(
+        "opd",
+        "Training method: on-policy distillation (opd), group-relative policy optimisation (grpo) "
+        "or supervised fine-tuning on reference answers (sft).",
+        choices=("opd", "grpo", "sft"),
+    )
     objective: str = option(
         "reverse_kl",
-        "of method opd; constant is a control that only makes sampled tokens less likely",
+        "Objective of method opd: reverse_kl and jsd over the full vocabulary, sampled over the "
+        "sampled tokens, topk over the most likely tokens, or the control constant, which makes "
+        "every sampled token less likely.",
         choices=("reverse_kl", "sampled", "jsd", "topk", "constant"),
     )
     normalize: str = option(
         "sequence",
-        "sequence: token sum, mean over rollouts; token: mean over tokens",
+        "Reduction of token losses: sequence sums over tokens and averages over rollouts, token "
+        "averages over all tokens.",
         choices=("sequence", "token"),
     )
-    seed: int = option(0, "of weights, order and sampling", least=0, most=2**63 - 1)
-    steps: int = option(450, "optimizer steps", least=1)
-    batch_size: int = option(16, "prompts per optimizer step, all ranks", least=1)
+    seed: int = option(0, "Seed of weights, data order and sampling.", least=0, most=2**63 - 1)
+    steps: int = option(450, "Number of optimizer steps.", least=1)
+    batch_size: int = option(16, "Prompts per optimizer step, over all ranks.", least=1)
     micro_batch_size: int | None = option(
-        None, "prompts per backward; null is the whole batch", least=1
+        None, "Prompts per backward pass; null is the whole batch of a rank.", least=1
     )
-    num_rollouts: int = option(1, "completions per prompt", least=1)
-    run_dir: str = option("runs/default", "folder that a run writes")
-    overwrite: bool = option(False, "replace what an earlier run wrote into run_dir")
+    num_rollouts: int = option(1, "Completions per prompt.", least=1)
+    run_dir: str = option("runs/default", "Folder into which the run is written.")
+    overwrite: bool = option(False, "Replace an earlier run in run_dir.")
     resume: str = option(
         "never",
-        "auto: go on with the stopped run in run_dir, if any; leave a finished one",
+        "Resumption: auto continues an interrupted run in run_dir, starts one if there is none, "
+        "and leaves a finished one as it is.",
         choices=("never", "auto"),
     )
     save_every: int | None = option(
-        None, "steps between saved states; null is when stopped", least=1
+        None,
+        "Optimizer steps between saved states; null saves a state only when the run is stopped.",
+        least=1,
     )
-    keep_last: int = option(1, "saved states that stay; gone when the run is done", least=1)
+    keep_last: int = option(
+        1, "Number of saved states that are kept; a finished run keeps none.", least=1
+    )
     keep_best: str | None = option(
         None,
-        "score whose best evaluation on the way (eval.every) leaves its student in run_dir/best",
+        "Score by which the best student of all evaluations after the start is kept in "
+        "run_dir/best; needs eval.every.",
         choices=("miou", "sampled_miou", "recall@0.5", "recall@0.7", "accuracy", "acc@gqa"),
     )
     max_skipped: int = option(
-        5, "steps in a row without a finite loss and gradient that end a run", least=1
+        5, "Consecutive steps without a finite loss and gradient that end the run.", least=1
     )
     threads: int | None = option(
-        None, "CPU threads; null leaves torch's choice", least=1, most=1024
+        None, "Number of CPU threads; null keeps PyTorch's choice.", least=1, most=1024
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -76,33 +91,33 @@ class Config:
 
     @property
     def on_references(self) -> bool:
-        """Whether reference answers are trained on, instead of sampled ones."""
+        """Whether training uses reference answers instead of sampled ones."""
         return self.method == "sft" or self.opd.completions == "reference"
 
-    @cached_property
+    @property
     def template(self) -> Template:
-        """How prompts are written and answers are asked for."""
-        return load_template(self.data.prompt)
+        """The prompt template, which also sets the form of the answers."""
+        return self.data.template
 
     @property
     def strict_form(self) -> str | None:
-        """The form in which alone answers count; None where any does."""
+        """The only form in which answers are accepted; None where every form is."""
         return self.template.form if self.data.reading == "strict" else None
 
     @property
     def compares(self) -> bool:
-        """Whether answers to one prompt are compared with each other."""
+        """Whether the rewards of a prompt's completions are compared with each other."""
         return self.method == "grpo" or self.opd.reward_coef > 0
 
     @property
     def routes(self) -> bool:
-        """Whether rollouts that are good enough are suspended."""
-        chosen = self.curriculum
-        return chosen.routing == "on" or (chosen.routing == "auto" and chosen.kind == "scc")
+        """Whether rollouts that are good enough are excluded from training."""
+        routing, kind = self.curriculum.routing, self.curriculum.kind
+        return routing == "on" or (routing == "auto" and kind == "scc")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What a training example must have, one of these at least."""
+        """Fields of which a training example must have at least one; empty if it needs none."""
         if self.on_references:
             return "spans", "answer"
         if self.compares or self.routes:
@@ -115,16 +130,8 @@ class Config:
         return ("spans",) if kind in ("tvdf", "scc") else ()
 
     def __post_init__(self) -> None:
-        check(self)
-        try:
-            _ = self.template
-        except ConfigError as error:
-            told = str(error)
-            raise ConfigError(told if "data.prompt" in told else f"data.prompt: {told}") from None
-        recompute = self.prefix.recompute
-        known = recompute in ("none", "all", "auto")
-        known = known or (recompute.isascii() and recompute.isdecimal())
-        require(known, f"prefix.recompute={printable(recompute)}: not none, all, auto or a number")
+        """Check the keys outside sections and what several sections must agree on."""
+        check_values(self)
         if self.micro_batch_size is not None:
             require(
                 self.batch_size % self.micro_batch_size == 0,
@@ -132,108 +139,99 @@ class Config:
                 f"must divide batch_size={self.batch_size}",
             )
         require(
-            self.model.lora_rank is None or self.model.trainable == "language",
-            f"model.trainable={self.model.trainable}: model.lora_rank trains adapters on the "
-            "language model alone",
-        )
-        data = self.data
-        for key in ("min_frame_tokens", "max_frame_tokens"):
-            value = getattr(data, key)
-            told = f"data.{key}={value}: needs data.video_tokens, the video's own limit"
-            known = data.recipe is not None or data.video_tokens is not None
-            require(value is None or known, told)
-        method, default = self.method, ModelConfig().teacher
-        require(
-            not self.on_references or self.num_rollouts == 1,
-            f"num_rollouts={self.num_rollouts}: there is one reference answer to a prompt",
-        )
-        require(
-            method == "opd" or self.opd == OPDConfig(),
-            f"opd: method {method} has none of these settings",
-        )
-        require(
-            self.opd.completions == "student" or self.objective not in ("sampled", "constant"),
-            f"objective={self.objective}: needs tokens that the student sampled, "
-            "not opd.completions=reference",
-        )
-        require(
-            method != "grpo" or self.num_rollouts > 1,
-            f"num_rollouts={self.num_rollouts}: method grpo compares answers, at least 2",
-        )
-        require(
-            self.opd.reward_coef == 0 or self.num_rollouts > 1,
-            f"num_rollouts={self.num_rollouts}: opd.reward_coef compares answers, at least 2",
-        )
-        require(
-            method == "opd" or self.objective == "reverse_kl",
-            f"objective={self.objective}: method {method} has an objective of its own",
-        )
-        require(
-            method == "opd" or self.model.teacher == default,
-            f"model.teacher={printable(self.model.teacher)}: method {method} has no teacher",
-        )
-        require(
-            method == "opd" or self.curriculum.kind not in ("tvdf", "scc"),
-            f"curriculum.kind={self.curriculum.kind}: method {method} has no teacher to be "
-            "reliable",
-        )
-        require(
-            not self.routes or (method == "opd" and not self.on_references),
-            f"curriculum.routing={self.curriculum.routing}: suspends sampled answers of method opd",
-        )
-        require(
-            not self.routes or self.normalize == "sequence",
-            f"normalize={self.normalize}: with curriculum.routing the denominator is preset: "
-            "sequence",
-        )
-        require(
-            not self.routes or self.opd.reward_coef == 0,
-            f"opd.reward_coef={self.opd.reward_coef}: compares whole groups, which "
-            "curriculum.routing breaks up",
-        )
-        require(
-            self.curriculum.rounds <= self.steps,
-            f"curriculum.rounds={self.curriculum.rounds}: more than steps={self.steps}",
-        )
-        require(
-            self.keep_best is None or self.eval.every is not None,
-            f"keep_best={self.keep_best}: eval.every says at which steps; it is null",
-        )
-        terms = ("tiou", "threshold", "boundary", "format", "choice")
-        require(
-            any(getattr(self.reward, term) for term in terms),
-            "reward: every weight is 0, so no answer is better than another",
-        )
-        require(
             not (self.overwrite and self.resume == "auto"),
             "overwrite=true: excludes resume=auto",
         )
-        stage, kind = self.engine.zero_stage, self.engine.kind
         require(
-            (stage > 0) == (kind == "deepspeed"),
-            f"engine.zero_stage={stage}: engine.kind={kind} has "
-            + ("stages 1, 2 and 3" if kind == "deepspeed" else "stage 0 only"),
+            self.keep_best is None or self.eval.every is not None,
+            f"keep_best={self.keep_best}: needs eval.every, which is null",
+        )
+        self._check_method()
+        self._check_rollouts()
+        self._check_curriculum()
+
+    def _check_method(self) -> None:
+        method = self.method
+        if method == "opd":
+            return
+        require(
+            self.opd == OPDConfig(),
+            f"opd: these keys have no effect with method={method}; leave them at their defaults",
         )
         require(
-            not self.engine.offload or kind == "deepspeed",
-            f"engine.offload=true: engine.kind={kind} has none",
+            self.objective == "reverse_kl",
+            f"objective={self.objective}: method={method} has an objective of its own; "
+            "leave this key out",
+        )
+        require(
+            self.model.teacher == ModelConfig().teacher,
+            f"model.teacher={printable(self.model.teacher)}: method={method} has no teacher; "
+            "leave this key out",
+        )
+
+    def _check_rollouts(self) -> None:
+        count = f"num_rollouts={self.num_rollouts}"
+        require(
+            not self.on_references or self.num_rollouts == 1,
+            f"{count}: a prompt has one reference answer; use num_rollouts=1",
+        )
+        require(
+            self.opd.completions == "student" or self.objective not in ("sampled", "constant"),
+            f"objective={self.objective}: needs tokens sampled from the student; use "
+            "opd.completions=student",
+        )
+        for key, compares in (
+            ("method=grpo", self.method == "grpo"),
+            ("opd.reward_coef", self.opd.reward_coef > 0),
+        ):
+            require(
+                not compares or self.num_rollouts > 1,
+                f"{count}: {key} compares the answers to a prompt; use 2 or more",
+            )
+
+    def _check_curriculum(self) -> None:
+        kind, rounds = self.curriculum.kind, self.curriculum.rounds
+        require(
+            self.method == "opd" or kind not in ("tvdf", "scc"),
+            f"curriculum.kind={kind}: needs a teacher, which method={self.method} does not have",
+        )
+        require(rounds <= self.steps, f"curriculum.rounds={rounds}: more than steps={self.steps}")
+        if not self.routes:
+            return
+        require(
+            self.method == "opd" and not self.on_references,
+            f"curriculum.routing={self.curriculum.routing}: needs method=opd with sampled "
+            "completions",
+        )
+        require(
+            self.normalize == "sequence",
+            f"normalize={self.normalize}: curriculum.routing needs normalize=sequence, whose "
+            "denominator is known before routing",
+        )
+        require(
+            self.opd.reward_coef == 0,
+            f"opd.reward_coef={self.opd.reward_coef}: compares whole groups of rollouts, which "
+            "curriculum.routing breaks up; use opd.reward_coef=0",
         )
 
 
 def load_config(arguments: list[str]) -> Config:
-    """Merge the defaults, an optional YAML file (the first argument without `=`) and
-    `dotted.key=value` overrides.
+    """Load a configuration from the arguments of a command.
 
-    Raises ConfigError with one line that names the key.
+    Args:
+        arguments: an optional YAML file and `dotted.key=value` texts, which replace its values.
+
+    Raises:
+        ConfigError: for any mistake in them, in one line with the key or the file.
     """
     files = [a for a in arguments if "=" not in a]
     extra = " ".join(map(printable, files[1:]))
-    require(len(files) <= 1, f"{extra}: only one configuration file is read")
+    require(len(files) <= 1, f"{extra}: only one configuration file can be given")
     file = Path(files[0]) if files else None
     merged: Config = merge(Config(), file, [a for a in arguments if "=" in a])
     return replace(merged, data=merged.data.filled())
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; loading it again gives the same run."""
+    """The whole configuration as YAML; loading it gives an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
