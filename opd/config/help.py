@@ -29,23 +29,38 @@ COMMANDS = {
         "Train a student by on-policy distillation, GRPO or SFT, evaluate it before and after, and "
         "write a run folder.",
         (
-            ("The embedded run: a few minutes on two CPU cores.", ""),
-            ("Change keys of it.", "steps=100 optim.lr=5e-4 run_dir=runs/mine"),
-            ("A YAML file, one key of which is changed.", "configs/opd_2b.yaml num_rollouts=4"),
-            ("Continue a run that was stopped.", "run_dir=runs/mine resume=auto"),
+            ("The embedded run: a few minutes on two CPU cores.", "python -m opd.train"),
+            (
+                "The same with other settings.",
+                "python -m opd.train run_dir=runs/mine steps=100 optim.lr=5e-4",
+            ),
+            (
+                "Continue that run after an interruption.",
+                "python -m opd.train run_dir=runs/mine steps=100 optim.lr=5e-4 resume=auto",
+            ),
+            (
+                "Settings from a file, on 8 GPUs.",
+                "torchrun --nproc-per-node 8 -m opd.train configs/video_opd_8b.yaml",
+            ),
         ),
     ),
     "opd.evaluate": (
         "Evaluate checkpoints, runs or stored answers on any data set; several targets are "
         "compared with the first.",
         (
-            ("The student of a run on the run's own held-out data.", "runs/default"),
-            ("A model on another split.", "embedded:teacher data.eval=synthetic:tune"),
-            ("Two runs on the same queries.", "runs/default runs/mine run_dir=runs/compared"),
+            ("The student of a run on its own held-out data.", "python -m opd.evaluate runs/mine"),
+            (
+                "A model on another split.",
+                "python -m opd.evaluate embedded:teacher data.eval=synthetic:tune",
+            ),
+            (
+                "Two runs on the same queries.",
+                "python -m opd.evaluate runs/default runs/mine run_dir=runs/compared",
+            ),
         ),
     ),
 }
-"""By command: what it does, and examples with their arguments."""
+"""By command: what it does, and examples, each a comment and a command line."""
 
 
 def help_text(usage: str, default: Any) -> str:
@@ -58,13 +73,11 @@ def help_text(usage: str, default: Any) -> str:
         default: the configuration with its default values.
     """
     width = max(LEAST_COLUMNS, min(MOST_COLUMNS, shutil.get_terminal_size().columns))
-    command = usage.partition(" ")[0]
-    summary, examples = COMMANDS[command]
+    summary, examples = COMMANDS[usage.partition(" ")[0]]
     lines = textwrap.wrap(f"usage: python -m {usage}", width, subsequent_indent="  ")
     lines += ["", *textwrap.wrap(summary, width), "", "Examples:"]
-    for comment, arguments in examples:
-        lines += _wrap(f"# {comment}", width, 2)
-        lines += _wrap(f"python -m {command} {arguments}", width, 2)
+    for comment, example in examples:
+        lines += [*_wrap(f"# {comment}", width, 2), *_wrap(example, width, 2)]
     lines += ["", "Arguments:"]
     column = 4 + max(map(len, ARGUMENTS))
     for name, doc in ARGUMENTS.items():
@@ -100,7 +113,7 @@ def _sections_of(default: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _values(entry: Field[Any], kind: Any, default: object) -> str:
-    """Possible values of a key and its default, such as `number above 0; default 0.001`."""
+    """Possible values of a key and its default, such as `number above 0; default: 0.001`."""
     optional = type(None) in get_args(kind)
     plain = get_args(kind)[0] if optional else kind
     choices = entry.metadata["choices"]
@@ -109,7 +122,7 @@ def _values(entry: Field[Any], kind: Any, default: object) -> str:
     text += f" {limits}" if limits.startswith(("in ", "above ")) else f", {limits}" * bool(limits)
     text += ", or null" if optional else ""
     value = str(default).lower() if plain is bool else printable(default)
-    return f"{text}; default {value}"
+    return f"{text}; default: {value}"
 
 
 def _entry(name: str, paragraphs: list[str], column: int, width: int) -> Iterator[str]:
@@ -126,5 +139,5 @@ def _entry(name: str, paragraphs: list[str], column: int, width: int) -> Iterato
 def _wrap(text: str, width: int, indent: int) -> list[str]:
     margin = " " * indent
     return textwrap.wrap(
-        text.strip(), width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
     )

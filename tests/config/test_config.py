@@ -1,8 +1,12 @@
-"""Configuration: what merges, and how a mistake is told."""
+"""Configuration: merging, checks, and the messages of mistakes."""
 
-from dataclasses import asdict
+import contextlib
+import json
+import math
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -10,6 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import opd.check
+import opd.data.convert
+import opd.evaluate
+import opd.report
+import opd.train
+from opd.config.help import COMMANDS as HELP
+from opd.config.help import help_text
+from opd.config.options import keys_of
 from opd.config.run import Config, load_config, to_yaml
 from opd.data.annotations.formats import FORMATS
 from opd.errors import ConfigError
@@ -50,7 +62,7 @@ MISTAKES = {
     "model.studnt=3": "model.studnt: no such key; the nearest is model.student",
     "steps.a=3": "steps.a: no such key; the nearest is steps",
     "optim={lr: 3, beta3: 4}": "optim.beta3: no such key; the nearest is optim.beta1",
-    "optim=3": "optim=3: a group; set optim.KEY",
+    "optim=3": "optim=3: a section has no value; set optim.KEY",
     "steps=many": "steps=many: not a whole number",
     "steps=3.0": "steps=3.0: not a whole number",
     "steps=true": "steps=True: not a whole number",
@@ -74,21 +86,32 @@ MISTAKES = {
     "data.prompt={query}?": "data.prompt={query}?: must hold {video} once",
     "run_dir=a${": "run_dir: no viable alternative at input '${'",
     "batch_size=6 micro_batch_size=4": "micro_batch_size=4: must divide batch_size=6",
-    "method=sft num_rollouts=2": "num_rollouts=2: there is one reference answer to a prompt",
-    "opd.completions=reference num_rollouts=2": "num_rollouts=2: there is one "
-    "reference answer to a prompt",
-    "opd.completions=reference objective=sampled": "objective=sampled: needs tokens that "
-    "the student sampled, not opd.completions=reference",
-    "opd.reward_coef=0.1": "num_rollouts=1: opd.reward_coef compares answers, at least 2",
-    "method=sft opd.horizon=3": "opd: method sft has none of these settings",
-    "method=grpo": "num_rollouts=1: method grpo compares answers, at least 2",
-    "method=grpo num_rollouts=4 reward.tiou=0": "reward: every weight is 0, so no answer is better "
-    "than another",
-    "method=grpo num_rollouts=4 objective=sampled": "objective=sampled: method grpo has an "
-    "objective of its own",
-    "method=sft objective=sampled": "objective=sampled: method sft has an objective of its own",
-    "method=sft model.teacher=mine": "model.teacher=mine: method sft has no teacher",
+    "method=sft num_rollouts=2": "num_rollouts=2: a prompt has one reference answer; use "
+    "num_rollouts=1",
+    "opd.completions=reference num_rollouts=2": "num_rollouts=2: a prompt has one "
+    "reference answer; use num_rollouts=1",
+    "opd.completions=reference objective=sampled": "objective=sampled: needs tokens "
+    "sampled from the student; use opd.completions=student",
+    "opd.reward_coef=0.1": "num_rollouts=1: opd.reward_coef compares the answers to a prompt; "
+    "use 2 or more",
+    "method=sft opd.horizon=3": "opd: these keys have no effect with method=sft; leave them at "
+    "their defaults",
+    "method=grpo": "num_rollouts=1: method=grpo compares the answers to a prompt; use 2 or more",
+    "method=grpo num_rollouts=4 reward.tiou=0": "reward: every weight is 0, so all answers have "
+    "the same reward; set one above 0",
+    "method=grpo num_rollouts=4 objective=sampled": "objective=sampled: method=grpo has an "
+    "objective of its own; leave this key out",
+    "method=sft objective=sampled": "objective=sampled: method=sft has an objective of its own; "
+    "leave this key out",
+    "method=sft model.teacher=mine": "model.teacher=mine: method=sft has no teacher; leave this "
+    "key out",
     "engine.zero_stage=2": "engine.zero_stage=2: engine.kind=torch has stage 0 only",
+    "engine.kind=deepspeed": "engine.zero_stage=0: engine.kind=deepspeed has stages 1, 2 and 3",
+    "engine.offload=true": "engine.offload=true: engine.kind=torch cannot offload; use deepspeed",
+    "data.min_frame_tokens=4": "data.min_frame_tokens=4: needs data.video_tokens, the limit of the "
+    "whole video",
+    "keep_best=miou": "keep_best=miou: needs eval.every, which is null",
+    "curriculum.rounds=2 steps=1": "curriculum.rounds=2: more than steps=1",
     "steps=${stepz}": "steps: Interpolation key 'stepz' not found",
     "data.format=coco": "data.format=coco: not one of "
     "auto, timerft, charades, activitynet, rextime, qvhighlights, tacos, timelens, timelens_100k, "
@@ -107,8 +130,8 @@ MISTAKES = {
     "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is no folder that can be written",
     "missing.yaml": "missing.yaml: no such configuration file",
     "steps": "steps: no such configuration file (to set the key, write steps=VALUE)",
-    "a.yaml b.yaml": "b.yaml: only one configuration file is read",
-    "--steps": "--steps: no such flag (known: -h, --help, --print-config)",
+    "a.yaml b.yaml": "b.yaml: only one configuration file can be given",
+    "--steps": "--steps: no such flag; use --help or --print-config",
 }
 
 
@@ -136,13 +159,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- steps: 3\n", "must hold `key: value` lines"),
+        ("- steps: 3\n", "must consist of `key: value` lines"),
         ("3\n", "not YAML: Invalid loaded object type: int"),
         ("steps: [3\n", "not YAML: while parsing a flow sequence"),
         ("steps: 3\nsteps: 4\n", "not YAML: while constructing a mapping"),
         ("run_dir: 1e3\n", "run_dir=1000.0: not text (put it in quotes)"),
         ("run_dir: true\n", "run_dir=True: not text (put it in quotes)"),
-        ("optim:\n", "optim=null: a group; set optim.KEY"),
+        ("optim:\n", "optim=null: a section has no value; set optim.KEY"),
         ("1: 2\n", "1: no such key; the nearest is"),
     ],
 )
@@ -159,14 +182,71 @@ def test_the_formats_are_those_that_can_be_read() -> None:
         assert load_config([f"data.format={name}"]).data.format == name
 
 
-def test_help_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    for key, value in DEFAULTS.items():
-        position = lines.index(f"{key}={'null' if value is None else value}")
-        assert lines[position + 1].startswith("    ") and len(lines[position + 1]) > 10
+def test_every_key_is_described_in_plain_sentences() -> None:
+    for key, entry, _ in keys_of(Config):
+        doc = entry.metadata["doc"]
+        assert doc[:1].isupper() and doc.endswith("."), f"{key}: {doc}"
+
+
+@pytest.mark.parametrize(
+    "name", ["", *(n for n, kind in get_type_hints(Config).items() if is_dataclass(kind))]
+)
+def test_a_section_checks_itself(name: str) -> None:
+    section = getattr(Config(), name) if name else Config()
+    for entry in fields(section):
+        values = {str: "\n", int: -1, float: math.nan}
+        value = values.get(type(getattr(section, entry.name)))
+        if value is not None:
+            key = f"{name}.{entry.name}".lstrip(".")
+            with pytest.raises(ConfigError, match=f"^{re.escape(key)}="):
+                replace(section, **{entry.name: value})
+
+
+@pytest.mark.parametrize("columns", [1, 60, 80, 100, 200])
+@pytest.mark.parametrize("usage", ["opd.train [CONFIG.yaml]", "opd.evaluate TARGET"])
+def test_help_describes_every_key(
+    columns: int, usage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_text(usage, Config())
+    assert max(map(len, text.splitlines())) <= max(40, min(100, columns))
+    assert text.startswith(f"usage: python -m {usage}\n")
+    words = " ".join(text.split())
+    for key, entry, _ in keys_of(Config):
+        value = DEFAULTS[key]
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else value
+        _, _, entry_text = words.partition(f" {key} {entry.metadata['doc']} ")
+        assert re.match(rf"[^;]*; default: {re.escape(str(shown))}", entry_text), key
+
+
+COMMANDS = {
+    "opd.train": opd.train.main,
+    "opd.evaluate": opd.evaluate.main,
+    "opd.check": opd.check.main,
+    "opd.report": opd.report.main,
+    "opd.data.convert": opd.data.convert.main,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_fits_100_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with contextlib.suppress(SystemExit):
+        COMMANDS[command](["--help"])
+    output = "".join(capsys.readouterr())
+    assert command in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
+def test_the_examples_of_the_help_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    for command, (_, examples) in HELP.items():
+        for _, example in examples:
+            _, _, rest = example.partition(f"-m {command}")
+            arguments = [a for a in rest.split() if command == "opd.train" or "=" in a]
+            assert f"-m {command}" in example and load_config(arguments)
 
 
 def test_the_printed_configuration_repeats_the_run(
@@ -208,7 +288,7 @@ def keys(draw: st.DrawFn) -> str:
     edits=st.lists(st.tuples(keys(), VALUES), min_size=1, max_size=3, unique_by=lambda e: e[0]),
     in_file=st.booleans(),
 )
-def test_an_edit_is_obeyed_or_told(
+def test_an_edit_is_applied_or_rejected(
     edits: list[tuple[str, Any]], in_file: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if in_file:
@@ -224,19 +304,19 @@ def test_an_edit_is_obeyed_or_told(
         assert message and "\n" not in message
         assert in_file or any((key or "''") in message for key, _ in edits), message
         return
-    found = flat(asdict(config))
+    values = flat(asdict(config))
     for key, value in edits:
         if isinstance(value, dict):
             assert not value or key in ("", *DEFAULTS)
             continue
         if in_file:
             value = OmegaConf.to_container(OmegaConf.load(arguments[0]))[key]
-        elif not isinstance(found.get(key), str):
+        elif not isinstance(values.get(key), str):
             value = OmegaConf.from_dotlist([f"v={value}"]).v
         assert key in DEFAULTS, "a key was ignored"
-        if isinstance(found[key], float) and isinstance(value, int):
+        if isinstance(values[key], float) and isinstance(value, int):
             value = float(value)  # the nearest, where a float cannot hold it
-        assert found[key] in (value, str(value))
+        assert values[key] in (value, str(value))
     path = tmp_path_factory.getbasetemp() / "again.yaml"
     path.write_text(to_yaml(config))
     assert load_config([str(path)]) == config

@@ -206,14 +206,16 @@ def test_routed_keeps_the_order_of_the_tokens():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["method=sft"], "curriculum.routing=on: suspends sampled answers of method opd"),
+        (["method=sft"], "curriculum.routing=on: needs method=opd with sampled completions"),
         (
             ["normalize=token"],
-            "normalize=token: with curriculum.routing the denominator is preset: sequence",
+            "normalize=token: curriculum.routing needs normalize=sequence, whose denominator is "
+            "known before routing",
         ),
         (
             ["opd.reward_coef=1", "num_rollouts=2"],
-            "opd.reward_coef=1.0: compares whole groups, which curriculum.routing breaks up",
+            "opd.reward_coef=1.0: compares whole groups of rollouts, which curriculum.routing "
+            "breaks up; use opd.reward_coef=0",
         ),
     ],
 )

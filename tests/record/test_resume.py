@@ -354,5 +354,5 @@ def test_the_best_student_is_kept(videos: Path, tmp_path: Path) -> None:
     name = "after" if best["step"] == 4 else f"step_{best['step']}"
     answers = [row["answer"] for row in read_rows(folder / f"eval_{name}.jsonl")]
     assert [r["answer"] for r in read_rows(tmp_path / "again" / "evaluation.jsonl")] == answers
-    with pytest.raises(ConfigError, match=r"^keep_best=miou: eval.every says at which steps"):
+    with pytest.raises(ConfigError, match=r"^keep_best=miou: needs eval.every"):
         load_config(["keep_best=miou"])
