@@ -258,14 +258,14 @@ def convert(converter: str, source: str | Path, left_out: list[str]) -> Iterator
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake ends with one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    names = ", ".join(CONVERTERS)
-    usage = f"usage: python -m opd.data.convert NAME SOURCE OUT.jsonl; NAME is one of {names}"
+    usage = "usage: python -m opd.data.convert NAME SOURCE OUT.jsonl"
+    names = f"NAME is one of {', '.join(CONVERTERS)}"
     if arguments in (["-h"], ["--help"]):
-        print(usage)
+        print(f"{usage}\n\n{names}")
         return
     try:
         if len(arguments) != 3 or arguments[0] not in CONVERTERS:
-            raise ConfigError(usage)
+            raise ConfigError(f"{usage}; {names}")
         converter, source, target = arguments
         out = Path(target)
         if out.exists():
