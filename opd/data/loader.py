@@ -1,5 +1,4 @@
-"""From examples to prompt batches: decoded frames, token ids, positions; prefetched, in a
-reproducible order."""
+"""Batches of prompts, prepared ahead by one thread in a reproducible order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,15 +23,17 @@ def batches(
     refill: bool = False,
     ahead: int = 2,
 ) -> Iterator[PromptBatch]:
-    """The batches of a plan, in its order, made by one thread that stays at most `ahead` batches in
-    front.
+    """Yield the batches of a plan, in its order, prepared by one thread.
 
     Args:
-        models: those that will see them; for `Prompts.seen_by`.
-        refill: put the next usable example where one does not decode, so that batches keep their
-            size; else it is left out, and a batch of which nothing remains with it.
+        plan: indices of the examples of each batch.
+        device: where the batches go.
+        models: those that will see the batches; see `Prompts.prompt_for`.
+        refill: replace an example that does not decode by the next one that does, so that batches
+            keep their size. Otherwise it is left out, and so is a batch that becomes empty.
+        ahead: number of batches that are prepared in advance.
 
-    Raises DataError where nothing decodes.
+    Raises DataError where no video decodes.
     """
     pad = prompts.tokenizer.pad_token_id
     device = torch.device(device)
@@ -40,29 +41,28 @@ def batches(
     pixel_dtype = dtypes.pop() if len(dtypes) == 1 else None
 
     def make(indices: Sequence[int]) -> PromptBatch | None:
-        found = []
+        candidates = []
         for index in indices:
             prompt = prompts.usable(index, models)
             while prompt is None and refill and len(prompts.broken) < len(prompts):
                 index = (index + 1) % len(prompts)
                 prompt = prompts.usable(index, models)
-            found.append(prompt)
+            candidates.append(prompt)
         if len(prompts.broken) == len(prompts):
-            raise DataError(
-                f"no video of {len(prompts)} decodes; {next(iter(prompts.broken.values()))}"
-            )
-        found = [prompt for prompt in found if prompt is not None]
-        if not found:
+            first_reason = next(iter(prompts.broken.values()))
+            raise DataError(f"none of {len(prompts)} videos decodes; the first: {first_reason}")
+        usable = [prompt for prompt in candidates if prompt is not None]
+        if not usable:
             return None
-        batch = collate(prompts.side_by_side(found, models), pad, pixel_dtype=pixel_dtype)
+        batch = collate(prompts.arranged(usable, models), pad, pixel_dtype=pixel_dtype)
         if device.type == "cuda":
             batch = replace(batch, pixel_values=pin(batch.pixel_values))
         return batch
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-        # One OpenMP thread for the loader's own operations: a second team would fight the model's.
-        # The call also changes process-wide settings, which are put back here.
+        # One OpenMP thread for the loader, since a second team would compete with the model's. The
+        # call also changes process-wide settings, which are restored here.
         pool.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(threads)
         prompts.expect([i for indices in plan[: ahead + 1] for i in indices], models)
@@ -71,8 +71,8 @@ def batches(
         ]
         for position in range(len(plan)):
             batch = pending.pop(0).result()
-            coming = plan[position + 1 : position + ahead + 2]
-            prompts.expect([i for indices in coming for i in indices], models)
+            next_ones = plan[position + 1 : position + ahead + 2]
+            prompts.expect([i for indices in next_ones for i in indices], models)
             if position + ahead < len(plan):
                 pending.append(pool.submit(make, plan[position + ahead]))
             if batch is not None:
@@ -86,22 +86,28 @@ def rows_of(
     make: Callable[[PromptBatch], list[dict[str, Any]]],
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A row for each example that decodes, with its `id`, in the order of the pool: `make` sees
-    batches of `size`, queries of one video side by side, the ranks share them, and each gets all
-    rows."""
-    places = {example.video: i for i, example in reversed(list(enumerate(prompts.examples)))}
-    order = sorted(range(len(prompts)), key=lambda i: places[prompts.examples[i].video])
+    """Return a row for each example that decodes, in the order of `prompts`, on every rank.
+
+    Args:
+        size: examples per batch; queries of one video are neighbours.
+        lm: the model (`VideoLM`) that will see the batches.
+        make: returns the rows of a batch, each with the `id` of its example. Ranks share the
+            batches.
+        progress: called with the number of examples done since its last call.
+    """
+    first_use = {example.video: i for i, example in reversed(list(enumerate(prompts.examples)))}
+    order = sorted(range(len(prompts)), key=lambda i: first_use[prompts.examples[i].video])
     plan = split(order, size)
     plan += plan[-1:] * (-len(plan) % distributed.world_size())  # as many batches on each rank
     mine = plan[distributed.rank() :: distributed.world_size()]
     rows: dict[str, dict[str, Any]] = {}
-    left = len(prompts)
+    remaining = len(prompts)
     # With several ranks no batch may be left out; the last one may be answered twice.
     several = distributed.world_size() > 1
     for batch in batches(prompts, mine, lm.device, [lm], refill=several):
         rows |= {row["id"]: row for row in make(batch)}
-        done = min(left, len(batch.examples) * distributed.world_size())
-        left -= done
+        done = min(remaining, len(batch.examples) * distributed.world_size())
+        remaining -= done
         progress(done)
     rows = distributed.gather_dict(rows)
     return [rows[example.id] for example in prompts.examples if example.id in rows]

@@ -1,4 +1,4 @@
-"""Prompts from examples: decoded frames, token ids, positions."""
+"""Making prompts from examples: their text, sampled frames, and the checkpoint's processor."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,54 +17,60 @@ from opd.data.video.sampling import VideoFrames
 from opd.errors import DataError, require
 from opd.text.templates import load_template
 
-VIDEO_END = "<|vision_end|>"  # of both families' templates and tokenizers
+VIDEO_END = "<|vision_end|>"  # in the chat templates and tokenizers of both families
 
 
 class Prompts:
-    """Makes prompts from examples: decode, then the checkpoint's own processor.
+    """The prompts of a list of examples, made on demand.
 
-    Up to `cache_mb` it keeps what can be used again: prompts with their vision tokens for models
-    whose tower is frozen, decoded frames for others.
+    Up to `data.cache_mb` it keeps what later prompts can reuse: whole prompts with their vision
+    tokens where the vision towers are frozen, else sampled frames.
+
+    Attributes:
+        broken: the reason, by index, for each example whose video turned out not to decode.
     """
 
     def __init__(
         self, examples: Sequence[Example], config: DataConfig, processor: Any, lm: Any
     ) -> None:
+        """Prepare to make prompts; nothing is decoded yet.
+
+        Args:
+            processor: the checkpoint's processor, of transformers.
+            lm: the student (`VideoLM`), whose family decides sizes and positions.
+
+        Raises ConfigError where `data.recipe` is for another family, or the frame cache cannot be
+        written.
+        """
         self.examples, self.config, self.processor, self.lm = examples, config, processor, lm
         self.template = load_template(config.prompt)
         self.tokenizer = processor.tokenizer
         self.end_token = self.tokenizer.eos_token
-        # Qwen2.5-VL's budget, if it is ours, depends on the number of frames.
-        known = lm.family == "qwen3_vl" or config.video_tokens is None
         if config.recipe is not None:
             family = RECIPES[config.recipe][0]
-            told = f"data.recipe={config.recipe}: is of {family}, the student is {lm.family}"
-            require(family == lm.family, told)
-        recipe = recipe_of(config, lm.family)
-        self._source = Frames(config, recipe or (self._budget(2) if known else None))
+            message = f"data.recipe={config.recipe}: is for {family}, the student is {lm.family}"
+            require(family == lm.family, message)
+        budget = recipe_of(config, lm.family)
+        # Qwen2.5-VL's budget depends on the number of frames where data.video_tokens sets it.
+        if budget is None and (lm.family == "qwen3_vl" or config.video_tokens is None):
+            budget = self._budget(2)
+        self._source = Frames(config, budget)
         self._frames: dict[Path, VideoFrames] = {}
         self._kept: dict[int, Prompt] = {}
-        self._features: dict[Path, dict[Any, Any]] = {}  # of a video, whatever is asked of it
-        self.broken: dict[int, str] = {}  # why, of the examples whose video does not decode
-        self._free = config.cache_mb * 2**20
+        self._features: dict[Path, dict[Any, Any]] = {}  # shared by all prompts of a video
+        self.broken: dict[int, str] = {}
+        self._free = config.cache_mb * 2**20  # bytes
         self._last: dict[str, Any] | None = None  # the video that was processed last
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def frames(self, index: int, keep: bool = True) -> VideoFrames:
-        """The sampled frames of one example's video."""
-        video = self.examples[index].video
-        if video in self._frames:
-            return self._frames[video]
-        decoded = self._source.get(video)
-        if keep and decoded.frames.nbytes <= self._free:
-            self._free -= decoded.frames.nbytes
-            self._frames[video] = decoded
-        return decoded
+    def __getitem__(self, index: int) -> Prompt:
+        """Return a prompt with its frames."""
+        return self._make(index, keep_frames=True)
 
     def text(self, example: Example) -> str:
-        """The prompt as the chat template writes it, up to where the assistant speaks."""
+        """Return the prompt as the chat template writes it, up to the assistant's turn."""
         before, after = self.template.turn(
             example.question or example.query,
             example.options,
@@ -83,110 +89,99 @@ class Prompts:
             messages, tokenize=False, add_generation_prompt=True
         )
 
-    def __getitem__(self, index: int) -> Prompt:
-        return self._make(index, keep_frames=True)
+    def frames(self, index: int, keep: bool = True) -> VideoFrames:
+        """Return the sampled frames of an example's video. Raises DataError if it does not decode.
+
+        Args:
+            keep: whether to keep them in memory for later calls, where there is room.
+        """
+        video = self.examples[index].video
+        if video in self._frames:
+            return self._frames[video]
+        decoded = self._source.get(video)
+        if keep and decoded.frames.nbytes <= self._free:
+            self._free -= decoded.frames.nbytes
+            self._frames[video] = decoded
+        return decoded
+
+    def expect(self, indices: Sequence[int], models: Sequence[Any]) -> None:
+        """Start decoding the videos of these examples, except those that are not needed again."""
+        videos = []
+        for index in indices:
+            video = self.examples[index].video
+            if (
+                self._kept_prompt(index, models) is None
+                and index not in self.broken
+                and video not in self._frames
+            ):
+                videos.append(video)
+        self._source.expect(videos)
 
     def usable(self, index: int, models: Sequence[Any]) -> Prompt | None:
-        """`seen_by`; None, with the reason in `broken`, where the video does not decode."""
+        """Return `prompt_for`; None, with the reason in `broken`, if the video does not decode."""
         if index not in self.broken:
             try:
-                return self.seen_by(index, models)
+                return self.prompt_for(index, models)
             except DataError as error:
                 self.broken[index] = f"{self.examples[index].source}: {error}"
         return None
 
-    def seen_by(self, index: int, models: Sequence[Any]) -> Prompt:
-        """The prompt as these models (`VideoLM`) need it. Where all of their towers are frozen (and
-        not sharded: all ranks must forward as often): without frames if they have seen it before
-        and there was room to keep what they made."""
-        if not _share(models):
+    def prompt_for(self, index: int, models: Sequence[Any]) -> Prompt:
+        """Return a prompt as these models (`VideoLM`) need it.
+
+        Where their vision features can be shared, a prompt that they have all seen before comes
+        without frames, provided that there was room to keep those features.
+        """
+        if not _share_features(models):
             return self[index]
-        kept = self._seen(index, models)
+        kept = self._kept_prompt(index, models)
         if kept is not None:
             return kept
-        made = self._make(index, keep_frames=False)
-        features = self._features.setdefault(made.example.video, {})
+        prompt = self._make(index, keep_frames=False)
+        features = self._features.setdefault(prompt.example.video, {})
         for model in models:
-            size = model.video_bytes(made.grid_thw)
+            size = model.video_bytes(prompt.grid_thw)
             if model not in features and size <= self._free:
                 self._free -= size
                 features[model] = None
-        made = replace(made, features=features)
+        prompt = replace(prompt, features=features)
         if features:
-            self._kept[index] = replace(made, pixel_values=None)
-        return made
+            self._kept[index] = replace(prompt, pixel_values=None)
+        return prompt
 
-    def _seen(self, index: int, models: Sequence[Any]) -> Prompt | None:
-        """The prompt without frames, where it is kept with what all these models made of them."""
-        kept = self._kept.get(index)
-        made = kept is not None and all(kept.features.get(m) is not None for m in models)
-        return kept if made else None
+    def arranged(self, prompts: Sequence[Prompt], models: Sequence[Any]) -> list[Prompt]:
+        """Order the prompts of a batch so that those that are forwarded together are neighbours.
 
-    def side_by_side(self, prompts: Sequence[Prompt], models: Sequence[Any]) -> list[Prompt]:
-        """Prompts of one batch, those of one length beside each other; of one video, too, where
-        they share a prefix. Where all towers are frozen, its frames come with the first alone, and
-        what a tower makes of them serves the others."""
+        These are prompts of one length and, where the video comes first in the prompt, those of one
+        video. Where vision features can be shared, only the first prompt of a video keeps its
+        frames; its features serve the others.
+        """
         videos = {prompt.example.video: i for i, prompt in enumerate(prompts)}
         if len(videos) == len(prompts):
             return sorted(prompts, key=lambda prompt: len(prompt.input_ids))
-        found = sorted(
+        ordered = sorted(
             prompts,
             key=lambda p: (self.template.video_first and videos[p.example.video], len(p.input_ids)),
         )
-        if not _share(models):
-            return found
+        if not _share_features(models):
+            return ordered
         first: dict[Path, Prompt] = {}
-        for place, prompt in enumerate(found):
+        for position, prompt in enumerate(ordered):
             before = first.get(prompt.example.video)
             if before is not None:
-                found[place] = replace(prompt, features=before.features, pixel_values=None)
+                ordered[position] = replace(prompt, features=before.features, pixel_values=None)
                 continue
-            if any(model not in prompt.features for model in models):  # no room to keep
-                found[place] = replace(prompt, features=dict.fromkeys(models) | prompt.features)
-            first[prompt.example.video] = found[place]
-        return found
+            if any(model not in prompt.features for model in models):  # no room to keep them
+                features = dict.fromkeys(models) | prompt.features
+                ordered[position] = replace(prompt, features=features)
+            first[prompt.example.video] = ordered[position]
+        return ordered
 
-    def _budget(self, frames: int) -> Budget:
-        """What the video processor is told of sizes, for a video of so many frames."""
-        return budget_of(self.config, self.processor.video_processor, self.lm.family, frames)
-
-    def expect(self, indices: Sequence[int], models: Sequence[Any]) -> None:
-        """Let the videos of these examples be decoded ahead, unless they are not needed."""
-        wanted = []
-        for index in indices:
-            video = self.examples[index].video
-            if (
-                self._seen(index, models) is None
-                and index not in self.broken
-                and video not in self._frames
-            ):
-                wanted.append(video)
-        self._source.expect(wanted)
-
-    def _processed(self, index: int, keep_frames: bool) -> dict[str, Any]:
-        """What the checkpoint's processor makes of an example. Its video and the text before it are
-        not processed again for the next query about it: no token spans the end of a video."""
-        example = self.examples[index]
-        head, _, tail = self.text(example).rpartition(VIDEO_END)
-        made = self._last
-        if made is None or (made["video"], made["head"]) != (example.video, head):
-            decoded = self.frames(index, keep_frames)
-            asked = self._budget(len(decoded.frames)).options
-            known = self.processor.video_processor
-            budget = {key: value for key, value in asked.items() if hasattr(known, key)}
-            inputs = self.processor(
-                text=[head + VIDEO_END],
-                videos=[decoded.frames],
-                video_metadata=[decoded.metadata()],
-                do_sample_frames=False,
-                return_tensors="pt",
-                **budget,
-            )
-            made = {"video": example.video, "head": head, "decoded": decoded, "inputs": inputs}
-            self._last = made
-        rest = torch.tensor(self.tokenizer(tail).input_ids, dtype=torch.long)
-        ids = torch.cat([made["inputs"]["input_ids"][0], rest])
-        return {**made["inputs"], "input_ids": ids, "decoded": made["decoded"]}
+    def _kept_prompt(self, index: int, models: Sequence[Any]) -> Prompt | None:
+        """Return the prompt without frames, if the features of all these models are kept."""
+        kept = self._kept.get(index)
+        complete = kept is not None and all(kept.features.get(m) is not None for m in models)
+        return kept if complete else None
 
     def _make(self, index: int, keep_frames: bool) -> Prompt:
         example, inputs = self.examples[index], self._processed(index, keep_frames)
@@ -210,8 +205,42 @@ class Prompts:
             completion_ids=torch.tensor(completion, dtype=torch.long),
         )
 
+    def _processed(self, index: int, keep_frames: bool) -> dict[str, Any]:
+        """Return the processor's outputs for an example, with `decoded`, its sampled frames.
 
-def _share(models: Sequence[Any]) -> bool:
-    """Whether what these models' towers make of a video serves whoever asks about it: all are
-    frozen, and none is sharded, which all ranks must forward as often."""
+        The video and the text before it are processed once for successive queries about one video.
+        That is exact, because no token spans the end of a video.
+        """
+        example = self.examples[index]
+        head, _, tail = self.text(example).rpartition(VIDEO_END)
+        last = self._last
+        if last is None or (last["video"], last["head"]) != (example.video, head):
+            decoded = self.frames(index, keep_frames)
+            options = self._budget(len(decoded.frames)).options
+            processor = self.processor.video_processor
+            options = {name: x for name, x in options.items() if hasattr(processor, name)}
+            inputs = self.processor(
+                text=[head + VIDEO_END],
+                videos=[decoded.frames],
+                video_metadata=[decoded.metadata()],
+                do_sample_frames=False,
+                return_tensors="pt",
+                **options,
+            )
+            last = {"video": example.video, "head": head, "decoded": decoded, "inputs": inputs}
+            self._last = last
+        rest = torch.tensor(self.tokenizer(tail).input_ids, dtype=torch.long)
+        ids = torch.cat([last["inputs"]["input_ids"][0], rest])
+        return {**last["inputs"], "input_ids": ids, "decoded": last["decoded"]}
+
+    def _budget(self, frames: int) -> Budget:
+        """Return the budget of the video processor for a video of `frames` frames."""
+        return budget_of(self.config, self.processor.video_processor, self.lm.family, frames)
+
+
+def _share_features(models: Sequence[Any]) -> bool:
+    """Return whether the features of one prompt's video may serve other prompts.
+
+    All towers must be frozen, and none sharded: then all ranks must forward it equally often.
+    """
     return bool(models) and not any(model.trains_vision or model.sharded for model in models)

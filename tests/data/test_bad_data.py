@@ -1,4 +1,4 @@
-"""Data that cannot be used: named with file and place, left out, and everything else as it was."""
+"""Unusable data is reported with file and place and left out; all other data is unaffected."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def sound_only(path: Path) -> None:
     ],
     ids=["missing", "empty", "no video", "truncated", "no frames", "sound only"],
 )
-def test_a_video_that_cannot_be_used(
+def test_an_unusable_video_is_left_out(
     damage: Callable[[Path], Any], message: str, root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(root, tmp_path / "copy")
@@ -123,7 +123,7 @@ def edited(root: Path, tmp_path: Path, **fields: Any) -> list[str]:
         ({"sentence": "  "}, '"sentence" is empty'),
     ],
 )
-def test_a_record_that_cannot_be_used(
+def test_an_unusable_record_is_left_out(
     fields: dict[str, Any], message: str, root: Path, tmp_path: Path
 ) -> None:
     expected = message.format(path=tmp_path / "edited.json")
@@ -156,10 +156,10 @@ def prompts(root: Path, monkeypatch: pytest.MonkeyPatch) -> Prompts:
     return Prompts(examples, config_of(root), processor(), prepare(build("student", seed=0)))
 
 
-def test_training_goes_on_with_the_next_example(prompts: Prompts, root: Path) -> None:
+def test_refill_takes_the_next_usable_example(prompts: Prompts, root: Path) -> None:
     plan = [[0, 1], [2, 4], [3, 1]]
-    made = batches(prompts, plan, refill=True)
-    seen = [sorted(p.example.id for p in b.prompts) for b in made]
+    prepared = batches(prompts, plan, refill=True)
+    seen = [sorted(p.example.id for p in b.prompts) for b in prepared]
     assert seen == [["eval-00000", "eval-00003"], ["eval-00003", "eval-00004"], ["eval-00003"] * 2]
     assert sorted(prompts.broken) == [1, 2]
     video = root / "eval" / "eval-00001.mp4"
@@ -168,15 +168,15 @@ def test_training_goes_on_with_the_next_example(prompts: Prompts, root: Path) ->
     )
 
 
-def test_evaluation_leaves_it_out(prompts: Prompts) -> None:
-    made = batches(prompts, [[0, 1], [2], [3, 4]])
-    seen = [sorted(p.example.id for p in b.prompts) for b in made]
+def test_without_refill_it_is_left_out(prompts: Prompts) -> None:
+    prepared = batches(prompts, [[0, 1], [2], [3, 4]])
+    seen = [sorted(p.example.id for p in b.prompts) for b in prepared]
     assert seen == [["eval-00000"], ["eval-00003", "eval-00004"]]
 
 
 def test_no_video_that_decodes_is_an_error(prompts: Prompts) -> None:
     broken = Prompts(prompts.examples[1:3], prompts.config, prompts.processor, prompts.lm)
-    with pytest.raises(DataError, match=r"no video of 2 decodes; .*eval-00001\.mp4: decord cannot"):
+    with pytest.raises(DataError, match=r"none of 2 videos decodes; .*eval-00001\.mp4: decord"):
         list(batches(broken, [[0]], refill=True))
 
 
@@ -263,17 +263,17 @@ def test_an_edit_touches_its_own_example_only(data: st.DataObject, format: str, 
             path.write_text("\n".join(map(json.dumps, records)))
     left_out: list[str] = []
     try:
-        found = load_examples(str(path), config_of(root, format), None, ["spans"], left_out)
+        examples = load_examples(str(path), config_of(root, format), None, ["spans"], left_out)
     except DataError as error:  # the file as a whole, which only one JSON text can be
         assert format in ("timerft", "activitynet")
         assert str(error).startswith(str(path)) and "\n" not in str(error)
         return
     assert all(line.startswith(f"{path}:") and "\n" not in line for line in left_out)
-    assert len(found) + len(left_out) >= 5
+    assert len(examples) + len(left_out) >= 5
     for number, original in enumerate(originals):
         same = [
             e
-            for e in found
+            for e in examples
             if (e.video, e.query, e.spans) == (original.video, original.query, original.spans)
         ]
         # Only an id that the edit gave away can cost another example its place.

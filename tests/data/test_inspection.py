@@ -1,4 +1,4 @@
-"""`python -m opd.check`: what is wrong with a data set is told before anything is trained on it."""
+"""`python -m opd.check` reports what is wrong with a data set before training."""
 
 import json
 import shutil
@@ -17,13 +17,13 @@ from tests.videos import write_coded
 
 
 def clip(path: Path, times_ms: list[int]) -> Path:
-    """A video of 64 x 48 whose frames stand at these times."""
+    """Write a video of 64 x 48 pixels with frames at these times."""
     return write_coded(path, len(times_ms), pts_ms=times_ms, size=(48, 64))
 
 
 @pytest.fixture
 def data(videos: Path, tmp_path: Path) -> Path:
-    """Charades annotations of six clips, some of them spoilt."""
+    """Charades annotations of six clips, some of them damaged."""
     ensure_split(videos, "eval", 6)
     shutil.copytree(videos / "eval", tmp_path / "clips")
     names = sorted(path.stem for path in (tmp_path / "clips").glob("*.mp4"))[:6]
@@ -36,12 +36,12 @@ def data(videos: Path, tmp_path: Path) -> Path:
     return tmp_path / "a.txt"
 
 
-def test_a_data_set_is_looked_through(data, capsys):
+def test_a_data_set_is_inspected(data, capsys):
     keys = [f"data.video_root={data.parent / 'clips'}"]
     main([f"charades:{data}", *keys])
     out, err = capsys.readouterr()
-    told = out.splitlines()
-    assert told[0] == f"{data}: 3 usable examples of 6 read, 4 usable videos of 6"
+    lines = out.splitlines()
+    assert lines[0] == f"{data}: 3 usable examples of 6 read, 4 usable videos of 6"
     for part in (
         "  2 records left out:",
         f"    {data}:7: no video 'gone'",
@@ -52,23 +52,23 @@ def test_a_data_set_is_looked_through(data, capsys):
         "  1 spans that end after the video's end (cut there):",
         "  vision tokens of a video: 96 to 96, median 96",
     ):
-        assert any(part in line for line in told), part
+        assert any(part in line for line in lines), part
     assert "6/6" in err
     assert Path(f"{data}.checked.png").stat().st_size > 1000
     rows = [json.loads(line) for line in checked_path(data).read_text().splitlines()]
     assert [bool(row["reason"]) for row in rows] == [False, True, True, False, False, False]
-    # Training leaves out the same, and probes nothing again.
+    # Training leaves out the same examples, without probing again.
     left_out: list[str] = []
     config = DataConfig(video_root=str(data.parent / "clips"))
-    found = load_examples(f"charades:{data}", config, None, left_out=left_out)
-    assert len(found) == 3 and len(left_out) == 5
-    # A file that has changed since is looked at again.
+    examples = load_examples(f"charades:{data}", config, None, left_out=left_out)
+    assert len(examples) == 3 and len(left_out) == 5
+    # A file that has changed since is probed again.
     good, bad = Path(rows[0]["video"]), Path(rows[1]["video"])
     shutil.copy(good, bad)
     assert len(load_examples(f"charades:{data}", config, None)) == 4
 
 
-def test_a_configuration_is_looked_through_with_its_leaks(data, capsys):
+def test_a_configuration_is_inspected_and_leaks_are_reported(data, capsys):
     source = f"charades:{data}?root={data.parent / 'clips'}"
     arguments = [f"data.train={source}", f"data.eval={source}", "data.video_tokens=96"]
     with pytest.raises(SystemExit) as caught:
@@ -80,11 +80,11 @@ def test_a_configuration_is_looked_through_with_its_leaks(data, capsys):
     out = capsys.readouterr().out
     assert out.count("usable examples of") == 2 and "1 devices of" in out
     main([f"data.train={data}.gone", *arguments[1:]])
-    told = capsys.readouterr().out.splitlines()[0]
-    assert told == f"data not looked through: data.train: {data}.gone: no such annotation file"
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == f"data not looked through: data.train: {data}.gone: no such annotation file"
 
 
-def test_a_variable_frame_rate_is_told(tmp_path):
+def test_a_variable_frame_rate_is_reported(tmp_path):
     even = clip(tmp_path / "even.mkv", list(range(0, 4000, 40)))
     uneven = clip(tmp_path / "uneven.mkv", [*range(0, 2000, 40), *range(2000, 6000, 200)])
     assert not inspect_video(even, "decord")["variable_rate"]
@@ -94,7 +94,7 @@ def test_a_variable_frame_rate_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_a_rotated_video_is_told(tmp_path, backend):
+def test_a_rotated_video_is_reported(tmp_path, backend):
     path, turned = clip(tmp_path / "a.mp4", list(range(0, 2000, 40))), tmp_path / "b.mp4"
     # The track header's matrix turns the picture by 90 degrees.
     data = path.read_bytes()
@@ -108,7 +108,7 @@ def test_a_rotated_video_is_told(tmp_path, backend):
     assert (row["reason"] is not None) == (backend == "decord")
 
 
-def test_nothing_that_can_be_used(tmp_path, capsys):
+def test_a_source_without_usable_examples_is_an_error(tmp_path, capsys):
     (tmp_path / "x.mp4").write_bytes(b"x")
     (tmp_path / "a.txt").write_text("x 1 2##q.")
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""Prompts and batches: what the models see is what was decoded, in an order that repeats."""
+"""Prompts and batches: models see the decoded frames, in a reproducible order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_collation_pads_on_the_left(prompts: Prompts) -> None:
     assert torch.equal(ids[3, 0, : lengths[3, 0]], items[3].completion_ids)
 
 
-def test_every_example_once_an_epoch_in_an_order_that_repeats() -> None:
+def test_every_example_once_per_epoch_in_a_reproducible_order() -> None:
     plan = schedule(10, 4, 5, seed=3)
     assert plan == schedule(10, 4, 5, seed=3) != schedule(10, 4, 5, seed=4)
     assert sorted(plan[0] + plan[1]) == sorted(plan[2] + plan[3]) == list(range(10))
@@ -182,13 +182,13 @@ def test_frames_are_scaled_down_to_a_budget_of_vision_tokens(
     family: str, budget: int, side: int, tmp_path: Path
 ) -> None:
     # 16 square frames of 8 x 8 tokens each: by hand, the largest square that keeps the budget.
-    made, factor = processor(family), 32 if family == "qwen3_vl" else 28
+    stock, factor = processor(family), 32 if family == "qwen3_vl" else 28
     config = DataConfig(video_root=str(tmp_path), video_tokens=budget)
-    prompts = Prompts([], config, made, prepare(build("student", 0, family)))
+    prompts = Prompts([], config, stock, prepare(build("student", 0, family)))
     size = prompts._budget(16).options["size"]
     assert size["longest_edge"] * (1 if family == "qwen3_vl" else 16) == budget * 2 * factor**2
     video = np.zeros((16, 8 * factor, 8 * factor, 3), np.uint8)
-    inputs = made.video_processor(
+    inputs = stock.video_processor(
         videos=[video], do_sample_frames=False, return_tensors="pt", size=size
     )
     frames, rows, columns = inputs["video_grid_thw"][0].tolist()

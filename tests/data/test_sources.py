@@ -1,4 +1,4 @@
-"""Sources: how they are written, mixed and split, and that nothing evaluated on is trained on."""
+"""Sources: their syntax, weights and parts, and the check that evaluation is held out."""
 
 import json
 import shutil
@@ -41,25 +41,25 @@ def config_of(root: Path, **more: object) -> DataConfig:
     return DataConfig(video_root=str(root / "clips"), **more)  # type: ignore[arg-type]
 
 
-def test_a_format_is_named_or_recognised_and_said(root, capsys):
+def test_a_format_is_named_or_recognised_and_reported(root, capsys):
     config = config_of(root)
     named = load_examples(f"charades:{root}/charades.txt", config, None)
     assert capsys.readouterr().err == ""
-    found = load_examples(f"{root}/charades.txt, {root}/timerft.json", config, None)
+    examples = load_examples(f"{root}/charades.txt, {root}/timerft.json", config, None)
     assert capsys.readouterr().err.splitlines() == [
         f"{root}/charades.txt: read as charades",
         f"{root}/timerft.json: read as timerft",
     ]
-    assert found[:12] == named and len(found) == 18
-    # Charades tells no durations: they are the files'.
-    assert all(e.duration_s == pytest.approx(12, abs=0.2) for e in found)
+    assert examples[:12] == named and len(examples) == 18
+    # Charades has no durations; they come from the files.
+    assert all(e.duration_s == pytest.approx(12, abs=0.2) for e in examples)
 
 
 def test_each_source_has_a_root(root, videos):
     config = DataConfig(video_root="nowhere")
     text = f"{root}/charades.txt?root={root}/clips,{videos}/eval-6.json?root={videos}"
-    found = load_examples(text, config, None)
-    assert Counter(example.video.parent for example in found) == {
+    examples = load_examples(text, config, None)
+    assert Counter(example.video.parent for example in examples) == {
         root / "clips": 12,
         videos / "eval": 6,
     }
@@ -85,16 +85,16 @@ def test_each_source_has_a_root(root, videos):
         ),
     ],
 )
-def test_a_source_that_cannot_be(root, text, message):
+def test_an_invalid_source_is_an_error(root, text, message):
     file = f"charades:{root}/charades.txt"
     with pytest.raises(DataError) as caught:
         sources_of(text.format(file=file), config_of(root))
-    told = message.format(file=file)
+    expected = message.format(file=file)
     shown = str(caught.value)
-    assert shown.startswith(told) or shown.startswith(told.replace("charades:/", "/"))
+    assert shown.startswith(expected) or shown.startswith(expected.replace("charades:/", "/"))
 
 
-def test_a_file_is_split_by_videos(root):
+def test_a_file_is_divided_by_videos(root):
     config, text = config_of(root), f"charades:{root}/charades.txt?holdout=0.4&part="
     train, held_out = (load_examples(text + part, config, None) for part in sources.PARTS)
     videos = [{example.video for example in part} for part in (train, held_out)]
@@ -105,15 +105,15 @@ def test_a_file_is_split_by_videos(root):
         for count in Counter(e.video for e in part).values()
     )
     check_leak(train, held_out, config)
-    # The parts follow from names alone, so that another file of the same videos is split alike.
+    # Parts depend on names alone, so another file about the same videos is divided alike.
     places = [sources._draw(f"video{i}") for i in range(4000)]
     assert np.mean([place < 0.4 for place in places]) == pytest.approx(0.4, abs=0.03)
 
 
 def test_sources_are_drawn_by_their_weights(root):
     text = f"charades:{root}/charades.txt?weight=1,timerft:{root}/timerft.json?weight=3"
-    found = load_examples(text, config_of(root), None)
-    weights = [example.weight for example in found]
+    examples = load_examples(text, config_of(root), None)
+    weights = [example.weight for example in examples]
     assert sum(weights) == pytest.approx(18) and len(set(weights)) == 2
     plan = schedule(18, 6, 8, 0, weights)
     for batch in plan:
@@ -165,21 +165,21 @@ def test_a_link_to_a_trained_video_is_a_leak(tmp_path):
         check_leak(train, [example(str(tmp_path / "other.mp4"), 33)], DataConfig())
 
 
-def test_what_the_check_found_is_honoured(root, monkeypatch):
+def test_the_report_of_the_check_is_used(root, monkeypatch):
     text = f"charades:{root}/charades.txt"
-    found = load_examples(text, config_of(root), None)
-    first, second, third = list(dict.fromkeys(example.video for example in found))[:3]
+    examples = load_examples(text, config_of(root), None)
+    first, second, third = list(dict.fromkeys(example.video for example in examples))[:3]
 
     def row(video: Path, **more: object) -> dict[str, object]:
         stat = video.stat()
-        known = {"video": str(video), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        return known | {"duration_s": 12.0, "reason": None} | more
+        fields = {"video": str(video), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return fields | {"duration_s": 12.0, "reason": None} | more
 
     rows = [
         row(first, reason="it is rotated"),
         row(second, duration_s=2.0),
         row(third, size=1, reason="as it was before"),
-        {"video": str(found[-1].video), "reason": "by hand"},
+        {"video": str(examples[-1].video), "reason": "by hand"},
     ]
     checked_path(f"{root}/charades.txt").write_text("\n".join(map(json.dumps, rows)))
     probed: list[Path] = []
@@ -187,14 +187,16 @@ def test_what_the_check_found_is_honoured(root, monkeypatch):
     monkeypatch.setattr(sources, "probe_duration", lambda v: (probed.append(v), probe(v))[1])
     left_out: list[str] = []
     kept = load_examples(text, config_of(root), None, left_out=left_out)
-    assert sorted(probed) == sorted({e.video for e in found} - {first, second, found[-1].video})
-    told = [line.partition(": ")[2] for line in left_out]
-    assert told == [
+    assert sorted(probed) == sorted(
+        {e.video for e in examples} - {first, second, examples[-1].video}
+    )
+    reasons = [line.partition(": ")[2] for line in left_out]
+    assert reasons == [
         f"{first}: it is rotated",
         f"{first}: it is rotated",
         "a span starts at 3 s in a video of 2 s",
-        f"{found[-1].video}: by hand",
-        f"{found[-1].video}: by hand",
+        f"{examples[-1].video}: by hand",
+        f"{examples[-1].video}: by hand",
     ]
     assert len(kept) == 12 - 5
 

@@ -1,11 +1,11 @@
-"""A clip of the embedded task, how it looks, and how it is encoded."""
+"""Clips of the embedded task: their content, rendering and encoding."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-SIZE = 64
+SIZE = 64  # pixels, height and width
 FPS = 10
 COLOURS = {
     "red": (224, 48, 48),
@@ -19,8 +19,7 @@ COLOURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One shape on screen: visible in [start_s, end_s), drawn around `center` (row, column) with
-    `radius` pixels."""
+    """One shape, visible in [start_s, end_s); `center` (row, column) and `radius` are in pixels."""
 
     colour: str
     kind: str
@@ -32,8 +31,19 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A drawn clip: its shapes (the target first), the annotation as given and the truth, all in
-    seconds."""
+    """The content of a clip and its annotation.
+
+    Attributes:
+        id: `SPLIT-INDEX`, with `.POSITION` behind it for a query about another shape.
+        shapes: the shapes; the first is the target, unless the id names another.
+        query: the sentence to localise.
+        duration_s: length in seconds.
+        truth, annotation: the true span of the target and the annotated one, in seconds.
+        difficulty: 1 to 3, as `opd.data.synthetic.splits` describes.
+        contrast: weight of the shapes' colours against the background, up to 1.
+        bars: first and last (exclusive) column of each occluding bar.
+        background: grey level.
+    """
 
     id: str
     shapes: tuple[Shape, ...]
@@ -43,12 +53,12 @@ class Clip:
     annotation: tuple[float, float]
     difficulty: int
     contrast: float
-    bars: tuple[tuple[int, int], ...]  # columns of the occluding bars
+    bars: tuple[tuple[int, int], ...]
     background: int
 
 
 def _mask(shape: Shape) -> np.ndarray:
-    """Boolean [SIZE, SIZE] of the pixels that the shape covers."""
+    """Return the pixels that the shape covers, boolean `[SIZE, SIZE]`."""
     rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     y, x, r = rows - shape.center[0], columns - shape.center[1], float(shape.radius)
     distance = np.hypot(y, x)
@@ -69,8 +79,10 @@ def _mask(shape: Shape) -> np.ndarray:
 
 
 def render(clip: Clip) -> np.ndarray:
-    """Frames of a clip, uint8 `[duration_s * FPS, SIZE, SIZE, 3]` (RGB); frame i shows the time i /
-    FPS."""
+    """Render the frames of a clip, uint8 RGB `[duration_s * FPS, SIZE, SIZE, 3]`.
+
+    Frame i shows the time i / FPS.
+    """
     background = np.full((SIZE, SIZE, 3), clip.background, np.float32)
     masks = [_mask(shape) for shape in clip.shapes]
     times = np.arange(round(clip.duration_s * FPS)) / FPS
@@ -81,7 +93,7 @@ def render(clip: Clip) -> np.ndarray:
     for state in np.unique(visible, axis=1).T:
         image = background.copy()
         for shape, mask, shown in reversed(list(zip(clip.shapes, masks, state, strict=True))):
-            if shown:  # the target is drawn last: what hides it is a bar, never another shape
+            if shown:  # the target is drawn last, so that only bars can hide it
                 colour = np.array(COLOURS[shape.colour], np.float32)
                 image[mask] = clip.contrast * colour + (1 - clip.contrast) * clip.background
         for left, right in clip.bars:
@@ -91,7 +103,7 @@ def render(clip: Clip) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """Encode uint8 `[F, H, W, 3]` RGB frames as H.264 in mp4."""
+    """Encode frames, uint8 RGB `[F, H, W, 3]`, as an mp4 file with H.264."""
     import av
 
     with av.open(str(path), "w") as container:

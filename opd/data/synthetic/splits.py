@@ -1,23 +1,27 @@
-"""The embedded task: clips of coloured shapes that appear and vanish, written as real mp4 files
-with public annotations.
+"""The embedded task: mp4 clips of coloured shapes that appear and vanish, in public annotations.
 
-A query names one shape by colour and kind; the answer is when it is visible. Every clip holds one
-to three distractors that share the target's colour or its kind, and has one of three difficulty
-levels:
+A query names one shape by colour and kind; the answer is the time span in which it is visible. A
+clip has one to three distractors that share the target's colour or kind, and one of three levels of
+difficulty, each of which includes those before it:
 
     1  contrast     the shapes' colours are blended with the background
-    2  occlusion    and two grey bars hide a part of everything, so that they tell nothing
-    3  neighbour    and a shape of the target's colour is visible beside it at an overlapping time
+    2  occlusion    two grey bars hide a part of the picture, independently of the target
+    3  neighbour    a shape of the target's colour is visible at an overlapping time
 
-Splits (disjoint seeds): `train` is the fixed pool, with imperfect annotations (20% name a wrong
-span, the others are jittered) and, in a fifth of its clips, shapes that the teacher never saw;
-`eval` and `tune` are held out and clean, the latter to choose settings on. `mixed`, `mixed_eval`
-and `mixed_tune` are the same for three tasks at once (grounding, VideoQA, grounded QA);
-`mixed_first` teaches their forms to a student that knows grounding alone. The shipped models were
-made from the others, which go from seeing to telling times: `names` (clips of 1 s: what is
-visible), `words` (also: is a red circle visible), `short` (clips of 4 s: when), all asked about one
-or each of few shapes; then `teacher` (clean) for the teacher and `student` (jittered labels) for
-the student.
+Splits have disjoint seeds:
+
+    train                 the training pool; 20% of the annotations are wrong, the others jittered;
+                          a fifth of the clips has shapes that the teacher never saw
+    eval, tune            held out, clean; `tune` is for choosing settings
+    mixed, mixed_eval,    the same for three tasks at once: grounding, VideoQA, grounded QA
+    mixed_tune
+    mixed_first           teaches the forms of these tasks to a student that knows grounding alone
+
+The shipped models were trained on the others, in this order:
+
+    names, words          clips of 1 s: what is visible, and for `words` whether something is
+    short                 clips of 4 s, half of them with one shape: when each shape is visible
+    teacher, student      clean annotations for the teacher, jittered ones for the student
 """
 
 import json
@@ -43,20 +47,30 @@ CELLS = ((17, 17), (17, 47), (47, 17), (47, 47))
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How one split is drawn. `jitter_s` is the standard deviation of the noise on each boundary,
-    in seconds."""
+    """The parameters from which a split is drawn.
+
+    Attributes:
+        seed: of its clips.
+        clips: number of clips.
+        jitter_s: standard deviation of the noise on each annotated boundary, in seconds.
+        wrong: fraction of annotations that are wrong.
+        novel: fraction of clips with shapes of `NOVEL_SHAPES`.
+        solo: fraction of clips that show the target alone.
+        ask: target: when the target is visible; all: when each shape is; names, words: what is
+            visible, in words; mixed: grounding, VideoQA or grounded QA.
+        duration_s: length of a clip in seconds.
+        spans_s: shortest and longest span in seconds.
+    """
 
     seed: int
     clips: int
     jitter_s: float = 0.0
     wrong: float = 0.0
     novel: float = 0.0
-    solo: float = 0.0  # share of clips that show the target alone
-    # target: when it is visible | all: when each shape is | names, words: what is | mixed: one of
-    # grounding, VideoQA and grounded QA
+    solo: float = 0.0
     ask: str = "target"
     duration_s: float = 12.0
-    spans_s: tuple[float, float] = (1.5, 6.0)  # shortest and longest
+    spans_s: tuple[float, float] = (1.5, 6.0)
 
 
 SPLITS = {
@@ -89,8 +103,7 @@ def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
 def _annotate(
     rng: np.random.Generator, truth: tuple[float, float], split: Split
 ) -> tuple[float, float]:
-    """The span that the annotation file gives: the truth, a jittered one, or (for `split.wrong`)
-    another span."""
+    """Return the annotated span: the truth, a jittered one, or with `split.wrong` another one."""
     if rng.random() < split.wrong:
         while True:
             wrong = _span(rng, split)
@@ -109,8 +122,10 @@ def _phrase(rng: np.random.Generator, shape: Shape) -> str:
 
 
 def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
-    """Draw clip `index` of a split: a pure function of the two, so any subset of a split is the
-    same clips."""
+    """Draw clip `index` of a split.
+
+    A pure function of its arguments, so a shorter version of a split holds the same clips.
+    """
     split = split or SPLITS[split_name]
     rng = np.random.default_rng([split.seed, index])
     difficulty = int(rng.integers(1, 4))
@@ -125,7 +140,7 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
         return int(row), int(column)
 
     truth = _span(rng, split)
-    look = [(colour, target_kind)]
+    looks = [(colour, target_kind)]
     spans = [truth]
     kinds = SHAPES + NOVEL_SHAPES if novel else SHAPES
     num_distractors = int(rng.integers(1, 4))
@@ -142,11 +157,11 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
             else:
                 candidate = (str(rng.choice(list(COLOURS))), str(rng.choice(kinds)))
             span = _span(rng, split)
-            if candidate not in look and (
+            if candidate not in looks and (
                 not neighbour or _overlap(span, truth) >= min(1.0, split.spans_s[0])
             ):
                 break
-        look.append(candidate)
+        looks.append(candidate)
         spans.append(span)
     shapes = tuple(
         Shape(
@@ -157,7 +172,7 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
             center=place(cell),
             radius=int(rng.integers(10, 14)),
         )
-        for (c, k), s, cell in zip(look, spans, cells, strict=False)
+        for (c, k), s, cell in zip(looks, spans, cells, strict=False)
     )
     bars: tuple[tuple[int, int], ...] = ()
     if difficulty >= 2:  # one through each column of cells
@@ -178,8 +193,7 @@ def draw_clip(split_name: str, index: int, split: Split | None = None) -> Clip:
 
 
 def asked_about(clip: Clip, position: int, split: Split) -> Clip:
-    """The same clip with a query about its shape at `position`; a pure function of its
-    arguments."""
+    """Return the clip with a query about its shape at `position`; a pure function."""
     if position == 0:
         return clip
     rng = np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), position])
@@ -195,23 +209,26 @@ def asked_about(clip: Clip, position: int, split: Split) -> Clip:
 
 
 def split_of(name: str) -> Split:
-    """A split by its name; DataError where there is none."""
+    """Return a split by its name. Raises DataError for an unknown one."""
     if name not in SPLITS:
         raise DataError(f"synthetic:{name}: no such split (known: {', '.join(SPLITS)})")
     return SPLITS[name]
 
 
 def path_of(root: Path, name: str, clips: int | None = None) -> Path:
-    """Where a split's annotation file is, or will be; DataError for an unknown split."""
+    """Return the path of a split's annotation file. Raises DataError for an unknown split."""
     return root / f"{name}-{clips or split_of(name).clips}.json"
 
 
 def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
-    """Write a split below `root` unless it is there already, and return its annotation file
-    (TimeRFT format).
+    """Write a split below `root` unless it exists, and return its annotation file (TimeRFT format).
 
-    The truth of a split with imperfect annotations lies aside in `truth/NAME.jsonl`, which no
-    reader opens. Raises DataError for an unknown split.
+    Args:
+        clips: number of clips, if not all of the split.
+
+    True spans of grounding queries go to `truth/NAME-CLIPS.jsonl`, which no reader opens.
+
+    Raises DataError for an unknown split.
     """
     split = split_of(name)
     count = clips or split.clips
@@ -222,40 +239,44 @@ def ensure_split(root: Path, name: str, clips: int | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [draw_clip(name, index) for index in range(count)]
 
-    def source(clip: Clip, number: int) -> np.random.Generator:
-        return np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), number])
+    def generator(clip: Clip, stream: int) -> np.random.Generator:
+        return np.random.default_rng([split.seed, int(clip.id.rpartition("-")[2]), stream])
 
-    asked: list[Clip] = []
+    queried: list[Clip] = []  # one entry per grounding query
     if split.ask in ("names", "words"):
-        found = (words(c, _example(root, c), source(c, 1), split.ask == "words") for c in drawn)
-        examples = [example for several in found for example in several]
+        whether = split.ask == "words"
+        per_clip = (words(c, _example(root, c), generator(c, 1), whether) for c in drawn)
+        examples = [example for several in per_clip for example in several]
     elif split.ask == "mixed":
         annotate = partial(_annotate, split=split)
-        examples = [mixed(c, _example(root, c), source(c, 2), split.wrong, annotate) for c in drawn]
+        examples = [
+            mixed(c, _example(root, c), generator(c, 2), split.wrong, annotate) for c in drawn
+        ]
     else:
-        asked = [
+        queried = [
             asked_about(clip, position, split)
             for clip in drawn
             for position in range(len(clip.shapes) if split.ask == "all" else 1)
         ]
-        examples = [_example(root, clip) for clip in asked]
+        examples = [_example(root, clip) for clip in queried]
 
     def write(clip: Clip) -> None:
         path = folder / f"{clip.id}.mp4"
         if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}.mp4")  # two runs may write side by side
+            part = path.with_suffix(f".{os.getpid()}.mp4")  # several runs may write at once
             write_video(part, render(clip))
             part.replace(path)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, drawn))
-    if asked:
+    if queried:
         truth = root / "truth" / f"{name}-{count}.jsonl"
         truth.parent.mkdir(exist_ok=True)
-        truth.write_text("".join(json.dumps({"id": c.id, "truth": c.truth}) + "\n" for c in asked))
+        rows = [json.dumps({"id": clip.id, "truth": clip.truth}) for clip in queried]
+        truth.write_text("".join(f"{row}\n" for row in rows))
     part = annotations.with_suffix(f".{os.getpid()}")
     write_timerft(part, examples, root)
-    part.replace(annotations)  # last: the file's presence means that the split is whole
+    part.replace(annotations)  # last: the file exists only when the split is complete
     return annotations
 
 
@@ -272,7 +293,7 @@ def _example(root: Path, clip: Clip) -> Example:
 
 
 def corpus() -> Sequence[str]:
-    """Every text that the task can show, from which the embedded tokenizer is trained."""
+    """Return every text of the task, from which the embedded tokenizer is trained."""
     shapes = [f"{c} {k}" for c in COLOURS for k in SHAPES + NOVEL_SHAPES]
     queries = [phrase.format(shape) for phrase in PHRASES for shape in shapes]
     numbers = [f"{t / 10:.1f}" for t in range(121)]

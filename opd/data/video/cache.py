@@ -1,4 +1,4 @@
-"""Sampled frames on disk, so that a video is decoded once for all epochs, runs and ranks."""
+"""Disk cache of sampled frames: a video is decoded once for all epochs, runs and ranks."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ import torch
 from opd.data.video.sampling import VideoFrames
 from opd.errors import ConfigError
 
-SUFFIX, ASIDE, LOCK = ".frames", ".tmp", "lock"
+SUFFIX, UNFINISHED, LOCK = ".frames", ".tmp", "lock"
 STALE_S = 3600.0
-"""Age at which a file that somebody began to write counts as left behind."""
-_PREFIX = struct.Struct("<8sQII")  # magic, bytes of pixels, bytes of the head, checksum of both
+"""Age after which an unfinished file counts as abandoned."""
+_PREFIX = struct.Struct("<8sQII")  # magic, bytes of pixels, bytes of the header, checksum of both
 _MAGIC = b"opdfrm01"
 
 
 class FrameCache:
-    """Frames of videos as `VideoFrames`, kept in files of one folder.
+    """A cache of `VideoFrames` in the files of one folder.
 
-    An entry belongs to a file as it is now (path, size, time of change) and to all that decided how
-    it was sampled. Several processes may use a folder at once: entries appear whole or not at all,
-    and the least recently used go when together they would be larger than `max_bytes`.
+    The key of an entry covers the video file (path, size, modification time) and everything that
+    decides how it is sampled. Several processes may share a folder: entries appear whole or not at
+    all, and the least recently used are removed before the total exceeds `max_bytes`.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         """Raises ConfigError where the folder cannot be written, ValueError for a size below 1."""
         if max_bytes < 1:
-            raise ValueError(f"a cache of {max_bytes} bytes holds nothing")
+            raise ValueError(f"max_bytes={max_bytes}: must be at least 1")
         self.folder, self.max_bytes = Path(folder), max_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,16 +48,17 @@ class FrameCache:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise ConfigError(
-                f"{folder}: the folder for decoded frames cannot be written: {error.strerror}"
+                f"{folder}: the frame cache cannot be written: {error.strerror}"
             ) from error
 
     @staticmethod
     def key(video: str | Path, **sampling: Any) -> str | None:
-        """The name of an entry; None where there is no such file. Take it before decoding: a file
-        that is replaced meanwhile is another one.
+        """Return the key of an entry, None where the file does not exist.
+
+        Compute it before decoding, so that a file that is replaced meanwhile gets another key.
 
         Args:
-            sampling: all that decides which frames come out and how; anything that JSON holds.
+            sampling: everything that decides which frames are taken and how; JSON values.
         """
         try:
             status = os.stat(video)
@@ -68,8 +69,8 @@ class FrameCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str | None) -> VideoFrames | None:
-        """The frames of an entry, now the most recently used; None where there is none. A damaged
-        one is removed."""
+        """Return the frames of an entry and mark it as used; None where there is none. A damaged
+        entry is removed."""
         if key is None:
             return None
         path = self._path(key)
@@ -85,24 +86,26 @@ class FrameCache:
         return video
 
     def put(self, key: str | None, video: VideoFrames) -> bool:
-        """Keep an entry; False where it is larger than the cache or the disk does not take it."""
+        """Store an entry; return False where it exceeds the cache or cannot be written."""
         if key is None:
             return False
         head, pixels, size = _packed(video)
         if size > self.max_bytes:
             return False
-        aside = None
+        unfinished = None
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=ASIDE, delete=False) as file:
-                aside = Path(file.name)
+            with tempfile.NamedTemporaryFile(
+                dir=self.folder, suffix=UNFINISHED, delete=False
+            ) as file:
+                unfinished = Path(file.name)
                 file.write(head)
                 file.write(pixels)
             with self._locked() as total:
                 self._make_room(total, size)
-                aside.replace(self._path(key))
+                unfinished.replace(self._path(key))
         except OSError:
-            if aside is not None:
-                aside.unlink(missing_ok=True)
+            if unfinished is not None:
+                unfinished.unlink(missing_ok=True)
             return False
         return True
 
@@ -111,37 +114,37 @@ class FrameCache:
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
-        """Hold the folder against other processes; gives the file that says how full it is."""
+        """Lock the folder against other processes; yields the file that holds its total size."""
         with open(self.folder / LOCK, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
     def _make_room(self, total: BinaryIO, size: int) -> None:
-        """Count `size` bytes more; remove what was used longest ago where that is too much.
+        """Add `size` bytes to the total; evict old entries where it would exceed the limit.
 
-        What the file says is an upper limit: entries that are replaced or removed stay counted
-        until the folder is looked through, which happens when it seems full.
+        The total on file is an upper bound: entries that are replaced or removed stay counted until
+        the folder is scanned, which happens when it seems full.
         """
         total.seek(0)
-        said = total.read()
-        used = int(said) if said.isdigit() else self.max_bytes
+        content = total.read()
+        used = int(content) if content.isdigit() else self.max_bytes
         if used + size > self.max_bytes:
-            # A tenth more than needed, or else each entry from now on would look through all.
+            # Free a tenth more than needed, or each further entry would scan the folder again.
             used = self._evict(min(self.max_bytes - size, self.max_bytes * 9 // 10))
         total.truncate(0)
         total.write(str(used + size).encode())
 
     def _evict(self, allowed: int) -> int:
-        """Remove entries, the least recently used first, down to `allowed` bytes; what is left."""
+        """Remove the least recently used entries down to `allowed` bytes; return the bytes left."""
         entries, used = [], 0
-        for found in os.scandir(self.folder):
+        for file in os.scandir(self.folder):
             try:
-                status = found.stat()
-                if found.name.endswith(SUFFIX):
-                    entries.append((status.st_mtime_ns, found.path, status.st_size))
+                status = file.stat()
+                if file.name.endswith(SUFFIX):
+                    entries.append((status.st_mtime_ns, file.path, status.st_size))
                     used += status.st_size
-                elif found.name.endswith(ASIDE) and time.time() - status.st_mtime > STALE_S:
-                    os.unlink(found.path)
+                elif file.name.endswith(UNFINISHED) and time.time() - status.st_mtime > STALE_S:
+                    os.unlink(file.path)
             except FileNotFoundError:  # renamed or removed by another process
                 continue
         for _, path, size in sorted(entries):
@@ -153,7 +156,7 @@ class FrameCache:
 
 
 def _packed(video: VideoFrames) -> tuple[bytes, memoryview, int]:
-    """What an entry consists of, and its size in bytes."""
+    """Serialise an entry; return its header, its pixels and its size in bytes."""
     frames = np.ascontiguousarray(video.frames.numpy())
     pixels = frames.data.cast("B")
     head = json.dumps(
@@ -171,7 +174,7 @@ def _packed(video: VideoFrames) -> tuple[bytes, memoryview, int]:
 
 
 def _read(file: BinaryIO) -> VideoFrames | None:
-    """The entry in a file; None where it is not whole."""
+    """Read an entry from a file; None where it is damaged."""
     start = file.read(_PREFIX.size)
     if len(start) < _PREFIX.size:
         return None

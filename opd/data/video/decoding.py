@@ -1,6 +1,8 @@
-"""From a video file to the pictures at chosen times: demux, choose, decode. Needs no torch, so that
-a process that only decodes starts quickly and stays small; PyAV and decord are imported when a file
-is opened, because training on tokens alone needs neither."""
+"""Decoding of video files: probe the times of a file's frames, choose frames, decode them.
+
+Needs no torch, so that a process that only decodes starts quickly and stays small. PyAV and decord
+are imported when a file is opened, because training on tokens alone needs neither.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,19 @@ import numpy as np
 from opd.errors import DataError
 
 TEMPORAL_PATCH = 2
-"""Frames that Qwen-VL merges into one temporal patch; the number sampled is a multiple of it."""
+"""Frames per temporal patch of Qwen-VL; the number of sampled frames is a multiple of it."""
 
 Backend = Literal["decord", "pyav"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which frames of one file to take.
+    """The frames to take from one file.
 
     Attributes:
-        indices: number of each frame, counted at `source_fps`; F of them, never decreasing.
-        positions: which of the file's own frames is on screen then; F of them, never decreasing.
+        indices: number of each frame, counted at `source_fps`; F of them, non-decreasing.
+        positions: position in the file of the frame on screen at that time; F of them,
+            non-decreasing.
         source_fps: average frames per second of the file.
         source_frames: number of frames at `source_fps`.
         file_frames: number of frames that the file holds.
@@ -42,29 +45,29 @@ class Plan:
 def frame_grid(
     source_frames: int, source_fps: float, *, fps: float, max_frames: int, min_frames: int = 4
 ) -> list[int]:
-    """Numbers of the frames to take: `linspace(0, source_frames - 1, F)`, rounded.
+    """Return the numbers of the frames to take: `linspace(0, source_frames - 1, F)`, rounded.
 
-    F is `duration * fps`, at least `min_frames`, at most `max_frames` and the frames there are, and
-    then the next lower even number. That is Qwen3-VL's own rule, except that Qwen3-VL repeats the
-    last frame where F is odd. A file of one frame gives that frame twice.
+    F is `duration * fps`, at least `min_frames`, at most `max_frames` and `source_frames`, rounded
+    down to an even number. This is Qwen3-VL's rule, except that Qwen3-VL repeats the last frame
+    where F is odd. A file of one frame gives that frame twice.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: a setting is out of range.
     """
     if not fps > 0 or not 0 < min_frames <= max_frames or max_frames < TEMPORAL_PATCH:
         raise ValueError(f"cannot sample with {fps=}, {min_frames=}, {max_frames=}")
-    wanted = max(int(source_frames / source_fps * fps), min_frames)
-    num_frames = min(wanted, max_frames, source_frames)
+    num_frames = max(int(source_frames / source_fps * fps), min_frames)
+    num_frames = min(num_frames, max_frames, source_frames)
     num_frames = max(num_frames - num_frames % TEMPORAL_PATCH, TEMPORAL_PATCH)
     return np.linspace(0, source_frames - 1, num_frames).round().astype(int).tolist()
 
 
 def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4) -> Plan:
-    """The frames of `frame_grid` in a file; nothing is decoded.
+    """Plan the frames of `frame_grid` for a file, without decoding it.
 
     Raises:
-        DataError: where the file is missing, empty, truncated or no video; one line naming it.
-        ValueError: for settings out of range.
+        DataError: the file is missing, empty, truncated or not a video; one line naming it.
+        ValueError: a setting is out of range.
     """
     file_times_s, source_fps = probe(path)
     source_frames = round(file_times_s[-1] * source_fps) + 1
@@ -86,8 +89,10 @@ def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4)
 def planned_images(
     path: Path, plan: Plan, backend: Backend
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Decode a plan: `(row, repeats, image)` of each picture on screen, in order. It stands at
-    `repeats` indices from `row` on; the image is `[H, W, 3]` uint8 RGB, always of one size.
+    """Decode a plan and yield `(row, repeats, image)` for each distinct frame, in order.
+
+    The frame stands at `repeats` of the plan's indices, from `row` on. Images are `[H, W, 3]` uint8
+    RGB, all of one size.
 
     Raises DataError, one line naming the file, where it cannot be decoded.
     """
@@ -96,28 +101,30 @@ def planned_images(
     images = DECODERS[backend](path, plan.file_frames, unique.tolist())
     for image, repeat in zip(images, repeats.tolist(), strict=True):
         if size not in (None, image.shape):
-            raise DataError(f"{path}: the size of the picture changes within the video")
+            raise DataError(f"{path}: the frame size changes within the video")
         yield row, repeat, image
         row, size = row + repeat, image.shape
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for a backend that there is not."""
+    """Raise ValueError for an unknown backend."""
     if backend not in DECODERS:
         raise ValueError(f"unknown video backend {backend!r}; known: {', '.join(DECODERS)}")
 
 
 def probe_duration(path: str | Path) -> float:
-    """Length in seconds of a video file, without decoding it; DataError where it is unusable."""
+    """Return the length of a video in seconds, without decoding. Raises as `probe` does."""
     times_s, source_fps = probe(Path(path))
     return (round(times_s[-1] * source_fps) + 1) / source_fps
 
 
 def probe(path: Path) -> tuple[np.ndarray, float]:
-    """Times in seconds of a file's visible frames, ascending from 0, and its average frame rate.
+    """Return the times in seconds of a file's visible frames, ascending from 0, and its frame rate.
 
-    Nothing is decoded. One probe for both backends, so that neither the frames chosen nor their
-    times can depend on the backend. Raises DataError for a file that cannot be used.
+    Nothing is decoded. Both backends use this probe, so that neither the choice of frames nor their
+    times can depend on the backend. The frame rate is the average one.
+
+    Raises DataError where the file is missing, empty, truncated or not a video.
     """
     import av.error
 
@@ -133,8 +140,8 @@ def probe(path: Path) -> tuple[np.ndarray, float]:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream in the file")
             stream = container.streams.video[0]
-            # An edit list discards frames; some containers (AVI) hold decoding times only, and then
-            # the two orders are the same. Packets themselves are not kept: they are the whole file.
+            # An edit list discards frames. Some containers (AVI) hold decoding times only, in the
+            # same order. Packets are not kept: together they are the whole file.
             ticks, hidden = [], 0
             for packet in container.demux(stream):
                 if packet.size and packet.is_discard:
@@ -148,18 +155,18 @@ def probe(path: Path) -> tuple[np.ndarray, float]:
     except av.error.FFmpegError as error:
         raise DataError(f"{path}: not a readable video: {error.strerror}") from error
     if not rate or not tick_s or not ticks or None in ticks:
-        raise DataError(f"{path}: no frames with a time in the video")
+        raise DataError(f"{path}: the video has no frames with timestamps")
     times_s = np.sort(np.asarray(ticks, dtype=np.float64)) * tick_s
     times_s -= times_s[0]
-    # Fewer frames alone is no proof: an edit list leaves out those that it needs for nothing.
-    found = len(ticks) + hidden
-    if found < declared_frames and times_s[-1] + 2 / rate < declared_s:
-        raise DataError(f"{path}: truncated, {found} of {declared_frames} frames are there")
+    # Fewer frames than declared are no proof: a file with an edit list may lack unused frames.
+    num_frames = len(ticks) + hidden
+    if num_frames < declared_frames and times_s[-1] + 2 / rate < declared_s:
+        raise DataError(f"{path}: truncated, {num_frames} of {declared_frames} frames are present")
     return times_s, rate
 
 
 def _open(path: Path) -> Any:
-    """The container of a file. Titles and the like may be in any encoding; nobody reads them."""
+    """Open a container. Its metadata may be in any encoding; nothing reads it."""
     import av
 
     return av.open(str(path), metadata_errors="replace")
@@ -180,8 +187,8 @@ def _decode_decord(path: Path, num_frames: int, positions: list[int]) -> Iterato
         keyframes = reader.get_key_indices()
         following = 0
         for position in positions:
-            # decord seeks where a skip includes a keyframe, and with an open GOP lands several
-            # frames off (so does get_batch). Read instead of skipped, keyframes are passed exactly.
+            # A skip over a keyframe makes decord seek, which with an open GOP lands several frames
+            # off (as get_batch does). So keyframes are read instead of skipped.
             first, last = (bisect_right(keyframes, p) for p in (following, position))
             for keyframe in keyframes[first:last]:
                 _skip(reader, keyframe - 1 - following)
@@ -202,7 +209,7 @@ def _decode_decord(path: Path, num_frames: int, positions: list[int]) -> Iterato
             f"{path}: decord cannot decode it: {reason[-1].rpartition('] ')[2]}"
         ) from error
     finally:
-        del reader  # decord keeps file and buffers for as long as the reader lives
+        del reader  # decord holds the file and its buffers until then
 
 
 def _skip(reader: Any, num_frames: int) -> None:
@@ -215,7 +222,7 @@ def _decode_pyav(path: Path, num_frames: int, positions: list[int]) -> Iterator[
     import av.error
 
     remaining = iter(positions)
-    wanted = next(remaining, None)
+    next_position = next(remaining, None)
     try:
         with _open(path) as container:
             stream = container.streams.video[0]
@@ -223,15 +230,15 @@ def _decode_pyav(path: Path, num_frames: int, positions: list[int]) -> Iterator[
                 raise DataError(f"{path}: pyav cannot decode it: no decoder for its codec")
             stream.codec_context.thread_count = 1
             for position, frame in enumerate(container.decode(stream)):
-                if position == wanted:
+                if position == next_position:
                     image = frame.to_ndarray(format="rgb24")
                     yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
-                    wanted = next(remaining, None)
-                    if wanted is None:
+                    next_position = next(remaining, None)
+                    if next_position is None:
                         return
     except av.error.FFmpegError as error:
         raise DataError(f"{path}: pyav cannot decode it: {error.strerror}") from error
-    raise DataError(f"{path}: ends before frame {wanted} of {num_frames}")
+    raise DataError(f"{path}: ends before frame {next_position} of {num_frames}")
 
 
 DECODERS: dict[str, Callable[[Path, int, list[int]], Iterator[np.ndarray]]] = {

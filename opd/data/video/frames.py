@@ -1,5 +1,4 @@
-"""Where sampled frames come from: memory, a cache on disk, processes that decode ahead, or this
-one."""
+"""Sampled frames on request: from the disk cache, workers that decode ahead, or this process."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,15 +15,15 @@ from opd.data.video.sampling import VideoFrames, sample_frames
 
 
 class Frames:
-    """Sampled frames of videos, made as the configuration says.
+    """Sampled frames of videos, as the configuration sets them.
 
-    `data.workers` processes decode what is expected, ahead of its use, as many videos as fit into
-    `data.prefetch_mb`; without workers a video is decoded when it is asked for. With a `budget`,
-    workers send frames already scaled as the video processor would scale them.
+    `data.workers` processes decode the expected videos ahead of use, as many as fit into
+    `data.prefetch_mb`; without workers a video is decoded on request. With a `budget`, workers
+    return frames already resized as the video processor would resize them.
     """
 
     def __init__(self, config: DataConfig, budget: Budget | Recipe | None = None) -> None:
-        """Raises ConfigError where the cache's folder cannot be written."""
+        """Raises ConfigError where the folder of the cache cannot be written."""
         self.config, self.budget = config, budget if config.workers else None
         self.sampling: dict[str, Any] = {
             "fps": config.fps,
@@ -39,42 +38,42 @@ class Frames:
             limits = {"timeout_s": config.decode_timeout_s, "retries": config.decode_retries}
             self.decoders = Decoders(config.workers, **limits)
             self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
-        self._coming: dict[Path, Future[VideoFrames]] = {}
-        self._largest = 0  # bytes of a video's frames, of those seen
+        self._pending: dict[Path, Future[VideoFrames]] = {}
+        self._largest = 0  # bytes of frames, over the videos so far
 
     def expect(self, videos: Sequence[Path]) -> None:
-        """Begin to decode what will be asked for next, in this order; forget what was expected
-        before and is no longer."""
+        """Start decoding the videos that are requested next, in this order; drop earlier
+        expectations that are not among them."""
         if self.decoders is None:
             return
-        for video in [video for video in list(self._coming) if video not in videos]:
-            self._coming.pop(video).cancel()
+        for video in [video for video in list(self._pending) if video not in videos]:
+            self._pending.pop(video).cancel()
         for video in dict.fromkeys(videos):
             room = self.config.workers
             if self._largest:
                 room = max(1, self.config.prefetch_mb * 2**20 // self._largest)
-            if video not in self._coming and len(self._coming) < room:
-                self._coming[video] = self._threads.submit(self._made, video)
+            if video not in self._pending and len(self._pending) < room:
+                self._pending[video] = self._threads.submit(self._load, video)
 
     def get(self, video: Path) -> VideoFrames:
-        """The frames of a video; DataError, which names it, where it does not decode."""
-        coming = self._coming.pop(video, None)
-        frames = self._made(video) if coming is None else coming.result()
+        """Return the frames of a video. Raises DataError, naming it, where it does not decode."""
+        pending = self._pending.pop(video, None)
+        frames = self._load(video) if pending is None else pending.result()
         self._largest = max(self._largest, frames.frames.nbytes)
         return frames
 
-    def _made(self, video: Path) -> VideoFrames:
+    def _load(self, video: Path) -> VideoFrames:
         if self.cache is None:
-            return self._decoded(video)
+            return self._decode(video)
         scaled = None if self.budget is None else asdict(self.budget)
         key = self.cache.key(video, **self.sampling, budget=scaled)
-        found = self.cache.get(key)
-        if found is None:
-            found = self._decoded(video)
-            self.cache.put(key, found)
-        return found
+        frames = self.cache.get(key)
+        if frames is None:
+            frames = self._decode(video)
+            self.cache.put(key, frames)
+        return frames
 
-    def _decoded(self, video: Path) -> VideoFrames:
+    def _decode(self, video: Path) -> VideoFrames:
         if self.decoders is not None:
             return self.decoders.decode(video, **self.sampling, budget=self.budget)
         return sample_frames(video, **self.sampling)

@@ -1,5 +1,5 @@
-"""Decoding in processes of its own: a video that hangs or crashes the decoder costs a line in a
-report, not the run."""
+"""A pool of decoding processes: a video that hangs or crashes the decoder is reported and does not
+end the run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from opd.data.video.worker_process import COMMAND, Worker, WorkerDied
 from opd.errors import DataError
 
 MAX_PLANS = 4096
-"""Files whose plan is remembered; a long one takes 50 KB."""
+"""Maximum number of cached plans; that of a long file takes 50 KB."""
 
 
 class Decoders:
-    """A pool of processes that decode videos, one video each at a time.
+    """A pool of worker processes, each of which decodes one video at a time.
 
-    Workers start when they are first needed, end with `close()` or when this process ends, however
-    it ends, and are replaced when they die, take too long or have decoded `recycle` videos, so that
-    what a decoder leaks stays bounded. Safe to use from several threads; a call waits for a free
-    worker. Where all go wrong on the same file, that file is reported and no other.
+    Workers start on first use and end with `close()` or with this process, however it ends. A
+    worker is replaced when it dies, exceeds the time limit or has decoded `recycle` videos, which
+    bounds what a decoder leaks. Thread-safe; a call waits for a free worker. A file on which all
+    attempts fail is reported, without effect on others.
     """
 
     def __init__(
@@ -47,15 +47,18 @@ class Decoders:
     ) -> None:
         """
         Args:
-            workers: processes at most; each keeps about one core busy.
-            timeout_s: seconds that one attempt at a file may take.
-            retries: attempts after the first, where it took too long or the worker died. What the
-                decoder itself refuses is refused at once.
-            recycle: videos after which a worker is replaced.
-            command: what starts a worker.
+            workers: maximum number of processes; each keeps about one core busy.
+            timeout_s: time limit of one attempt at a file.
+            retries: further attempts where one exceeds the time limit or kills the worker. A file
+                that the decoder itself rejects is not tried again.
+            recycle: number of videos after which a worker is replaced.
+            command: the command line of a worker.
+
+        Raises:
+            ValueError: a setting is out of range.
         """
         if workers < 1 or not timeout_s > 0 or retries < 0 or recycle < 1:
-            raise ValueError(f"no pool with {workers=}, {timeout_s=}, {retries=}, {recycle=}")
+            raise ValueError(f"out of range: {workers=}, {timeout_s=}, {retries=}, {recycle=}")
         self.timeout_s, self.retries, self.recycle = timeout_s, retries, recycle
         self.command = tuple(command)
         self._numbers = itertools.count(1)
@@ -78,24 +81,24 @@ class Decoders:
         backend: Backend = "decord",
         budget: Budget | Recipe | None = None,
     ) -> VideoFrames:
-        """What `sample_frames` returns, decoded by a worker.
+        """Run `sample_frames` in a worker.
 
         Args:
-            budget: of the video processor that sees the frames next, or what makes it of their
-                number. Given it, the worker scales
-                them as that processor would, bit for bit, so that fewer bytes come back.
+            budget: the budget of the video processor that receives the frames, or the recipe that
+                gives it for their number. The worker resizes the frames as that processor would,
+                bit for bit, so that fewer bytes are sent.
 
         Raises:
-            DataError: one line naming the file and what is wrong with it; "decoding took longer
-                than 60 s, 2 attempts" where it never came back.
-            ValueError: for settings out of range.
-            RuntimeError: where no worker starts, and after `close()`.
+            DataError: the file cannot be decoded, or no attempt came back in time; one line naming
+                the file and the reason.
+            ValueError: a setting is out of range.
+            RuntimeError: no worker starts, or the pool is closed.
         """
         check_backend(backend)
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
         kind = "recipe" if isinstance(budget, Recipe) else "budget"
         scaled = None if budget is None else {kind: asdict(budget)}
-        plan, frames = self._ask(path, grid, {"backend": backend, "budget": scaled})
+        plan, frames = self._request(path, grid, {"backend": backend, "budget": scaled})
         return VideoFrames(
             frames=torch.from_numpy(frames),
             indices=plan["indices"],
@@ -107,23 +110,25 @@ class Decoders:
     def duration(
         self, path: str | Path, *, fps: float = 1.0, max_frames: int = 4, min_frames: int = 4
     ) -> float:
-        """What `probe_duration` returns, found out by a worker; raises as `decode` does. Given how
-        the video is going to be sampled, `decode` need not look through the file again."""
+        """Run `probe_duration` in a worker; raises as `decode` does.
+
+        With the sampling of a later `decode`, that need not probe the file again.
+        """
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
-        plan, _ = self._ask(path, grid, None)
+        plan, _ = self._request(path, grid, None)
         return plan["source_frames"] / plan["source_fps"]
 
     def forget(self) -> None:
-        """Look through every file again when it is decoded next."""
+        """Drop the cached plans, so that every file is probed again."""
         with self._lock:
             self._plans.clear()
 
     def close(self) -> None:
-        """End all workers. Calls in other threads raise RuntimeError."""
+        """End all workers. Running and later calls raise RuntimeError."""
         with self._lock:
             self._closed = True
             for worker in self._live:
-                worker.kill()  # who waits for its answer notices, and gives it back
+                worker.kill()  # the thread that waits for its answer notices and returns it
         idle = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -137,13 +142,13 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(
+    def _request(
         self, name: str | Path, grid: dict[str, Any], decode: dict[str, Any] | None
     ) -> tuple[dict[str, Any], Any]:
-        """The plan of a file and its frames, `retries` more attempts where a worker takes too long
-        or dies."""
-        frame_grid(1, 1.0, **grid)  # raises here rather than in the worker
-        path = os.path.abspath(name)  # a worker stays in the folder it started in
+        """Return the plan of a file and, given `decode`, its frames; try `retries` times more where
+        a worker dies or exceeds the time limit."""
+        frame_grid(1, 1.0, **grid)  # raises ValueError here rather than in the worker
+        path = os.path.abspath(name)  # a worker keeps the working directory it started in
         key = (*_identity(path), *grid.values())
         request = {"path": path, "grid": grid, "plan": self._plans.get(key), "decode": decode}
         reason = ""
@@ -163,7 +168,7 @@ class Decoders:
                 reason = f"decoding took longer than {self.timeout_s:g} s"
             except WorkerDied as error:
                 reason = str(error)
-            finally:  # after an interrupt, too, the worker is in the middle of an answer
+            finally:  # after an interrupt the worker is in the middle of an answer: not sound
                 self._give_back(worker, sound and worker.answered < self.recycle)
         if self._closed:
             raise RuntimeError("the decoders are closed")
@@ -171,7 +176,7 @@ class Decoders:
         raise DataError(f"{path}: {reason}{attempts}")
 
     def _remember(self, key: tuple, plan: dict[str, Any]) -> None:
-        """Keep the plan of a file as it was when it was asked about, up to `MAX_PLANS`."""
+        """Cache the plan of a file, under its identity from before the request."""
         with self._lock:
             self._plans[key] = plan
             self._plans.move_to_end(key)
@@ -179,10 +184,10 @@ class Decoders:
                 self._plans.popitem(last=False)
 
     def _take(self) -> Worker:
-        """Wait for a free worker; start it if it is not there."""
+        """Wait for a free place in the pool; start its worker if it has none."""
         worker = self._free.get()
         try:
-            with self._lock:  # so that close() sees every worker
+            with self._lock:  # close() must see every worker
                 if self._closed:
                     raise RuntimeError("the decoders are closed")
                 if worker is not None:
@@ -196,6 +201,7 @@ class Decoders:
         return worker
 
     def _give_back(self, worker: Worker | None, sound: bool) -> None:
+        """Free a place in the pool, with its worker if that can be used again."""
         if worker is not None and not sound:
             worker.stop()
             with self._lock:
@@ -205,7 +211,7 @@ class Decoders:
 
 
 def _identity(path: str) -> tuple[object, ...]:
-    """What tells a file from any other, and from itself after a change."""
+    """Return values that distinguish a file from any other, and from itself after a change."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

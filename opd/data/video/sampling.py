@@ -1,4 +1,4 @@
-"""Frames of a video on a regular grid, with the times at which they stand in it."""
+"""Sampling of frames from a video on a regular grid, with their timestamps."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class VideoFrames:
     """Frames sampled from one video.
 
     Attributes:
-        frames: `[F, 3, H, W]` uint8 RGB, F even; at the size of the file, or smaller where whoever
-            sampled them was given a budget of pixels.
-        indices: number of each frame, counted at `source_fps`; F of them, never decreasing. In a
-            file of constant frame rate, the file's own frame numbers.
+        frames: `[F, 3, H, W]` uint8 RGB, F even; at the size in the file, or resized to a budget of
+            pixels.
+        indices: number of each frame, counted at `source_fps`; F of them, non-decreasing. In a file
+            of constant frame rate these are the file's own frame numbers.
         source_fps: average frames per second of the file.
         source_frames: number of frames at `source_fps`.
         duration_s: `source_frames / source_fps`.
@@ -55,12 +55,12 @@ class VideoFrames:
 
     @property
     def timestamps_s(self) -> list[float]:
-        """Time of each temporal patch, F / 2 of them: the mean of its frames, as Qwen3-VL says."""
+        """Time of each temporal patch in seconds, F / 2 of them: the mean of its frames' times."""
         times = self.times_s
         return [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True)]
 
     def metadata(self) -> VideoMetadata:
-        """What a processor called with `do_sample_frames=False` needs in order to tell times."""
+        """Return the metadata from which a processor with `do_sample_frames=False` takes times."""
         return VideoMetadata(
             total_num_frames=self.source_frames,
             fps=self.source_fps,
@@ -81,19 +81,19 @@ def sample_frames(
 ) -> VideoFrames:
     """Decode the frames of `frame_grid` from a video file, in this process.
 
-    A file of variable frame rate is read as if shown at its average rate: each frame number gets
-    the frame on screen at its time, so that times stay true.
+    A file of variable frame rate is resampled at its average rate: each frame number takes the
+    frame on screen at its time, so that times stay true.
 
     Args:
         path: the video file.
         fps: frames to take per second of video.
-        max_frames, min_frames: bounds on their number.
-        backend: what decodes the pixels; both give the same. Files that decord is known to get
-            wrong (edit lists, rotation) are refused, never handed to the other one silently.
+        max_frames, min_frames: bounds on the number of frames.
+        backend: the decoder, "decord" or "pyav"; both give the same frames. Files that decord is
+            known to get wrong (edit lists, rotation) are refused, not silently decoded by pyav.
 
     Raises:
-        DataError: where the file is missing, empty, truncated or no video; one line naming it.
-        ValueError: for settings out of range.
+        DataError: the file is missing, empty, truncated or not a video; one line naming it.
+        ValueError: a setting is out of range.
     """
     check_backend(backend)
     path = Path(path)

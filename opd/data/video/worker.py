@@ -1,14 +1,14 @@
-"""The process that decodes for another one: `python -m opd.data.decode_worker`.
+"""The decoding process of `opd.data.video.pool`: `python -m opd.data.video.worker`.
 
-It reads requests from stdin, one line of JSON each, and answers each with messages on what stdout
-was: a header, then that many bytes.
+It reads requests from stdin, one line of JSON each, and answers with messages on its original
+stdout: a header, then a payload of the length in the header.
 
-    READY    nothing: waits for a request, or goes on with one after LOADING
-    LOADING  nothing: imports torch, which takes seconds and is no fault of the file
-    PLAN     path and plan, as JSON, where nothing is to be decoded
-    HEAD     path, plan, shape and how often each image is shown, as JSON
-    IMAGE    one picture, `[3, H, W]` uint8; as many as HEAD says
-    REFUSED  path and one line that says why, as JSON
+    READY    no payload: ready for a request, or torch is imported
+    LOADING  no payload: importing torch, which takes seconds that do not count as decoding
+    PLAN     JSON: path and plan; the answer where nothing is to be decoded
+    HEAD     JSON: path, plan, shape and how often each image is repeated
+    IMAGE    one image `[3, H, W]` uint8; follows HEAD, once per entry of the repeats
+    REFUSED  JSON: path and the reason why the file cannot be decoded, in one line
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from opd.data.video.decoding import Plan, plan_frames, planned_images
 from opd.errors import DataError
 
 HEADER = struct.Struct("<cQQ")
-"""Kind of message, number of the request, bytes that follow."""
+"""Kind of message, number of the request, length of the payload in bytes."""
 READY, LOADING, PLAN, HEAD, IMAGE, REFUSED = b"R", b"L", b"P", b"H", b"I", b"E"
 
 Send = Callable[..., None]
-"""`send(kind)` or `send(kind, data)`, data being bytes, an array, or what JSON holds."""
+"""`send(kind)` or `send(kind, data)`, where data is bytes, an array or a JSON value."""
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
     import av.logging
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody is left to read: end, quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the parent is gone
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)  # whatever a library prints is no part of a reply
+    os.dup2(null, 1)  # what libraries print must not mix with replies
     av.logging.set_level(av.logging.FATAL)
     send = sender(replies, 0)
     send(READY)
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        # A decoder may hang beyond Python's reach, and the parent may be gone: the kernel ends it.
+        # A decoder may hang outside Python when the parent is already gone; SIGALRM ends it then.
         signal.setitimer(signal.ITIMER_REAL, request["limit_s"])
         answer(request, sender(replies, request["number"]))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def sender(replies: Any, number: int) -> Send:
-    """What writes the messages of one request."""
+    """Return a function that writes messages about one request."""
 
     def send(kind: bytes, data: Any = b"") -> None:
         if isinstance(data, np.ndarray):
@@ -73,10 +73,10 @@ def sender(replies: Any, number: int) -> Send:
 
 
 def answer(request: dict[str, Any], send: Send) -> None:
-    """Decode what a request asks for; what is wrong with the file is the answer then."""
-    path, known, decode = Path(request["path"]), request["plan"], request["decode"]
+    """Answer a request; a file that cannot be decoded is answered with REFUSED."""
+    path, cached, decode = Path(request["path"]), request["plan"], request["decode"]
     try:
-        plan = plan_frames(path, **request["grid"]) if known is None else Plan(**known)
+        plan = plan_frames(path, **request["grid"]) if cached is None else Plan(**cached)
         if decode is None:
             send(PLAN, {"path": str(path), "plan": asdict(plan)})
         else:
@@ -88,16 +88,16 @@ def answer(request: dict[str, Any], send: Send) -> None:
 def send_frames(
     path: Path, plan: Plan, send: Send, *, backend: Any, budget: dict[str, Any] | None
 ) -> None:
-    """Decode and send picture by picture, so that the parent reads while this decodes."""
+    """Decode and send frame by frame, so that the parent reads while this process decodes."""
     size: tuple[int, int] | None = None
     resize = None
     for row, _, image in planned_images(path, plan, backend):
         image = image.transpose(2, 0, 1)
         if row == 0:
-            count, shown = len(plan.indices), np.unique(plan.positions, return_counts=True)[1]
+            count, repeats = len(plan.indices), np.unique(plan.positions, return_counts=True)[1]
             size = _size(path, count, image, budget)
             resize = _load_resize(send) if size != image.shape[1:] else None
-            head = {"shape": [count, 3, *size], "repeats": shown.tolist()}
+            head = {"shape": [count, 3, *size], "repeats": repeats.tolist()}
             send(HEAD, head | {"path": str(path), "plan": asdict(plan)})
         send(IMAGE, image if resize is None else resize(image, size))
 
@@ -105,27 +105,27 @@ def send_frames(
 def _size(
     path: Path, frames: int, image: np.ndarray, budget: dict[str, Any] | None
 ) -> tuple[int, int]:
-    """`(height, width)` to send the frames of a video in."""
+    """Return the `(height, width)` in which to send the frames of a video."""
     height, width = image.shape[1:]
     if budget is None:
         return height, width
     try:
-        made = Recipe(**budget["recipe"]).budget(frames) if "recipe" in budget else None
-        return resize_target(frames, height, width, made or Budget(**budget["budget"]))
+        from_recipe = Recipe(**budget["recipe"]).budget(frames) if "recipe" in budget else None
+        return resize_target(frames, height, width, from_recipe or Budget(**budget["budget"]))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def _load_resize(send: Send) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """The video processors' own resizing of an image `[3, H, W]`, bit for bit."""
+    """Import and return `resize_image`; tell the parent if that has to import torch."""
     if "torch" in sys.modules:
-        from opd.data.video.resizing import resized
+        from opd.data.video.resizing import resize_image
     else:
         send(LOADING)
-        from opd.data.video.resizing import resized
+        from opd.data.video.resizing import resize_image
 
         send(READY)
-    return resized
+    return resize_image
 
 
 if __name__ == "__main__":

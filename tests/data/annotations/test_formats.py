@@ -319,12 +319,12 @@ def test_nextgqa(root):
     )
     assert (second.id, second.spans, second.duration_s, second.category) == ("old_2", (), 34, "TN")
     assert (third.id, third.spans, third.duration_s) == ("v_uqi_1", (), None)
-    # The map says in which folder a video is; one that lies flat is found all the same.
+    # The map says in which folder a video is; a video in a flat folder is found too.
     (root / "0101").mkdir()
     (root / "0101/old.mp4").touch()
     (root / "map_vid_vidorID.json").write_text('{"old": "0101/old", "v_uqi": "1000/v_uqi"}')
-    found = [e.video for e in read_examples(path, "auto", root)]
-    assert found == [root / "0101/old.mp4", root / "0101/old.mp4", root / "v_uqi.webm"]
+    videos = [e.video for e in read_examples(path, "auto", root)]
+    assert videos == [root / "0101/old.mp4", root / "0101/old.mp4", root / "v_uqi.webm"]
 
 
 def test_nextgqa_without_its_moments(root):
@@ -502,7 +502,7 @@ def test_what_is_mistaken_for_what(root):
     with pytest.raises(DataError) as caught:
         read_examples(path, "charades", root, [])
     assert str(caught.value) == f"{message} qvhighlights"
-    # One bad record does not hide the format, and one good one is enough to keep the name given.
+    # One bad record does not hide the format; one good record is enough for the named format.
     path = _write(root, "oops\n" + json.dumps(QV))
     assert recognise(path) == "qvhighlights"
     left_out: list[str] = []
@@ -583,28 +583,28 @@ def _records(format: str) -> list[Any]:
         question = {"question": query, "options": [f"no {k}", f"yes {k}"], "answer": f"yes {k}"}
         match format:
             case "timerft":
-                known = {"video": video, "duration": duration, "timestamp": spans[0], "qid": qid}
-                return known | {"sentence": query, "difficulty": 5.0 * k}
+                fields = {"video": video, "duration": duration, "timestamp": spans[0], "qid": qid}
+                return fields | {"sentence": query, "difficulty": 5.0 * k}
             case "charades":
                 return f"{video} {k}.5 {k + 3}##{query}"
             case "activitynet":
                 return {"duration": duration, "timestamps": spans, "sentences": [query, "other"]}
             case "rextime" | "qvhighlights" | "tacos":
-                known = {"vid": video, "duration": duration, "relevant_windows": spans, "qid": qid}
-                return known | {"query": query} | ({"ans": "A"} if format == "rextime" else {})
+                fields = {"vid": video, "duration": duration, "relevant_windows": spans, "qid": qid}
+                return fields | {"query": query} | ({"ans": "A"} if format == "rextime" else {})
             case "timelens":
                 return {"duration": duration, "spans": spans, "queries": [query, "other"]}
             case "timelens_100k":
                 events = [{"query": query, "span": spans}, {"query": "other", "span": spans[:1]}]
                 return {"video_path": video, "duration": duration, "events": events}
             case "tvgbench":
-                known = {"path": video, "duration": duration, "answer": f"{k}-{k + 1.5}"}
-                return known | {"question": query, "qsemtype": f"kind {k}"}
+                fields = {"path": video, "duration": duration, "answer": f"{k}-{k + 1.5}"}
+                return fields | {"question": query, "qsemtype": f"kind {k}"}
             case "nextgqa":
                 return f"{video},9,640,480,{query},yes {k},{k},CW,a,b,c,d,yes {k}"
             case _:
-                known = {"id": qid, "video": video, "duration": duration, "spans": spans}
-                return known | question | {"category": f"kind {k}"}
+                fields = {"id": qid, "video": video, "duration": duration, "spans": spans}
+                return fields | question | {"category": f"kind {k}"}
 
     return [record(k) for k in range(VIDEOS)]
 
@@ -691,7 +691,7 @@ def test_damage_costs_the_damaged_records_alone(tmp_path, format):
         path.write_text(_file(format, damaged, texts), "utf-8")
         left_out: list[str] = []
         try:
-            found = {e.source: e for e in read_examples(path, format, tmp_path, left_out)}
+            examples = {e.source: e for e in read_examples(path, format, tmp_path, left_out)}
         except DataError as error:  # a JSON file cannot be read in part
             assert format in ("timerft", "tvgbench", "activitynet", "timelens"), error
             assert "\n" not in str(error)
@@ -699,11 +699,11 @@ def test_damage_costs_the_damaged_records_alone(tmp_path, format):
             continue
         for source, example in intact.items():
             if not any(f"{source}:".startswith(f"{path}:{place(k)}:") for k in hit):
-                assert found[source] == example
+                assert examples[source] == example
         for k in hit:
             at = f"{path}:{place(k)}:"
             assert any(line.startswith(at) for line in left_out) or any(
-                f"{source}:".startswith(at) for source in found
+                f"{source}:".startswith(at) for source in examples
             )
         for line in left_out:
             assert line.isprintable() and any(line.startswith(f"{path}:{place(k)}:") for k in hit)

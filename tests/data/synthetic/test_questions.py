@@ -1,5 +1,4 @@
-"""VideoQA and grounded QA: questions with one right answer, how they are written, asked and
-scored."""
+"""VideoQA and grounded QA: questions with one right answer, their prompts and their scores."""
 
 import json
 from pathlib import Path
@@ -35,12 +34,12 @@ def answers(clip: Clip, text: str, options: tuple[str, ...]) -> list[str]:
         starts = {f"{s.colour} {s.kind}": s.start_s for s in clip.shapes}
         return [min(options, key=lambda o: starts[o])]
     named = text.split()[-1]
-    found = {s.colour for s in clip.shapes if s.kind == named}
-    found |= {s.kind for s in clip.shapes if s.colour == named}
-    return [option for option in options if option in found]
+    right = {s.colour for s in clip.shapes if s.kind == named}
+    right |= {s.kind for s in clip.shapes if s.colour == named}
+    return [option for option in options if option in right]
 
 
-def asked(clip: Clip, wrong: float = 0.0, seed: int = 0) -> Example:
+def ask(clip: Clip, wrong: float = 0.0, seed: int = 0) -> Example:
     example = Example(id=clip.id, video=Path("v"), query="q", spans=(clip.truth,), duration_s=12.0)
     return questions.mixed(clip, example, np.random.default_rng(seed), wrong, lambda _, s: s)
 
@@ -57,25 +56,25 @@ def test_every_question_has_one_right_answer():
 
 
 def test_three_tasks_of_which_a_share_is_answered_wrongly():
-    found = [asked(clip, wrong=0.3, seed=i) for i, clip in enumerate(CLIPS)]
-    tasks = [(bool(e.options), bool(e.spans)) for e in found]
+    examples = [ask(clip, wrong=0.3, seed=i) for i, clip in enumerate(CLIPS)]
+    tasks = [(bool(e.options), bool(e.spans)) for e in examples]
     for task in ((False, True), (True, False), (True, True)):
         assert 0.25 < tasks.count(task) / 600 < 0.42, task
-    pairs = [(clip, e) for clip, e in zip(CLIPS, found, strict=True) if e.options]
+    pairs = [(clip, e) for clip, e in zip(CLIPS, examples, strict=True) if e.options]
     right = [answers(clip, e.query, e.options) == [e.answer] for clip, e in pairs]
     assert 0.62 < np.mean(right) < 0.78
     shown = {(s.start_s, s.end_s) for clip in CLIPS for s in clip.shapes}
-    assert all(span in shown for e in found for span in e.spans)
+    assert all(span in shown for e in examples for span in e.spans)
     places = [e.options.index(e.answer) for _, e in pairs if len(e.options) == 4]
     assert min(np.bincount(places)) > 0.15 * len(places), "the right option has no favourite place"
-    assert asked(CLIPS[3], 0.3, 5) == asked(CLIPS[3], 0.3, 5)
+    assert ask(CLIPS[3], 0.3, 5) == ask(CLIPS[3], 0.3, 5)
 
 
 def test_what_is_written_is_read_back(tmp_path):
     path = ensure_split(tmp_path, "mixed_eval", 24)
-    found = read_examples(path, "timerft", tmp_path)
-    assert len(found) == 24
-    for example in found:
+    examples = read_examples(path, "timerft", tmp_path)
+    assert len(examples) == 24
+    for example in examples:
         assert example.options or example.spans
         if example.options:
             clip = draw_clip("mixed_eval", int(example.id.rpartition("-")[2]))
@@ -93,13 +92,13 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_each_task_is_asked_and_answered_in_its_own_form(tmp_path):
     lm, processor = prepare(tiny.build("student", 0)), tiny.processor()
-    found = load_examples("synthetic:mixed_eval", DataConfig(video_root=str(tmp_path)), 24)
-    prompts = Prompts(found, DataConfig(), processor, lm)
+    examples = load_examples("synthetic:mixed_eval", DataConfig(video_root=str(tmp_path)), 24)
+    prompts = Prompts(examples, DataConfig(), processor, lm)
     seen = set()
-    for index, example in enumerate(found):
+    for index, example in enumerate(examples):
         prompt = prompts[index]
         text = processor.tokenizer.decode(prompt.input_ids).split("<|vision_start|>")[0]
-        asked = text.removeprefix("<|im_start|>user\n").removesuffix("<0.1 seconds>")
+        question = text.removeprefix("<|im_start|>user\n").removesuffix("<0.1 seconds>")
         answer = processor.tokenizer.decode(prompt.completion_ids).removesuffix("<|im_end|>")
         start, end = example.spans[0] if example.spans else (0.0, 0.0)
         time = f"From {start:.1f} to {end:.1f} seconds."
@@ -110,7 +109,7 @@ def test_each_task_is_asked_and_answered_in_its_own_form(tmp_path):
         else:
             words = f"{example.query}: {', '.join(example.options)}? When?"
             expected = (words, f"{example.answer}. {time}")
-        assert (asked, answer) == expected
+        assert (question, answer) == expected
         assert readable(answer, example) and (not example.options or is_right(answer, example))
         seen.add((bool(example.options), bool(example.spans)))
     assert len(seen) == 3
@@ -151,10 +150,10 @@ def test_choices_by_hand():
     assert metrics.best_iop((2.0, 4.0), [(5.0, 9.0), (0.0, 3.5)]) == 0.75
     assert metrics.best_iop((2.0, 4.0), [(5.0, 9.0)]) == 0.0
     assert metrics.best_iop(None, [(5.0, 9.0)]) == 0.0
-    found = metrics.summarize_choices(
+    summary = metrics.summarize_choices(
         [True, False, True, True], [[True, False], [], [False], [True]], [0.5, 1.0, 0.49, None]
     )
-    assert found == {"accuracy": 0.75, "sampled_accuracy": 0.5, "acc@gqa": 1 / 3}
+    assert summary == {"accuracy": 0.75, "sampled_accuracy": 0.5, "acc@gqa": 1 / 3}
     nothing = metrics.summarize_choices([False], [[]], [None])
     assert nothing == {"accuracy": 0.0, "sampled_accuracy": None, "acc@gqa": None}
     with pytest.raises(ValueError, match="no questions"):
@@ -207,14 +206,14 @@ def mixed_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_tasks_mix_in_one_run(mixed_videos, tmp_path):
     keys = ["method=grpo", "num_rollouts=3", "reward.choice=1", "curriculum.kind=variance"]
-    found = whole(mixed_videos, tmp_path / "grpo", *keys, "curriculum.min_std=0.01")
+    summary = whole(mixed_videos, tmp_path / "grpo", *keys, "curriculum.min_std=0.01")
     rows = read_rows(tmp_path / "grpo" / "eval_after.jsonl")
     kinds = {("right" in row, "tiou" in row) for row in rows}
     assert kinds == {(True, False), (False, True), (True, True)} and len(rows) == 24
     right = [row["right"] for row in rows if "right" in row]
-    assert found["after"]["accuracy"] == pytest.approx(sum(right) / len(right))
-    assert found["after"]["queries"] == 24 and found["after"]["miou"] is not None
-    assert found["after"]["parse_failures"] == sum(not row["readable"] for row in rows)
+    assert summary["after"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert summary["after"]["queries"] == 24 and summary["after"]["miou"] is not None
+    assert summary["after"]["parse_failures"] == sum(not row["readable"] for row in rows)
     chosen = read_rows(tmp_path / "grpo" / "curriculum" / "round_0.jsonl")
     assert any(row["student_right"] is not None for row in chosen)
     assert any(row["student_std"] is not None for row in chosen)
@@ -222,7 +221,7 @@ def test_all_tasks_mix_in_one_run(mixed_videos, tmp_path):
 
 def test_a_run_without_any_time_to_tell(mixed_videos, tmp_path):
     keys = ["method=grpo", "num_rollouts=2", "reward.choice=1", "reward.tiou=0"]
-    found = whole(mixed_videos, tmp_path / "qa", *keys)
-    assert found["left_out"]["train"] > 0, "grounding has no options"
-    found = whole(mixed_videos, tmp_path / "opd", "eval.teacher=false")
-    assert found["left_out"]["train"] == 0 and found["after"]["accuracy"] is not None
+    summary = whole(mixed_videos, tmp_path / "qa", *keys)
+    assert summary["left_out"]["train"] > 0, "grounding has no options"
+    summary = whole(mixed_videos, tmp_path / "opd", "eval.teacher=false")
+    assert summary["left_out"]["train"] == 0 and summary["after"]["accuracy"] is not None

@@ -1,4 +1,4 @@
-"""The embedded task: drawn as described, imperfect where it says so, truth kept aside."""
+"""The embedded task: clips as described, imperfect annotations where stated, truth on file."""
 
 import json
 from collections import Counter
@@ -97,12 +97,12 @@ def test_a_clip_asked_about_each_of_its_shapes(tmp_path: Path) -> None:
     path = ensure_split(tmp_path, "student", 5)
     examples = read_examples(path, "timerft", tmp_path)
     clips = [draw_clip("student", i) for i in range(5)]
-    asked = [asked_about(c, i, SPLITS["student"]) for c in clips for i in range(len(c.shapes))]
-    assert [e.id for e in examples] == [clip.id for clip in asked]
+    queried = [asked_about(c, i, SPLITS["student"]) for c in clips for i in range(len(c.shapes))]
+    assert [e.id for e in examples] == [clip.id for clip in queried]
     assert len({e.id for e in examples}) == len(examples) > 5
     assert {e.video.name for e in examples} == {f"{clip.id}.mp4" for clip in clips}
-    assert [e.spans[0] for e in examples] == [clip.annotation for clip in asked]
-    for clip, shape in zip(asked, (s for c in clips for s in c.shapes), strict=True):
+    assert [e.spans[0] for e in examples] == [clip.annotation for clip in queried]
+    for clip, shape in zip(queried, (s for c in clips for s in c.shapes), strict=True):
         assert f"{shape.colour} {shape.kind}" in clip.query
         assert clip.truth == (shape.start_s, shape.end_s)
 
@@ -120,12 +120,12 @@ def test_questions_in_words(name: str, tmp_path: Path) -> None:
         if example.question == splits.WHAT:
             assert {example.answer} == {f"{s}." for s in shown}
         else:
-            asked = [
+            named = [
                 shape
                 for shape in (f"{c} {k}" for c in COLOURS for k in splits.SHAPES)
                 if example.question == f"is a {shape} visible"
             ]
-            assert example.answer == ("yes." if asked[0] in shown else "no.")
+            assert example.answer == ("yes." if named[0] in shown else "no.")
         answers[example.answer] += 1
     assert answers["yes."] == answers["no."] == (40 if name == "words" else 0)
 

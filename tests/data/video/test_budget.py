@@ -1,5 +1,4 @@
-"""Sizes and token counts: the processors' own, what qwen-vl-utils does, and numbers worked out by
-hand."""
+"""Frame sizes and token counts, against the processors, qwen-vl-utils and hand-computed values."""
 
 import math
 from typing import Any
@@ -23,7 +22,7 @@ from opd.data.video.budget import (
     target_size,
     video_tokens,
 )
-from opd.data.video.resizing import resized
+from opd.data.video.resizing import resize_image
 from opd.data.video.sampling import VideoFrames
 from opd.models.tiny import processor
 
@@ -51,7 +50,7 @@ def test_qwen3_vl_rounds_as_transformers(frames: int, height: int, width: int, l
     try:
         theirs = smart_resize_3(frames, height, width, temporal_factor=2, **arguments)
     except ValueError:
-        with pytest.raises(ValueError, match="longer than 200 to 1"):
+        with pytest.raises(ValueError, match="exceed the aspect ratio 200"):
             target_size(frames, height, width, budget)
     else:
         assert target_size(frames, height, width, budget) == theirs
@@ -65,15 +64,19 @@ def test_qwen2_5_vl_rounds_as_transformers(frames: int, height: int, width: int,
     try:
         theirs = smart_resize_2(height, width, **arguments)
     except ValueError:
-        with pytest.raises(ValueError, match="longer than 200 to 1"):
+        with pytest.raises(ValueError, match="exceed the aspect ratio 200"):
             target_size(frames, height, width, budget)
     else:
         assert target_size(frames, height, width, budget) == theirs
 
 
-def processed(made: Any, frames: torch.Tensor, **options: Any) -> tuple[torch.Tensor, list[int]]:
-    found = made(videos=[frames], do_sample_frames=False, return_tensors="pt", **options)
-    return found["pixel_values_videos"], found["video_grid_thw"][0].tolist()
+def processed(
+    video_processor: Any, frames: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, list[int]]:
+    inputs = video_processor(
+        videos=[frames], do_sample_frames=False, return_tensors="pt", **options
+    )
+    return inputs["pixel_values_videos"], inputs["video_grid_thw"][0].tolist()
 
 
 CASES = [(4, 360, 640), (2, 64, 64), (7, 100, 50), (6, 31, 90), (4, 240, 320), (12, 33, 470)]
@@ -82,40 +85,46 @@ CASES = [(4, 360, 640), (2, 64, 64), (7, 100, 50), (6, 31, 90), (4, 240, 320), (
 @pytest.mark.parametrize("cap", [False, True, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_processors_give_these_sizes(family: Family, cap: bool | None) -> None:
-    made: Any
+    video_processor: Any
     if family == "qwen3_vl":
         size = {"shortest_edge": 8000, "longest_edge": 600_000}
-        made = Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=cap, max_video_tokens=60)
+        video_processor = Qwen3VLVideoProcessor(
+            size=size, cap_pixels_per_frame=cap, max_video_tokens=60
+        )
     else:
         size = {"shortest_edge": 8000, "longest_edge": 90_000}
-        made = Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=cap, max_video_tokens=300)
+        video_processor = Qwen2VLVideoProcessor(
+            size=size, cap_pixels_per_frame=cap, max_video_tokens=300
+        )
     sizes = set()
     for frames, height, width in CASES:
-        budget = processor_budget(made, family, frames)
-        pixels, grid = processed(made, torch.zeros(frames, 3, height, width, dtype=torch.uint8))
+        budget = processor_budget(video_processor, family, frames)
+        pixels, grid = processed(
+            video_processor, torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+        )
         high, wide = target_size(frames, height, width, budget)
-        patch = made.patch_size
+        patch = video_processor.patch_size
         assert grid == [math.ceil(frames / 2), high // patch, wide // patch]
         assert len(pixels) == 4 * video_tokens(frames, height, width, budget)
         sizes.add((high, wide))
-        if cap is not None:  # and told to a processor of other settings, they decide alone
-            told: Any = type(made)(max_video_tokens=made.max_video_tokens)
+        if cap is not None:  # passed to a processor with other settings, the budget decides alone
+            other: Any = type(video_processor)(max_video_tokens=video_processor.max_video_tokens)
             frames_in = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-            assert processed(told, frames_in, **budget.options)[1] == grid
+            assert processed(other, frames_in, **budget.options)[1] == grid
     assert len(sizes) > 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [None, 16, 100])
 def test_the_embedded_processors_give_these_sizes(family: Family, tokens: int | None) -> None:
-    made: Any = processor(family).video_processor
+    video_processor: Any = processor(family).video_processor
     for frames, height, width in [(16, 64, 64), (32, 64, 64), (4, 128, 96)]:
-        budget = processor_budget(made, family, frames, tokens)
+        budget = processor_budget(video_processor, family, frames, tokens)
         options = {} if tokens is None else {"size": budget.options["size"]}
         video = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
-        grid = processed(made, video, **options)[1]
+        grid = processed(video_processor, video, **options)[1]
         high, wide = target_size(frames, height, width, budget)
-        assert grid[1:] == [high // made.patch_size, wide // made.patch_size]
+        assert grid[1:] == [high // video_processor.patch_size, wide // video_processor.patch_size]
         if tokens is not None:
             assert video_tokens(frames, height, width, budget) <= max(tokens, frames // 2)
 
@@ -124,7 +133,9 @@ def test_the_embedded_processors_give_these_sizes(family: Family, tokens: int | 
 def test_resizing_first_changes_nothing(family: Family) -> None:
     """Bit for bit, whatever the size: the worker may scale, and the processor sees the same."""
     generator = torch.Generator().manual_seed(0)
-    made: Any = Qwen3VLVideoProcessor() if family == "qwen3_vl" else Qwen2VLVideoProcessor()
+    video_processor: Any = (
+        Qwen3VLVideoProcessor() if family == "qwen3_vl" else Qwen2VLVideoProcessor()
+    )
     scaled = 0
     for frames, height, width in [*CASES, (4, 720, 1280), (4, 1, 150)]:
         budget = budget_of(family, 20_000, 60_000 if family == "qwen2_5_vl" else 240_000)
@@ -132,20 +143,20 @@ def test_resizing_first_changes_nothing(family: Family) -> None:
         video = video.to(torch.uint8)
         size = resize_target(frames, height, width, budget)
         if size != (height, width):
-            images = [torch.from_numpy(resized(image.numpy(), size)) for image in video]
+            images = [torch.from_numpy(resize_image(image.numpy(), size)) for image in video]
             small, scaled = torch.stack(images), scaled + 1
             assert small.shape == (frames, 3, *size) and small.dtype == torch.uint8
         else:
             small = video
-        assert processed(made, small, **budget.options)[0].equal(
-            processed(made, video, **budget.options)[0]
+        assert processed(video_processor, small, **budget.options)[0].equal(
+            processed(video_processor, video, **budget.options)[0]
         )
     assert scaled >= 6
 
 
 @given(st.sampled_from(FAMILIES), st.integers(1, 384), sides, sides, budgets, st.booleans())
 @settings(max_examples=500, deadline=None)
-def test_what_is_resized_first_stays(family, pairs, height, width, limits, cap) -> None:
+def test_a_resized_video_keeps_its_size(family, pairs, height, width, limits, cap) -> None:
     budget = budget_of(family, *limits, cap=cap)
     if max(height, width) > 150 * min(height, width):
         return
@@ -259,10 +270,10 @@ def test_timestamps_by_hand() -> None:
     assert video_tokens(120, 360, 640, RECIPES["video_opd"].budget(120)) == 60 * 8 * 15
 
 
-def test_what_is_no_budget() -> None:
+def test_an_invalid_budget_is_an_error() -> None:
     for wrong in ({"family": "qwen4"}, {"longest_edge": 0}, {"shortest_edge": 0}, {"factor": 0}):
         settings: Any = {"family": "qwen3_vl", "factor": 32, "shortest_edge": 1, "longest_edge": 9}
-        with pytest.raises(ValueError, match=r"no budget|unknown family"):
+        with pytest.raises(ValueError, match=r"must be positive|unknown family"):
             Budget(**settings | wrong)
     with pytest.raises(ValueError, match="do not fill a temporal patch"):
         target_size(1, 64, 64, budget_of("qwen3_vl", 1, 10**6))

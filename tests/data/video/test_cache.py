@@ -1,5 +1,4 @@
-"""The cache of decoded frames: what comes back is what went in, whoever else writes, whatever
-happens to the files."""
+"""The frame cache returns what was stored, with concurrent writers and damaged files too."""
 
 import contextlib
 import multiprocessing
@@ -33,9 +32,9 @@ def frames_of(seed: int, count: int = 4, height: int = 6, width: int = 5) -> Vid
 def same(first: VideoFrames | None, second: VideoFrames) -> bool:
     if first is None:
         return False
-    told = ("indices", "source_fps", "source_frames", "duration_s")
+    names = ("indices", "source_fps", "source_frames", "duration_s")
     return first.frames.equal(second.frames) and all(
-        getattr(first, name) == getattr(second, name) for name in told
+        getattr(first, name) == getattr(second, name) for name in names
     )
 
 
@@ -149,7 +148,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be written: ") as caught:
             FrameCache(folder, 1000)
         assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="holds nothing"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         FrameCache(tmp_path, 0)
 
 
@@ -164,15 +163,15 @@ def test_a_folder_that_vanishes_costs_no_more_than_the_frames(tmp_path: Path) ->
 
 
 def hammer(folder: Path, seed: int, limit: int) -> None:
-    """Use, fill and damage a cache; exit code 0 where all was as it should be."""
+    """Read, fill and damage a cache; exit code 0 where every check holds."""
     cache, source, hits = FrameCache(folder, limit), random.Random(seed), 0
     for _ in range(150):
         k = source.randrange(20)
-        found = cache.get(str(k))
-        if found is None:
+        cached = cache.get(str(k))
+        if cached is None:
             assert cache.put(str(k), frames_of(k, 2 + k % 3 * 2))
         else:
-            assert same(found, frames_of(k, 2 + k % 3 * 2)), k
+            assert same(cached, frames_of(k, 2 + k % 3 * 2)), k
             hits += 1
         if source.random() < 0.03:
             (folder / f"{k}.frames").write_bytes(b"x" * 50)  # somebody damages it

@@ -294,7 +294,7 @@ def test_paths_that_are_no_files(tmp_path, backend):
 def test_decoding_alone_needs_no_torch():
     """A worker that only decodes starts quickly and stays small."""
     code = (
-        "import sys, opd.data.decode_worker as w; assert w.main; import decord;"
+        "import sys, opd.data.video.worker as w; assert w.main; import decord;"
         "print(*{'torch', 'transformers', 'torchvision'} & set(sys.modules))"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,5 +1,4 @@
-"""Frames for the loader: decoded ahead by workers, from the cache on disk or in this process, they
-are the same."""
+"""Frames for the loader are the same from workers, from the disk cache and from this process."""
 
 import json
 import shutil
@@ -41,11 +40,11 @@ def test_workers_change_nothing(videos, family, limits):
     plan = [[0, 1], [2, 1], [5, 4], [3, 3]]
     expected = list(batches(prompts_of(videos, family, **limits), plan))
     mine = prompts_of(videos, family, **limits, workers=2)
-    for found, stock in zip(batches(mine, plan), expected, strict=True):
-        assert torch.equal(found.input_ids, stock.input_ids)
-        assert torch.equal(found.pixel_values, stock.pixel_values)
-        assert torch.equal(found.position_ids, stock.position_ids)
-        assert [p.timestamps_s for p in found.prompts] == [p.timestamps_s for p in stock.prompts]
+    for batch, stock in zip(batches(mine, plan), expected, strict=True):
+        assert torch.equal(batch.input_ids, stock.input_ids)
+        assert torch.equal(batch.pixel_values, stock.pixel_values)
+        assert torch.equal(batch.position_ids, stock.position_ids)
+        assert [p.timestamps_s for p in batch.prompts] == [p.timestamps_s for p in stock.prompts]
     assert mine._source.decoders is not None
     mine._source.decoders.close()
 
@@ -55,38 +54,40 @@ def test_large_frames_come_scaled_as_the_processor_would(tmp_path):
     record = {"video": "bikes.mp4", "duration": 10, "timestamp": [1, 2], "sentence": "x", "qid": 1}
     (tmp_path / "a.json").write_text(json.dumps([record]))
     shutil.copy(video, tmp_path)
-    made, lm = processor("qwen3_vl"), prepare(build("student"))
-    found = []
+    stock_processor, lm = processor("qwen3_vl"), prepare(build("student"))
+    results = []
     for workers in (0, 1):
         config = DataConfig(
             video_root=str(tmp_path), workers=workers, video_tokens=64, max_frames=8, cache_mb=0
         )
-        prompts = Prompts(load_examples(f"{tmp_path}/a.json", config, None), config, made, lm)
-        found.append((prompts.frames(0).frames.shape[2:], prompts[0]))
-    (whole, stock), (scaled, mine) = found
+        prompts = Prompts(
+            load_examples(f"{tmp_path}/a.json", config, None), config, stock_processor, lm
+        )
+        results.append((prompts.frames(0).frames.shape[2:], prompts[0]))
+    (whole, stock), (scaled, mine) = results
     assert whole.numel() > 4 * scaled.numel()
     assert torch.equal(stock.pixel_values, mine.pixel_values)
     assert torch.equal(stock.input_ids, mine.input_ids)
 
 
-def test_a_recipe_stands_in_for_what_is_left_as_it_is():
+def test_a_recipe_replaces_defaults_alone():
     keys = ["data.recipe=timelens_8b", "data.max_frames=100"]
     data = load_config(keys).data
-    found = (data.fps, data.max_frames, data.video_tokens, data.min_frame_tokens)
-    assert found == (2.0, 100, 14_336, 64) and data.max_frame_tokens == 768
+    values = (data.fps, data.max_frames, data.video_tokens, data.min_frame_tokens)
+    assert values == (2.0, 100, 14_336, 64) and data.max_frame_tokens == 768
     # By hand: 100 frames of 2,000 x 1,000. 14,336 tokens of two frames are 286 a frame, and 11 x 23
     # is the largest grid of the frame's shape in it.
-    made = prompts_of_recipe(data, "qwen3_vl")
-    height, width = target_size(100, 1000, 2000, made._budget(100))
+    prompts = prompts_of_recipe(data, "qwen3_vl")
+    height, width = target_size(100, 1000, 2000, prompts._budget(100))
     assert (height // 32, width // 32) == (11, 23)
     # The least of a frame wins over the video's limit, which leaves 1,000 frames 28 tokens each:
     # 67 (1.05 x 64, as qwen-vl-utils has it) hold 5 x 11.
-    height, width = target_size(1000, 1000, 2000, made._budget(1000))
+    height, width = target_size(1000, 1000, 2000, prompts._budget(1000))
     assert (height // 32, width // 32) == (5, 11)
     with pytest.raises(ConfigError) as caught:
         prompts_of_recipe(data, "qwen2_5_vl")
-    told = "data.recipe=timelens_8b: is of qwen3_vl, the student is qwen2_5_vl"
-    assert str(caught.value) == told
+    message = "data.recipe=timelens_8b: is for qwen3_vl, the student is qwen2_5_vl"
+    assert str(caught.value) == message
     with pytest.raises(ConfigError, match=r"data\.max_frame_tokens=5: needs data\.video_tokens"):
         load_config(["data.max_frame_tokens=5"])
 
@@ -95,21 +96,21 @@ def prompts_of_recipe(data: DataConfig, family: str) -> Prompts:
     return Prompts([], data, processor(family), prepare(build("student", family, seed=0)))
 
 
-def test_what_is_expected_is_decoded_ahead_and_no_more_than_fits(videos, monkeypatch):
+def test_expected_videos_are_decoded_ahead_up_to_the_limit(videos, monkeypatch):
     config = DataConfig(video_root=str(videos), workers=2, fps=2, prefetch_mb=1)
     examples = load_examples("synthetic:eval", config, 6)
     paths = [example.video for example in examples]
     frames = Frames(config)
     frames.expect(paths)
-    assert list(frames._coming) == paths[:2], "as many as there are workers, of unknown size"
+    assert list(frames._pending) == paths[:2], "as many as there are workers, of unknown size"
     first = frames.get(paths[0])
     assert torch.equal(first.frames, sample_frames(paths[0], **frames.sampling).frames)
     room = 2**20 // first.frames.nbytes
     assert 2 < room < 5
     frames.expect(paths[1:])
-    assert len(frames._coming) == room
+    assert len(frames._pending) == room
     frames.expect(paths[5:])
-    assert list(frames._coming) == paths[5:], "what is no longer expected is forgotten"
+    assert list(frames._pending) == paths[5:], "what is no longer expected is forgotten"
     assert frames.decoders is not None
     frames.decoders.close()
 
@@ -121,8 +122,8 @@ def test_frames_are_kept_between_runs(videos, tmp_path, monkeypatch):
         prompts = prompts_of(videos, frame_cache=str(tmp_path / "cache"))
         if attempt:
             monkeypatch.setattr(source, "sample_frames", None)  # not called again
-        for found, expected in zip(batches(prompts, plan), stock, strict=True):
-            assert torch.equal(found.pixel_values, expected.pixel_values)
+        for batch, expected in zip(batches(prompts, plan), stock, strict=True):
+            assert torch.equal(batch.pixel_values, expected.pixel_values)
 
 
 def test_a_video_that_does_not_decode_is_named(tmp_path):

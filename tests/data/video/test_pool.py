@@ -1,5 +1,5 @@
-"""Worker processes: the same frames as in this process; hangs, crashes, noise and lies of a worker
-cost a reported file and nothing else."""
+"""Worker processes return the same frames as this process; a worker that hangs, crashes or sends
+wrong answers costs one reported file."""
 
 import json
 import os
@@ -30,11 +30,11 @@ from tests.videos import decoded_numbers, real_video_folder, write_coded, write_
 ROOT = Path(__file__).parents[3]
 SAMPLING: Any = {"fps": 2.0, "max_frames": 16}
 
-# A worker that does what the name of a file says.
+# A worker that misbehaves as the name of the file says.
 FAULTY = """
 import os, sys, time
-import opd.data.decode_worker as worker
-from opd.data.decoding import plan_frames
+import opd.data.video.worker as worker
+from opd.data.video.decoding import plan_frames
 
 def plan(path, **sampling):
     if "hang" in path.name:
@@ -112,9 +112,9 @@ def is_gone(pid: int, within_s: float = 5.0) -> bool:
 def test_the_same_as_in_this_process(pool: Decoders, zoo: dict[str, Path], backend: Any) -> None:
     for path in zoo.values():
         expected = sample_frames(path, **SAMPLING, backend=backend)
-        found = pool.decode(path, **SAMPLING, backend=backend)
-        assert found.frames.equal(expected.frames) and found.frames.is_contiguous()
-        assert vars(found) | {"frames": 0} == vars(expected) | {"frames": 0}
+        video = pool.decode(path, **SAMPLING, backend=backend)
+        assert video.frames.equal(expected.frames) and video.frames.is_contiguous()
+        assert vars(video) | {"frames": 0} == vars(expected) | {"frames": 0}
         assert pool.duration(path) == probe_duration(path)
 
 
@@ -124,7 +124,7 @@ def test_real_videos(pool: Decoders) -> None:
         assert pool.decode(path, **SAMPLING).frames.equal(sample_frames(path, **SAMPLING).frames)
 
 
-def test_mistakes_are_told_as_in_this_process(pool: Decoders, tmp_path: Path) -> None:
+def test_errors_are_those_of_this_process(pool: Decoders, tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "täxt \udcff.mp4").write_text("no video")
@@ -139,21 +139,23 @@ def test_mistakes_are_told_as_in_this_process(pool: Decoders, tmp_path: Path) ->
         pool.decode(tmp_path / "text.mp4", fps=0, max_frames=8)
     with pytest.raises(ValueError, match="unknown video backend 'opencv'"):
         pool.decode(tmp_path / "text.mp4", **SAMPLING, backend="opencv")  # pyright: ignore
-    with pytest.raises(ValueError, match="no pool with workers=0"):
+    with pytest.raises(ValueError, match="out of range: workers=0"):
         Decoders(0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_scaled_by_the_worker_is_scaled_by_the_processor(pool: Decoders, family: Any) -> None:
-    made: Any = processor(family).video_processor
+    video_processor: Any = processor(family).video_processor
     path = real_video_folder() / "bikes.mp4"
     whole = pool.decode(path, **SAMPLING)
     frames, _, height, width = whole.frames.shape
-    budget = processor_budget(made, family, frames, video_tokens=200)
+    budget = processor_budget(video_processor, family, frames, video_tokens=200)
     small = pool.decode(path, **SAMPLING, budget=budget)
     assert small.frames.shape[2:] == target_size(frames, height, width, budget) != (height, width)
     ours, theirs = (
-        made(videos=[v.frames], do_sample_frames=False, return_tensors="pt", **budget.options)
+        video_processor(
+            videos=[v.frames], do_sample_frames=False, return_tensors="pt", **budget.options
+        )
         for v in (small, whole)
     )
     assert ours["pixel_values_videos"].equal(theirs["pixel_values_videos"])
@@ -163,7 +165,7 @@ def test_scaled_by_the_worker_is_scaled_by_the_processor(pool: Decoders, family:
 
 def test_a_shape_that_no_budget_allows(pool: Decoders, tmp_path: Path) -> None:
     path = write_coded(tmp_path / "long.mp4", 4, size=(2, 500))
-    with pytest.raises(DataError, match=r"long.mp4: frames of .* are longer than 200 to 1"):
+    with pytest.raises(DataError, match=r"long.mp4: frames of .* exceed the aspect ratio 200"):
         pool.decode(path, **SAMPLING, budget=RECIPES["time_r1"].budget(4))
 
 
@@ -171,15 +173,15 @@ def test_many_threads_get_their_own_videos(pool: Decoders, coded: list[Path]) ->
     order = [k for _ in range(8) for k in range(len(coded))]
     random.Random(0).shuffle(order)
     with ThreadPoolExecutor(6) as threads:
-        found = list(threads.map(lambda k: pool.decode(coded[k], **SAMPLING), order))
-    for k, video in zip(order, found, strict=True):
+        videos = list(threads.map(lambda k: pool.decode(coded[k], **SAMPLING), order))
+    for k, video in zip(order, videos, strict=True):
         assert decoded_numbers(video.frames) == [4 * k + index for index in video.indices]
     assert len(pids(pool)) <= 2
 
 
-def test_a_file_is_looked_through_once(tmp_path: Path, coded: list[Path]) -> None:
-    """What is remembered about a file is true of that file as it is, and of that sampling."""
-    path, asked = tmp_path / "video.mp4", []
+def test_a_file_is_probed_once(tmp_path: Path, coded: list[Path]) -> None:
+    """A cached plan is used for the unchanged file and the same sampling alone."""
+    path, requests = tmp_path / "video.mp4", []
     path.write_bytes(coded[0].read_bytes())
     with Decoders(1) as decoders:
         take = decoders._take
@@ -187,18 +189,18 @@ def test_a_file_is_looked_through_once(tmp_path: Path, coded: list[Path]) -> Non
         def watched() -> Any:
             worker = take()
             ask = Worker.ask.__get__(worker)
-            worker.ask = lambda n, request, t: asked.append(request) or ask(n, request, t)
+            worker.ask = lambda n, request, t: requests.append(request) or ask(n, request, t)
             return worker
 
         decoders._take = watched  # pyright: ignore
-        for fps, known in [(2.0, False), (2.0, True), (4.0, False), (2.0, True)]:
+        for fps, is_planned in [(2.0, False), (2.0, True), (4.0, False), (2.0, True)]:
             expected = sample_frames(path, fps=fps, max_frames=16)
             assert decoders.decode(path, fps=fps, max_frames=16).frames.equal(expected.frames)
-            assert (asked[-1]["plan"] is not None) == known
+            assert (requests[-1]["plan"] is not None) == is_planned
         write_coded(path, 75, first=1)
-        assert decoders.duration(path, **SAMPLING) == 3 and asked[-1]["plan"] is None
+        assert decoders.duration(path, **SAMPLING) == 3 and requests[-1]["plan"] is None
         video = decoders.decode(path, **SAMPLING)
-        assert asked[-1]["plan"] is not None
+        assert requests[-1]["plan"] is not None
         assert decoded_numbers(video.frames) == [1 + index for index in video.indices]
         path.write_bytes(path.read_bytes()[:-2000])
         with pytest.raises(DataError, match=r"video\.mp4: "):
@@ -277,7 +279,7 @@ def test_noise_is_no_answer(coded: list[Path], faulty: list[str], capfd: Any) ->
 
 LIAR = """
 import json, sys
-from opd.data import decode_worker as worker
+from opd.data.video import worker
 
 lie = sys.argv[1]
 answer = worker.answer
@@ -362,7 +364,7 @@ def test_a_forgotten_pool_ends_its_workers(coded: list[Path]) -> None:
 
 def test_workers_end_with_their_parent(coded: list[Path]) -> None:
     code = (
-        "import os, sys; from opd.data.workers import Decoders; d = Decoders(1);"
+        "import os, sys; from opd.data.video.pool import Decoders; d = Decoders(1);"
         "d.decode(sys.argv[1], fps=2, max_frames=16);"
         "print(*[w._process.pid for w in d._live], flush=True); os.kill(os.getpid(), 9)"
     )
@@ -406,7 +408,7 @@ def test_a_worker_that_imports_slowly_is_not_late(coded: list[Path]) -> None:
 
 def damaged(zoo: dict[str, Path], folder: Path, count: int) -> list[Path]:
     """Files that were cut, flipped, mixed up or are no files."""
-    source, made = random.Random(1), []
+    source, files = random.Random(1), []
     contents = {path: path.read_bytes() for path in zoo.values()}
     for k in range(count):
         path, whole = source.choice(list(contents.items()))
@@ -439,8 +441,8 @@ def damaged(zoo: dict[str, Path], folder: Path, count: int) -> list[Path]:
         else:
             target.write_bytes(whole)
             target.chmod(0)
-        made.append(target)
-    return made
+        files.append(target)
+    return files
 
 
 def test_damaged_files_cost_no_more_than_themselves(
@@ -486,8 +488,8 @@ def test_memory_stays_flat(coded: list[Path]) -> None:
         for k in range(total):
             decoders.decode(coded[k % len(coded)], **SAMPLING)
             if k % max(1, total // 40) == 0:
-                found = [psutil.Process(pid).memory_info().rss for pid in pids(decoders)]
-                sizes.append(sum(found) / 2**20)
+                resident = [psutil.Process(pid).memory_info().rss for pid in pids(decoders)]
+                sizes.append(sum(resident) / 2**20)
                 own.append(psutil.Process().memory_info().rss / 2**20)
     print(f"worker {min(sizes):.0f} to {max(sizes):.0f} MiB, parent {own[0]:.0f} to {own[-1]:.0f}")
     assert max(sizes[len(sizes) // 2 :]) < 1.15 * max(sizes[: len(sizes) // 2]) + 10
