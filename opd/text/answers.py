@@ -1,8 +1,8 @@
-"""The one parser of a model's answer.
+"""The parser of a model's answers, used for rewards, filters and evaluation alike.
 
-An answer is read leniently, in whatever form it is written, or strictly: the whole of it, outside
-its thinking, must be written in one form of `FORMS`. In grounded question answering the choice
-comes first and the moments follow: `B. red. From 3.4 to 7.1 seconds.`
+Lenient parsing accepts any known form; strict parsing requires the whole answer, outside its
+thinking, to have one form of `FORMS`. In grounded question answering the choice comes first and the
+moments follow: `B. red. From 3.4 to 7.1 seconds.`
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from string import ascii_uppercase
 
-from opd.text.forms import FORMS, Span, format_span, format_spans, in_seconds, spelled
+from opd.text.forms import FORMS, Span, format_span, format_spans, in_seconds, parse_form
 
 __all__ = [
     "FORMS",
@@ -27,8 +27,8 @@ __all__ = [
     "read",
 ]
 
-# A time is never cut out of something longer (`12` of `123`, `-12`, `12%`, `1:75`) and never
-# carries a unit other than seconds.
+# A time is never part of something longer (`12` in `123`, `-12`, `12%`, `1:75`) and never has a
+# unit other than seconds.
 _VALUE = (
     r"([0-9]+:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?|[0-9]+:[0-5][0-9](?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)"
     r"(?![0-9:]|\.[0-9])"
@@ -47,8 +47,8 @@ _START_KEY, _END_KEY = (
     re.compile(rf"\b{name}(?:_time)?[\"']?\s?[:=]\s?[\"']?{_TIME}", re.IGNORECASE)
     for name in ("start", "end")
 )
-_EDGES = " .*`\"'"  # of an answer, as chat models decorate it
-# What must follow a choice: the end of the answer or of a sentence, after a bracket only a space.
+_EDGES = " .*`\"'"  # decoration that chat models put around an answer
+# What must follow a choice: the end of the answer or of a sentence, or a space after a bracket.
 _AFTER_BRACKET, _AFTER_WORDS = re.compile(r"[.,:;]?(?: |$)"), re.compile(r"[.,:;] |\.?$")
 
 
@@ -58,24 +58,25 @@ def parse_span(
     form: str | None = None,
     options: Sequence[str] = (),
 ) -> Span | None:
-    """Read the moment, in seconds, that a model's answer names; None where it names none.
+    """Parse the moment that a model's answer names.
 
-    Forms: `From 3.4 to 7.1 seconds.`, `12.54 to 17.83`, `The event happens in 3.0 - 9.5 seconds`,
-    `[5.2, 10.4]`, start_time and end_time as JSON, each also as mm:ss or h:mm:ss, and any of them
-    inside `<time>` or `<answer>` tags. Thinking, and whatever stands outside an answer tag, is
-    ignored; a tag that is never closed is a truncated answer and counts as none. Where an answer
-    names several moments the first one counts, as on QVHighlights. Two bare numbers inside other
-    text count only after a word such as "from" or "in", or with a unit.
+    Accepted forms are `From 3.4 to 7.1 seconds.`, `12.54 to 17.83`, `The event happens in 3.0 - 9.5
+    seconds`, `[5.2, 10.4]` and JSON with start_time and end_time, each also with mm:ss or h:mm:ss,
+    and any of them inside `<time>` or `<answer>` tags. Thinking and any text outside an answer tag
+    are ignored. A tag that is not closed means that the answer is truncated and names no moment. If
+    an answer names several moments, the first one counts, as on QVHighlights. Two bare numbers
+    inside other text count only after a word such as "from" or "in", or with a unit.
 
     Args:
-        answer: decoded completion; no string makes this raise.
+        answer: decoded completion; no string raises an exception.
         duration_s: length of the video in seconds; the span is clipped to `[0, duration_s]`.
-        form: a name of `FORMS`: the whole answer outside its thinking must be written in it.
-        options: of a question, whose choice may come first.
+        form: name of the form of `FORMS` that the whole answer outside its thinking must have;
+            None accepts any form.
+        options: options of the question, one of which may precede the moment.
 
     Returns:
-        `(start, end)` with `0 <= start < end`, both finite, or None: not readable, reversed,
-        empty, not finite, or outside the video.
+        `(start, end)` in seconds with `0 <= start < end`, both finite; None if there is no moment,
+        or if it is reversed, empty, not finite or outside the video.
     """
     first = next(_moments(answer, form, options, tags=1), None)
     return None if first is None else _within(first, duration_s)
@@ -87,17 +88,22 @@ def parse_spans(
     form: str | None = None,
     options: Sequence[str] = (),
 ) -> tuple[Span, ...]:
-    """All moments that an answer names, in its order: as `parse_span`, but moments that are
-    reversed, empty or outside the video are passed over, and each `<time>` tag may hold some."""
-    found = (_within(moment, duration_s) for moment in _moments(answer, form, options))
-    return tuple(span for span in found if span is not None)
+    """Parse all moments that an answer names, in their order.
+
+    Arguments and forms are those of `parse_span`, but moments that are reversed, empty or outside
+    the video are skipped, and every `<time>` tag is parsed.
+    """
+    spans = (_within(moment, duration_s) for moment in _moments(answer, form, options))
+    return tuple(span for span in spans if span is not None)
 
 
 def read(
     answer: str, duration_s: float | None, form: str, options: Sequence[str] = ()
 ) -> tuple[Span | None, bool]:
-    """The moment an answer names, read strictly if that gives one and else leniently; and whether
-    leniency was needed to read it."""
+    """Parse the moment of an answer strictly and, if that fails, leniently.
+
+    Returns the moment, and whether it took lenient parsing to find one.
+    """
     span = parse_span(answer, duration_s, form, options)
     if span is not None:
         return span, False
@@ -106,20 +112,27 @@ def read(
 
 
 def has_form(answer: str, form: str, thinking: bool = False, options: Sequence[str] = ()) -> bool:
-    """Whether the whole answer is written in a form of `FORMS`, whatever its times are; with
-    `thinking`, after a thought that ends in `</think>`."""
-    thought = "</think>" in answer or not thinking
-    return thought and next(_moments(answer, form, options), None) is not None
+    """Whether the whole answer has a form of `FORMS`, whatever its times are; with `thinking`, a
+    thought that ends in `</think>` must precede it."""
+    complete = "</think>" in answer or not thinking
+    return complete and next(_moments(answer, form, options), None) is not None
 
 
 def parse_choice(answer: str, options: Sequence[str], strict: bool = False) -> str | None:
-    """Which of the options a model's answer to a multiple-choice question names; None where it
-    names none, or several.
+    """Parse which option an answer to a multiple-choice question names.
 
-    A letter counts where it stands first ("B", "(B)", "B. red", "Answer: B"), else the one option
-    whose whole text the answer is or holds. Thinking and answer tags are treated as in
-    `parse_span`. `strict`: the answer is the letter, the option's exact text or both, at most with
-    a full stop after it, and nothing else.
+    A letter counts if it comes first ("B", "(B)", "B. red", "Answer: B"); otherwise the one option
+    counts whose whole text the answer equals or contains. Thinking and answer tags are treated as
+    in `parse_span`.
+
+    Args:
+        answer: decoded completion; no string raises an exception.
+        options: texts of the options.
+        strict: require the letter, the option's exact text or both, optionally followed by a full
+            stop, and nothing else.
+
+    Returns:
+        The text of the option; None if the answer names no option, or several.
     """
     if strict:
         whole = _outside_thinking(answer)
@@ -132,19 +145,20 @@ def parse_choice(answer: str, options: Sequence[str], strict: bool = False) -> s
     lead = r"(?:(?:the\s)?(?:correct\s)?answer(?:\sis)?\s?:?\s|option\s)?"
     letter = re.compile(rf"{lead}\(?([{letters}])(?:[).:,]|\s|$)", re.IGNORECASE)
     if match := letter.match(text):
-        # "A red circle" begins with an article, unless option A says so.
+        # The A of "A red circle" is an article, not the letter of an option.
         article = match[1] in "Aa" and text[match.end(1) :][:1] == " "
         if not article:
             return options[letters.index(match[1].upper())]
     plain = text.lower()
     exact = [o for o in options if o.lower().strip(" .") == plain]
-    held = exact or [
+    contained = exact or [
         o for o in options if re.search(rf"\b{re.escape(o.lower().strip(' .'))}\b", plain)
     ]
-    return held[0] if len(held) == 1 else None
+    return contained[0] if len(contained) == 1 else None
 
 
 def _within(moment: Span, duration_s: float | None) -> Span | None:
+    """The part of a moment inside the video, in seconds; None if there is none."""
     start_s, end_s = moment
     if duration_s is not None:
         end_s = min(end_s, duration_s)
@@ -154,24 +168,25 @@ def _within(moment: Span, duration_s: float | None) -> Span | None:
 def _moments(
     answer: str, form: str | None, options: Sequence[str], tags: int | None = None
 ) -> Iterator[Span]:
-    """The moments as named, possible or not: strictly in a form, or in any; of a lenient answer in
-    `<time>` tags, the first `tags` of them are read."""
+    """Iterate over the moments of an answer, unchecked, in one form or (None) in any; without a
+    form, at most the first `tags` `<time>` tags are parsed."""
     if form is not None:
         text = _unwrapped(_outside_thinking(answer), FORMS[form].tag)
-        yield from spelled(_cut_choice(text or "", options)[1], form)
+        yield from parse_form(_cut_choice(text or "", options)[1], form)
         return
     for part in _time_tags(_answer_text(answer))[:tags]:
         yield from _anywhere(_cut_choice(part.strip(_EDGES), options)[1])
 
 
 def _outside_thinking(answer: str) -> str:
-    """What follows a completion's thinking, on one line; empty where the thinking was cut off."""
+    """The completion after its thinking, on one line; empty if the thinking was truncated."""
     text = " ".join(answer.rpartition("</think>")[2].split())
     return "" if "<think>" in text else text
 
 
 def _unwrapped(text: str, tag: str) -> str | None:
-    """The inside of the tag that must be around the whole text; without a tag the text itself."""
+    """The content of the tag that encloses the text, None if it does not; the text if `tag` is
+    empty."""
     opened, closed = f"<{tag}>", f"</{tag}>"
     if tag and not (text.startswith(opened) and text.endswith(closed)):
         return None
@@ -179,7 +194,7 @@ def _unwrapped(text: str, tag: str) -> str | None:
 
 
 def _answer_text(answer: str) -> str:
-    """The part of a completion that is its answer; empty where it was cut off."""
+    """The answer within a completion; empty if it was truncated."""
     text = _outside_thinking(answer)
     _, opened, inside = text.partition("<answer>")
     if opened:
@@ -189,30 +204,31 @@ def _answer_text(answer: str) -> str:
 
 
 def _time_tags(text: str) -> list[str]:
-    """What `<time>` tags hold, up to one that is not closed; without any, the whole text."""
-    found, at = [], text.find("<time>")
+    """Contents of the `<time>` tags up to one that is not closed; the whole text without tags."""
+    contents, at = [], text.find("<time>")
     if at < 0:
         return [text]
     while at >= 0 and (end := text.find("</time>", at)) >= 0:
-        found.append(text[at + len("<time>") : end])
+        contents.append(text[at + len("<time>") : end])
         at = text.find("<time>", end)
-    return found
+    return contents
 
 
 def _cut_choice(text: str, options: Sequence[str]) -> tuple[str | None, str]:
-    """The option whose letter, exact text or both stand first in an answer, and what follows."""
-    found = [
+    """Split an answer into the option whose letter, exact text or both begin it, and the rest."""
+    matches = [
         (len(head), option, end.end())
         for number, option in enumerate(options)
         for head, tail in _heads(ascii_uppercase[number : number + 1], option)
         if text.startswith(head) and (end := tail.match(text, len(head)))
     ]
-    _, choice, at = max(found, key=itemgetter(0), default=(0, None, 0))  # "red circle", not "red"
+    # The longest match: "red circle" rather than "red".
+    _, choice, at = max(matches, key=itemgetter(0), default=(0, None, 0))
     return choice, text[at:]
 
 
 def _heads(letter: str, option: str) -> Iterator[tuple[str, re.Pattern[str]]]:
-    """All ways to begin with an option, and what must follow."""
+    """All ways in which an answer can begin with an option, and the pattern that must follow."""
     words = " ".join(option.split()).strip(" .")
     if letter:
         yield from ((f"({letter})", _AFTER_BRACKET), (f"{letter})", _AFTER_BRACKET))
@@ -225,6 +241,7 @@ def _heads(letter: str, option: str) -> Iterator[tuple[str, re.Pattern[str]]]:
 
 
 def _anywhere(text: str) -> Iterator[Span]:
+    """Iterate over the moments in a text: as JSON, else in brackets, else as pairs of times."""
     starts, ends = list(_START_KEY.finditer(text)), list(_END_KEY.finditer(text))
     brackets = _BRACKETS.search(text)
     if starts and ends:

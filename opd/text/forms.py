@@ -1,6 +1,6 @@
-"""Forms of answers: how a moment, or several, are written and read back.
+"""Forms of answers: writing moments in a given form and parsing them strictly.
 
-What `format_spans` writes in a form of `FORMS`, `spelled` reads in that form and in no other.
+What `format_spans` writes in one form of `FORMS`, `parse_form` accepts in that form only.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 Span = tuple[float, float]
-"""A moment `(start, end)` in seconds."""
+"""A moment `(start, end)`, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How moments are written: `before`, each as `one` with `between` between them, `after`; all
-    of it in the tag `tag`, if any.
+    """A way to write moments: `before`, the moments separated by `between`, then `after`.
 
     Attributes:
-        one: one moment; START and END stand for its times.
-        listed: several stand in [ ] (and one may).
-        decimals: of a second, as written; any number of them is read.
-        clock: times are mm:ss, not seconds.
-        source: where this form is asked for.
+        one: a single moment; START and END stand for its times.
+        before, between, after: text around and between the moments.
+        tag: name of the tag around the whole answer; empty for none.
+        listed: whether several moments stand in [ ]; when parsing, one moment may as well.
+        decimals: decimals of a second when writing; parsing accepts any number of them.
+        clock: whether times are mm:ss instead of seconds.
+        source: project or data set that asks for this form.
     """
 
     one: str
@@ -58,7 +59,7 @@ FORMS = {
         source="TimeLens, training/data/grounding.py, one moment or several",
     ),
     # 12.54 to 17.83, 20.00 to 21.50
-    "plain": Form(one="START to END", decimals=2, source="Time-R1's answer, without its tag"),
+    "plain": Form(one="START to END", decimals=2, source="Time-R1's answer without its tag"),
     # {"start_time": 3.0, "end_time": 9.5}; several as a list of objects
     "json": Form(one=_OBJECT, listed=True, source="the keys of Qwen-VL's own JSON answers"),
     # [[3.0, 9.5], [12.0, 14.0]]
@@ -87,17 +88,19 @@ FORMS = {
         source="Temporal-R1, verl/utils/reward_score/tvg.py, which wants the times in quotes",
     ),
     # 00:03.0 - 01:09.5
-    "clock": Form(one="START - END", clock=True, source="mm:ss, as models answer of long videos"),
+    "clock": Form(
+        one="START - END", clock=True, source="answers of models about long videos, in mm:ss"
+    ),
 }
 
-_LOOSE = re.compile(r" (?=[{}\[\],:<>-])|(?<=[{}\[\],:<>-]) ")
+_OPTIONAL_SPACE = re.compile(r" (?=[{}\[\],:<>-])|(?<=[{}\[\],:<>-]) ")
 
 
 def format_span(start_s: float, end_s: float, form: str = "seconds") -> str:
-    """Write a span (seconds) in a form of `FORMS`, by default `From 3.4 to 7.1 seconds.`
+    """Write a span, in seconds, in a form of `FORMS`: by default `From 3.4 to 7.1 seconds.`
 
-    Both ends are rounded to the form's decimals; a span that would vanish by that is widened
-    outwards instead, so that `parse_span` reads every result.
+    Both ends are rounded to the form's decimals. A span that rounding would make empty is widened
+    outwards instead, so that `parse_span` accepts every result.
 
     Raises:
         ValueError: unless `0 <= start_s < end_s < inf`.
@@ -106,16 +109,24 @@ def format_span(start_s: float, end_s: float, form: str = "seconds") -> str:
 
 
 def format_spans(spans: Sequence[Span], form: str = "seconds", choice: str = "") -> str:
-    """Write one span or several as `format_span` does; a choice, or the answer in words, goes in
-    front of them, inside the form's tag. Without spans it is the choice alone."""
-    chosen = FORMS[form]
-    moments = [_write_one(*span, chosen) for span in spans]
-    text = chosen.between.join(moments)
-    if chosen.listed and len(moments) > 1:
+    """Write spans, in seconds, in a form of `FORMS`, each as `format_span` does.
+
+    Args:
+        spans: possibly none, for an answer that is the choice alone.
+        form: name of the form.
+        choice: chosen option or answer in words; it precedes the moments, inside the form's tag.
+
+    Raises:
+        ValueError: for a span that is not `0 <= start < end < inf`.
+    """
+    rules = FORMS[form]
+    moments = [_write_one(*span, rules) for span in spans]
+    text = rules.between.join(moments)
+    if rules.listed and len(moments) > 1:
         text = f"[{text}]"
-    text = f"{chosen.before}{text}{chosen.after}" if moments else ""
+    text = f"{rules.before}{text}{rules.after}" if moments else ""
     text = " ".join(part for part in (choice, text) if part)
-    return f"<{chosen.tag}>{text}</{chosen.tag}>" if chosen.tag else text
+    return f"<{rules.tag}>{text}</{rules.tag}>" if rules.tag else text
 
 
 def _write_one(start_s: float, end_s: float, form: Form) -> str:
@@ -124,7 +135,7 @@ def _write_one(start_s: float, end_s: float, form: Form) -> str:
     ends = [f"{value:.{form.decimals}f}" for value in (start_s, end_s)]
     if ends[0] == ends[1]:
         scale = 10**form.decimals
-        # The inner round keeps 1.1 * 10 = 11.000000000000002 from being pushed to 12.
+        # The inner round keeps 1.1 * 10 = 11.000000000000002 from being rounded up to 12.
         last = math.ceil(round(end_s * scale, 6))
         first = min(math.floor(round(start_s * scale, 6)), last - 1)
         first, last = max(first, 0), max(last, 1)
@@ -140,17 +151,20 @@ def _clock(seconds: str) -> str:
     return f"{minutes:02d}:{rest:02d}.{fraction}"
 
 
-def spelled(text: str, form: str) -> list[Span]:
-    """The moments of a one-line text that is written in a form from end to end, possible moments
-    or not; none where it is written otherwise. No text makes this raise."""
-    inside, (one, whole) = _tight(text), _patterns(form)
-    if not whole.fullmatch(inside):
+def parse_form(text: str, form: str) -> list[Span]:
+    """Parse a one-line text that is written entirely in a form of `FORMS`; never raises.
+
+    Returns its moments, in seconds, unchecked (a moment may be reversed or empty), or an empty list
+    if the text has another form.
+    """
+    compact, (one, whole) = _compact(text), _patterns(form)
+    if not whole.fullmatch(compact):
         return []
-    return [(in_seconds(match[1]), in_seconds(match[2])) for match in one.finditer(inside)]
+    return [(in_seconds(match[1]), in_seconds(match[2])) for match in one.finditer(compact)]
 
 
 def in_seconds(value: str) -> float:
-    """Of a time as it is written: seconds, mm:ss or h:mm:ss."""
+    """Convert a time written in seconds, as mm:ss or as h:mm:ss to seconds."""
     total = 0.0
     for part in value.split(":"):
         total = total * 60 + float(part)
@@ -159,21 +173,20 @@ def in_seconds(value: str) -> float:
 
 @lru_cache
 def _patterns(form: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Of one moment, with a group for each time, and of all that a form may be written as."""
-    chosen = FORMS[form]
-    time = r"([0-9]+:[0-5][0-9](?:\.[0-9]+)?)" if chosen.clock else r"([0-9]+(?:\.[0-9]+)?)"
+    """Patterns of a form: one moment, with a group for each time, and a whole answer."""
+    rules = FORMS[form]
+    time = r"([0-9]+:[0-5][0-9](?:\.[0-9]+)?)" if rules.clock else r"([0-9]+(?:\.[0-9]+)?)"
     before, one, between, after = (
-        re.escape(_tight(part))
-        for part in (chosen.before, chosen.one, chosen.between, chosen.after)
+        re.escape(_compact(part)) for part in (rules.before, rules.one, rules.between, rules.after)
     )
     one = one.replace("START", time).replace("END", time)
     several = f"{one}(?:{between}{one})*"
-    if chosen.listed:
+    if rules.listed:
         several = rf"(?:{one}|\[{several}\])"
-    after = r"\.?" if chosen.after == "." else after
+    after = r"\.?" if rules.after == "." else after
     return re.compile(one), re.compile(before + several + after)
 
 
-def _tight(text: str) -> str:
-    """Without the spaces of a one-line text around punctuation, where they make no difference."""
-    return _LOOSE.sub("", text)
+def _compact(text: str) -> str:
+    """Remove the optional spaces around punctuation in a one-line text."""
+    return _OPTIONAL_SPACE.sub("", text)

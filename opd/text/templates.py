@@ -1,7 +1,6 @@
-"""How the user's turn is written, and the reference answer in the form that it asks for.
+"""Prompt templates: the wording of the user's turn, and reference answers in the form it asks for.
 
-A template is a file that one can write by hand: `key: value` lines, then the texts, each below a
-line with its name.
+A template is a text file: `key: value` lines, then texts, each below a line with its name.
 
     form: json
     options: letters
@@ -11,27 +10,33 @@ line with its name.
     --- question
     {video}{query}{options}
 
-Keys, all of them optional (lines that begin with # are comments):
+Keys, with their defaults; all are optional. Lines that begin with # are comments.
 
-    form      how the answer is written, a name of `opd.text.forms.FORMS`   [seconds]
-    thinking  yes where the answer begins with its thinking            [no]
-    options   how a question's options are written                     [list]
-              list:     ": red, blue" behind the question; the answer is "red."
-              letters:  a line each below it, "A. red"; the answer is "A. red."
-    spans     first, or all of the true moments in reference answers   [first]
-    source    where the wording comes from
+    form      form of the answer, a name of `opd.text.forms.FORMS`              [seconds]
+    thinking  yes if the answer begins with a <think> block, else no            [no]
+    options   how the options of a question are written                         [list]
+              list:     ": red, blue" after the question; the answer is "red."
+              letters:  "A. red" on a line of its own; the answer is "A. red."
+    spans     true moments in a reference answer: first or all                  [first]
+    source    origin of the wording
 
-Texts, each optional too; the default's stands in for one that is left out:
+Texts, all optional too; a missing one is that of the default template.
 
-    grounding  when does this happen
-    question   a question, with options if it has some
-    open       a question without options, where `question` does not fit it
-    grounded   a question and when the answer is to be seen
+    grounding  when does an event happen?
+    question   a question, with its options if it has any
+    open       a question without options; `question` is used if this text is missing
+    grounded   a question, and when its answer is visible
 
-In a text {video} stands where the frames go, once; {query} for the sentence or question, {event}
-for the same without spaces around it and its full stop, {options} for the options (in `question`
-and `grounded`, once), {duration} for the video's length in seconds. Other braces are left alone.
-Blank lines around a text are not part of it.
+Fields of a text:
+
+    {video}     the frames; exactly once
+    {query}     the event's description, or the question
+    {event}     the same without surrounding spaces and full stops
+    {options}   the options; exactly once in `question` and `grounded`, nowhere else
+    {duration}  the length of the video in seconds, with one decimal
+
+Every text contains {query} or {event}. Other braces, such as those of JSON, stay as they are. Blank
+lines at the start and the end of a text are removed.
 """
 
 import re
@@ -54,11 +59,12 @@ _FIELD = re.compile(r"\{([a-z_]+)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The texts of a user's turn and how it is to be answered, as the module says; by default the
-    one that the embedded models were trained on.
+    """The texts of a template and the form of its answers; the module describes each field.
+
+    The defaults are the template that the embedded models were trained with.
 
     Raises:
-        ConfigError: in one line that begins with the name.
+        ConfigError: for an invalid text or value, in one line that begins with the name.
     """
 
     name: str = "default"
@@ -73,12 +79,12 @@ class Template:
     grounded: str = "{query}{options}? When?{video}"
 
     def __post_init__(self) -> None:
-        for key, known in _VALUES.items():
-            _known(getattr(self, key), known, f"{self.name}: {key} ")
+        for key, choices in _VALUES.items():
+            _check_choice(getattr(self, key), choices, f"{self.name}: {key} ")
         for key in TEXTS:
             text = getattr(self, key)
             if key != "open" or text:
-                _check(text, key in ("question", "grounded"), f"{self.name}: {key}")
+                _check_text(text, key in ("question", "grounded"), f"{self.name}: {key}")
 
     def turn(
         self,
@@ -88,23 +94,23 @@ class Template:
         question: bool = False,
         duration_s: float | None = None,
     ) -> tuple[str, str]:
-        """The text before and after the video.
+        """The user's turn, as the text before and the text after the video.
 
         Args:
-            query: the sentence to localise, or the question.
-            options: of the question.
-            grounded: whether the question is also about when; plain grounding always is.
-            question: whether the query is one.
+            query: description of the event, or the question.
+            options: options of the question, if it has any.
+            grounded: whether a question also asks when its answer is visible.
+            question: whether `query` is a question.
             duration_s: length of the video in seconds.
 
         Raises:
-            ConfigError: for a text with {duration} where the length is unknown.
+            ConfigError: if the text has {duration} and `duration_s` is None.
             ValueError: for more options than there are letters.
         """
         kind = "grounding"
         if question:
-            asked = "open" if self.open and not options else "question"
-            kind = "grounded" if grounded else asked
+            plain = "open" if self.open and not options else "question"
+            kind = "grounded" if grounded else plain
         text = getattr(self, kind)
         values = {
             "query": query,
@@ -112,10 +118,12 @@ class Template:
             "options": self._options(options or ()),
         }
         if "{duration}" in text:
-            told = f"{self.name}: {kind}: has {{duration}}, and the video's length is not known"
-            require(duration_s is not None, told)
+            require(
+                duration_s is not None,
+                f"{self.name}: {kind}: has {{duration}}, but the video's length is unknown",
+            )
             values["duration"] = f"{duration_s:.1f}"
-        # One pass: what a query holds is never taken for a field.
+        # One pass, so that braces in a query are never taken for a field.
         before, after = (
             _FIELD.sub(lambda field: values[field[1]], part) for part in text.split("{video}")
         )
@@ -123,15 +131,22 @@ class Template:
 
     @property
     def video_first(self) -> bool:
-        """Whether the sentence to localise comes after the video, so that what stands before it is
-        the same for all of them."""
+        """Whether no field precedes the video in grounding prompts, so that all queries about a
+        video share its prefix."""
         return "{" not in self.grounding.partition("{video}")[0]
 
     def reference(
         self, spans: Sequence[Span], answer: str | None, options: Sequence[str] | None
     ) -> str:
-        """What a model is to answer, without thinking: the answer in words or the option, the true
-        moments (seconds), or one after the other; empty where neither is known.
+        """The reference answer, without thinking: the answer or option, then the true moments.
+
+        Args:
+            spans: true moments in seconds, possibly none.
+            answer: answer to the question, one of its options if it has any; None without one.
+            options: options of the question.
+
+        Returns:
+            The text, empty without an answer and without spans.
 
         Raises:
             ValueError: for a span that is not `0 <= start < end < inf`.
@@ -155,29 +170,33 @@ class Template:
 
 
 def load_template(template: str, key: str = "data.prompt") -> Template:
-    """A preset by its name, a file by its path (with a suffix or a folder), or, of text that holds
-    a brace, a template with this text for grounding and the default's for questions. `key` is the
-    setting that errors name.
+    """Load a template.
+
+    Args:
+        template: name of a preset; path of a file, with a suffix or a folder; or, if it contains a
+            brace, the text for grounding, to which the default's texts for questions are added.
+        key: configuration key that error messages name.
 
     Raises:
-        ConfigError: in one line that names the file and the key.
+        ConfigError: if there is no such template or it is invalid, in one line.
     """
     if "{" in template:
-        _check(template, False, f"{key}={printable(template)}")
+        _check_text(template, False, f"{key}={printable(template)}")
         return Template(name="inline", grounding=template)
     path = Path(template)
     if path.suffix or len(path.parts) > 1:
         return _read(path, template)
-    _known(template, presets(), f"{key}=")
+    _check_choice(template, presets(), f"{key}=")
     return _read(PRESETS / f"{template}.txt", template)
 
 
 def presets() -> tuple[str, ...]:
-    """The names of the shipped templates."""
+    """Names of the shipped templates."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.txt")))
 
 
 def _read(path: Path, name: str) -> Template:
+    """Read a template file; ConfigError with the line of a mistake."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -191,43 +210,46 @@ def _read(path: Path, name: str) -> Template:
         where = f"{printable(path)}:{number}"
         if line.startswith("---"):
             key = line.strip("- \t")
-            _known(key, TEXTS, f"{where}: text ")
-            require(key not in texts, f"{where}: text {key}: is there twice")
+            _check_choice(key, TEXTS, f"{where}: text ")
+            require(key not in texts, f"{where}: text {key}: appears twice")
             text = texts[key] = []
         elif text is not None:
             text.append(line)
         elif line.strip() and not line.startswith("#"):
             key, colon, value = (part.strip() for part in line.partition(":"))
-            require(bool(colon), f"{where}: {printable(line)}: not `key: value` nor `--- text`")
-            _known(key, KEYS, f"{where}: key ")
-            require(key not in values, f"{where}: key {key}: is there twice")
+            require(bool(colon), f"{where}: {printable(line)}: neither `key: value` nor `--- text`")
+            _check_choice(key, KEYS, f"{where}: key ")
+            require(key not in values, f"{where}: key {key}: appears twice")
             values[key] = value
     thinking = values.pop("thinking", "no")
-    _known(thinking, ("no", "yes"), f"{printable(path)}: thinking ")
+    _check_choice(thinking, ("no", "yes"), f"{printable(path)}: thinking ")
     written = {key: "\n".join(lines).strip("\n") for key, lines in texts.items()}
     return Template(name=name, thinking=thinking == "yes", **values, **written)
 
 
-def _check(text: str, asks: bool, where: str) -> None:
-    """Raise ConfigError unless the text holds the fields that it must, and no others."""
-    require(text.count("{video}") == 1, f"{where}: must hold {{video}} once")
-    named = "{query}" in text or "{event}" in text
-    require(named, f"{where}: must hold {{query}} or {{event}}")
-    told = f"{where}: must hold {{options}} " + ("once" if asks else "in no place")
-    require(text.count("{options}") == asks, told)
+def _check_text(text: str, has_options: bool, where: str) -> None:
+    """Raise ConfigError unless a text has its required fields and no unknown ones."""
+    require(text.count("{video}") == 1, f"{where}: must contain {{video}} exactly once")
+    has_query = "{query}" in text or "{event}" in text
+    require(has_query, f"{where}: must contain {{query}} or {{event}}")
+    rule = "must contain {options} exactly once" if has_options else "must not contain {options}"
+    require(text.count("{options}") == has_options, f"{where}: {rule}")
     for field in _FIELD.findall(text):
-        _known(field, FIELDS, f"{where}: field ")
+        _check_choice(field, FIELDS, f"{where}: field ")
 
 
-def _known(value: str, known: Sequence[str], before: str) -> None:
-    nearest = get_close_matches(value, known, n=1, cutoff=0)[0]
-    told = f"{before}{printable(value)}: not one of {', '.join(known)}; the nearest is {nearest}"
-    require(value in known, told)
+def _check_choice(value: str, choices: Sequence[str], prefix: str) -> None:
+    """Raise ConfigError, with the nearest choice, unless the value is one of them."""
+    nearest = get_close_matches(value, choices, n=1, cutoff=0)[0]
+    require(
+        value in choices,
+        f"{prefix}{printable(value)}: not one of {', '.join(choices)}; the nearest is {nearest}",
+    )
 
 
 def _letters(options: Sequence[str]) -> str:
     if len(options) > len(ascii_uppercase):
-        raise ValueError(f"{len(options)} options, which is more than there are letters")
+        raise ValueError(f"{len(options)} options; at most {len(ascii_uppercase)} can be lettered")
     return ascii_uppercase[: len(options)]
 
 

@@ -83,7 +83,7 @@ MISTAKES = {
     "method=ppo": "method=ppo: not one of opd, grpo, sft",
     "objective=kl": "objective=kl: not one of reverse_kl, sampled, jsd, topk, constant",
     "prefix.recompute=some": "prefix.recompute=some: not none, all, auto or a number",
-    "data.prompt={query}?": "data.prompt={query}?: must hold {video} once",
+    "data.prompt={query}?": "data.prompt={query}?: must contain {video} exactly once",
     "run_dir=a${": "run_dir: no viable alternative at input '${'",
     "batch_size=6 micro_batch_size=4": "micro_batch_size=4: must divide batch_size=6",
     "method=sft num_rollouts=2": "num_rollouts=2: a prompt has one reference answer; use "
@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         ("1: 2\n", "1: no such key; the nearest is"),
     ],
 )
-def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_without_a_configuration_is_rejected(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -177,7 +177,7 @@ def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_formats_are_those_that_can_be_read() -> None:
+def test_every_annotation_format_can_be_configured() -> None:
     for name in FORMATS:
         assert load_config([f"data.format={name}"]).data.format == name
 

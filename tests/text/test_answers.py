@@ -1,4 +1,4 @@
-"""Reading answers, leniently and in one form; writing them so that they are read back."""
+"""Answers: lenient and strict parsing, and writing that parses back to the same moments."""
 
 import math
 import time
@@ -73,7 +73,7 @@ def test_forms_seen_in_the_wild(answer, span):
         '{"start_time": 9, "end_time": 7.1}',
     ],
 )
-def test_anything_else_is_no_answer(answer):
+def test_other_texts_name_no_moment(answer):
     assert parse_span(answer) is None
 
 
@@ -123,7 +123,7 @@ _LONG = [
 
 
 @pytest.mark.parametrize("text", _LONG)
-def test_long_nonsense_is_read_in_linear_time(text):
+def test_long_nonsense_is_parsed_in_linear_time(text):
     head, _, piece = text.rpartition("|")
     for end in ("", "</answer>"):
         answer, began = (head + piece * 100_000)[:100_000] + end, time.process_time()
@@ -144,13 +144,13 @@ def test_canonical_form():
 
 
 @given(st.floats(0, 1e5), st.floats(1e-3, 1e4))
-def test_what_is_written_is_read_back(start_s, length_s):
+def test_a_written_span_parses_back(start_s, length_s):
     span = parse_span(format_span(start_s, start_s + length_s))
     assert span == pytest.approx((start_s, start_s + length_s), abs=0.1001)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (4, 3), (-1, 2), (0, math.inf), (math.nan, 1)])
-def test_no_text_for_an_impossible_span(span):
+def test_an_impossible_span_cannot_be_written(span):
     with pytest.raises(ValueError, match="is not 0 <= start < end"):
         format_span(*span)
 
@@ -211,7 +211,7 @@ def test_each_form_by_hand(form):
         ("0:03 - 00:09.50", "clock"),
     ],
 )
-def test_written_a_little_differently(answer, form):
+def test_small_deviations_from_a_form(answer, form):
     assert read(answer, None, form) == ((3.0, 9.5), False)
 
 
@@ -233,7 +233,7 @@ def test_written_a_little_differently(answer, form):
         ("From 0:03 to 0:09.5", "clock"),
     ],
 )
-def test_leniency_that_was_needed_is_told(answer, form):
+def test_read_reports_lenient_parsing(answer, form):
     assert parse_span(answer, None, form) is None
     assert not has_form(answer, form)
     assert read(answer, None, form) == ((3.0, 9.5), True)
@@ -251,7 +251,7 @@ def test_leniency_that_was_needed_is_told(answer, form):
         "From \u0663 to \u0669 seconds.",
     ],
 )
-def test_what_names_nothing_is_not_called_lenient(answer):
+def test_an_answer_without_a_moment_is_not_lenient(answer):
     for form in FORMS:
         assert read(answer, None, form) == (None, False)
 
@@ -271,7 +271,7 @@ def test_several_moments_in_any_form():
         assert parse_span(impossible, 10.0, form) is None
 
 
-def test_thinking_that_is_asked_for():
+def test_required_thinking():
     assert has_form("<think>so</think><answer>3 to 4</answer>", "answer_tag", thinking=True)
     assert has_form("<answer>4 to 3</answer>", "answer_tag")
     assert not has_form("<answer>3 to 4</answer>", "answer_tag", thinking=True)
@@ -282,20 +282,20 @@ _SPANS = st.tuples(st.floats(0, 1e5), st.floats(1e-9, 1e4)).map(lambda p: (p[0],
 
 
 @given(st.lists(_SPANS, min_size=1, max_size=4), st.sampled_from(sorted(FORMS)), st.data())
-def test_every_form_reads_what_it_writes_and_nothing_else(spans, form, data):
+def test_every_form_parses_its_own_answers_only(spans, form, data):
     assume(all(start < end for start, end in spans))
     answer = format_spans(spans, form)
-    found = parse_spans(answer, None, form)
-    assert len(found) == len(spans)
+    parsed = parse_spans(answer, None, form)
+    assert len(parsed) == len(spans)
     error = 1.0001 * 10 ** -FORMS[form].decimals
-    for span, truth in zip(found, spans, strict=True):
+    for span, truth in zip(parsed, spans, strict=True):
         assert span == pytest.approx(truth, abs=error, rel=0)
     thought = f"<think>{data.draw(st.text(alphabet='a1[]. ', max_size=9))}</think>{answer}"
-    assert parse_spans(thought, None, form) == found
-    assert parse_span(answer, None, form) == found[0]
+    assert parse_spans(thought, None, form) == parsed
+    assert parse_span(answer, None, form) == parsed[0]
     assert [other for other in FORMS if parse_spans(answer, None, other)] == [form]
     chosen = format_spans(spans, form, "B. red.")
-    assert parse_spans(chosen, None, form, OPTIONS) == found
+    assert parse_spans(chosen, None, form, OPTIONS) == parsed
     assert parse_choice(chosen, OPTIONS) == "red"
 
 
@@ -341,7 +341,7 @@ def test_the_closest_boundaries_stay_apart():
         ("B. From 3.0 to 4.0 seconds.", None),
     ],
 )
-def test_a_choice_that_is_nothing_else(answer, expected):
+def test_strict_choices(answer, expected):
     assert parse_choice(answer, OPTIONS, strict=True) == expected
     if expected:
         assert parse_choice(answer, OPTIONS) == expected

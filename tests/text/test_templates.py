@@ -1,4 +1,4 @@
-"""Templates: the default to the byte, what a file may hold, references that are read back."""
+"""Templates: the default's exact text, template files, and references that are parsed back."""
 
 import re
 
@@ -18,8 +18,10 @@ NAMES = (
 )
 
 
-def written(prompt: str, query: str, question: str | None, options: tuple, spans: tuple) -> str:
-    """The user's turn as it was before there were templates, {video} where the frames go."""
+def expected_turn(
+    prompt: str, query: str, question: str | None, options: tuple, spans: tuple
+) -> str:
+    """The user's turn as inline text defines it, with {video} in place of the frames."""
     words = query
     if question is not None:
         words = question + (": " + ", ".join(options) if options else "")
@@ -42,15 +44,15 @@ _WORDS = st.text() | st.sampled_from(["{query}", "{video}", "{options}: {duratio
     st.sampled_from([(), ((1.0, 2.0),)]),
     st.sampled_from(["{query}. When?{video}", "{video}{query}!", "a {video} b {query} {1}"]),
 )
-def test_the_default_and_inline_text_are_what_they_were(query, question, options, spans, prompt):
-    expected = written(prompt, query, question, options or (), spans)
+def test_the_turns_of_the_default_and_of_inline_text(query, question, options, spans, prompt):
+    expected = expected_turn(prompt, query, question, options or (), spans)
     templates = [load_template(prompt)]
     if prompt == "{query}. When?{video}":
         templates += [load_template("default"), Template()]
     for template in templates:
-        asked = query if question is None else question
-        found = whole(template, asked, options, bool(spans), question is not None, None)
-        assert found == expected
+        words = query if question is None else question
+        turn = whole(template, words, options, bool(spans), question is not None, None)
+        assert turn == expected
 
 
 @pytest.mark.parametrize("spans", [(), ((1.0, 2.04),), ((3.0, 4.0), (5.0, 6.0))])
@@ -64,7 +66,7 @@ def test_the_default_reference_is_that_of_the_example(answer, options, spans):
     assert load_template("{query}? {video}").reference(spans, answer, options) == expected
 
 
-def test_all_presets_are_there():
+def test_all_presets_load():
     assert presets() == tuple(NAMES)
     for name in NAMES:
         template = load_template(name)
@@ -125,12 +127,14 @@ def test_references_by_hand(name, expected):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("default", "video_first")])
-def test_the_answers_that_presets_ask_for_are_in_their_form(name):
+def test_the_example_answers_of_presets_are_in_their_form(name):
     template = load_template(name)
     for kind in ((None, False, False), (OPTIONS, True, True)):
         text = whole(template, "words", *kind, 9.0)
-        shown = re.findall(r"(?:form|example|seconds|else): '?(.+?)'?\.?$", text, re.MULTILINE)[-1]
-        answer = shown.replace("<start time>", "3.4").replace("<end time>", "7.1")
+        example = re.findall(r"(?:form|example|seconds|else): '?(.+?)'?\.?$", text, re.MULTILINE)[
+            -1
+        ]
+        answer = example.replace("<start time>", "3.4").replace("<end time>", "7.1")
         assert parse_span(answer, None, template.form, OPTIONS) is not None, answer
 
 
@@ -170,7 +174,7 @@ def test_a_file_by_hand(tmp_path):
     assert template.turn("q", None, question=True) == ("q", "")
     assert template.turn("q", None, grounded=True, question=True) == ("q? When?", "")
     with pytest.raises(
-        ConfigError, match=r"mine.txt: grounding: has \{duration\}, and the video's"
+        ConfigError, match=r"mine.txt: grounding: has \{duration\}, but the video's"
     ):
         template.turn("q")
     with pytest.raises(ValueError, match="27 options"):
@@ -180,59 +184,59 @@ def test_a_file_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("form: json", "form: jsn", "form jsn: not one of seconds, event,"),
         ("form: json", "form: jsn", "; the nearest is json"),
         ("thinking: yes", "thinking: maybe", "thinking maybe: not one of no, yes;"),
         ("options: letters", "options: lettered", "the nearest is letters"),
         ("options:", "option:", ":5: key option: not one of form, thinking, options,"),
-        ("# a", "a", ":1: a comment: not `key: value` nor `--- text`"),
-        ("thinking: yes", "form: yes", ":3: key form: is there twice"),
-        ("--- open", "--- grounding", ":12: text grounding: is there twice"),
+        ("# a", "a", ":1: a comment: neither `key: value` nor `--- text`"),
+        ("thinking: yes", "form: yes", ":3: key form: appears twice"),
+        ("--- open", "--- grounding", ":12: text grounding: appears twice"),
         ("--- open", "--- opened", ":12: text opened: not one of grounding,"),
         ("--- open", "---", ":12: text '': not one of grounding,"),
-        ("--- open", "--- grounded", "grounded: must hold {options} once"),
-        ("{query}{video}", "{query}{options}{video}", "open: must hold {options} in no place"),
-        ("{query}{video}", "{query}", "open: must hold {video} once"),
-        ("{query}{video}", "{video}{query}{video}", "open: must hold {video} once"),
-        ("{query}{video}", "{video}", "open: must hold {query} or {event}"),
+        ("--- open", "--- grounded", "grounded: must contain {options} exactly once"),
+        ("{query}{video}", "{query}{options}{video}", "open: must not contain {options}"),
+        ("{query}{video}", "{query}", "open: must contain {video} exactly once"),
+        ("{query}{video}", "{video}{query}{video}", "open: must contain {video} exactly once"),
+        ("{query}{video}", "{video}", "open: must contain {query} or {event}"),
         ("{duration}", "{length}", "grounding: field length: not one of video, query,"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, old, new, told):
+def test_a_mistake_in_a_file_is_one_line(tmp_path, old, new, message):
     path = tmp_path / "mine.txt"
     path.write_text(FILE.replace(old, new, 1) if old in FILE else FILE)
     with pytest.raises(ConfigError) as error:
         load_template(str(path))
-    assert str(error.value).startswith(str(path)) and told in str(error.value)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         ("timelns", "data.prompt=timelns: not one of default, mcq, "),
         ("timelns", "; the nearest is timelens"),
         ("", "data.prompt='': not one of"),
-        ("{query}?", "data.prompt={query}?: must hold {video} once"),
-        ("{video}?", "data.prompt={video}?: must hold {query} or {event}"),
-        ("{video}{query}{video}", "must hold {video} once"),
+        ("{query}?", "data.prompt={query}?: must contain {video} exactly once"),
+        ("{video}?", "data.prompt={video}?: must contain {query} or {event}"),
+        ("{video}{query}{video}", "must contain {video} exactly once"),
         ("{video}{query}{optoins}", "field optoins: not one of"),
-        ("{video}{query}{options}", "must hold {options} in no place"),
+        ("{video}{query}{options}", "must not contain {options}"),
         ("no/such.txt", "no/such.txt: no such template file"),
         ("no.txt", "no.txt: no such template file"),
         ("/usr", "/usr: not readable: "),
         ("a.\0", "not readable: "),
     ],
 )
-def test_what_is_no_template(template, told):
+def test_an_invalid_template_is_rejected(template, message):
     with pytest.raises(ConfigError) as error:
         load_template(template)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_text(tmp_path):
+def test_a_binary_file_is_rejected(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not readable: 'utf-8' codec"):
