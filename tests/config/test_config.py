@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         ("1: 2\n", "1: no such key; the nearest is"),
     ],
 )
-def test_a_file_without_a_configuration_is_rejected(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_rejected(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
