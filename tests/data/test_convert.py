@@ -231,7 +231,7 @@ def _failure(capsys: pytest.CaptureFixture[str], name: str, source: Path, folder
     return line
 
 
-def test_what_ends_a_conversion(tmp_path, capsys):
+def test_errors_that_end_a_conversion(tmp_path, capsys):
     bad = _json(tmp_path / "scene_transition.json", [])
     bad.write_text("[\n{")
     assert f"{bad}:2: not JSON" in _failure(capsys, "mvbench", bad, tmp_path)

@@ -37,7 +37,10 @@ class FrameCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
-        """Raises ConfigError where the folder cannot be written, ValueError for a size below 1."""
+        """Open the cache; creates its folder.
+
+        Raises ConfigError where the folder cannot be written, ValueError for a size below 1.
+        """
         if max_bytes < 1:
             raise ValueError(f"max_bytes={max_bytes}: must be at least 1")
         self.folder, self.max_bytes = Path(folder), max_bytes

@@ -23,7 +23,7 @@ class Frames:
     """
 
     def __init__(self, config: DataConfig, budget: Budget | Recipe | None = None) -> None:
-        """Raises ConfigError where the folder of the cache cannot be written."""
+        """Prepare the cache and workers. Raises ConfigError where the cache cannot be written."""
         self.config, self.budget = config, budget if config.workers else None
         self.sampling: dict[str, Any] = {
             "fps": config.fps,

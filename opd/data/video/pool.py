@@ -45,7 +45,8 @@ class Decoders:
         recycle: int = 500,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        """
+        """Create a pool; its workers start later.
+
         Args:
             workers: maximum number of processes; each keeps about one core busy.
             timeout_s: time limit of one attempt at a file.

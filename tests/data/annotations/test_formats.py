@@ -167,7 +167,7 @@ def test_a_bad_file_is_one_line_that_says_where(root, format, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_text(root):
+def test_unreadable_files_and_unknown_formats(root):
     with pytest.raises(DataError, match=r"absent\.json: No such file"):
         read_examples(root / "absent.json", "timerft", root)
     (root / "latin").write_bytes(b"\xff\xfe\xff")
@@ -177,7 +177,7 @@ def test_files_that_are_no_text(root):
         read_examples(root / "latin", "coco", root)
 
 
-def test_registry_holds_the_formats_promised():
+def test_the_registry_holds_the_documented_formats():
     assert list(FORMATS) == [
         "timerft",
         "charades",
@@ -448,7 +448,7 @@ def test_the_place_of_a_record_cannot_break_its_line(root):
     assert left_out == [f"{root / 'annotations'}:a b\\x1b[2J: expected an object, got int"]
 
 
-# Which format a file is of
+# Recognition of formats
 
 
 def _sample(format: str) -> str:
@@ -496,7 +496,7 @@ def test_each_format_is_recognised(root, format):
                 read_examples(path, other, root, [])
 
 
-def test_what_is_mistaken_for_what(root):
+def test_a_wrong_format_name_is_reported_with_the_right_one(root):
     path = _write(root, json.dumps(QV))
     message = f"{path}: not charades (line 1: expected `video start end##sentence`); it looks like"
     with pytest.raises(DataError) as caught:
@@ -511,7 +511,7 @@ def test_what_is_mistaken_for_what(root):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "words", '{"a": 1}', "[[]]", "{" * 9999])
-def test_what_is_of_no_format(root, content):
+def test_a_file_that_fits_no_format_is_an_error(root, content):
     path = _write(root, content)
     with pytest.raises(DataError, match="fits none of the formats timerft, charades"):
         read_examples(path, video_root=root)
@@ -521,7 +521,7 @@ def test_what_is_of_no_format(root, content):
         recognise(root / "absent")
 
 
-# Where a video may be
+# Look-up of videos
 
 
 def test_no_name_leads_out_of_the_video_root(tmp_path):
@@ -547,7 +547,7 @@ def test_no_name_leads_out_of_the_video_root(tmp_path):
         find_video(tmp_path / "linked", "beside/clip")
 
 
-def test_a_video_is_looked_for_once(root, monkeypatch):
+def test_a_video_is_looked_up_once(root, monkeypatch):
     looked: list[str] = []
     is_file = Path.is_file
     monkeypatch.setattr(Path, "is_file", lambda p: looked.append(p.name) or is_file(p))
@@ -564,7 +564,7 @@ def test_the_same_root_under_any_working_directory(root, monkeypatch):
     assert os.path.exists("old.avi")
 
 
-# What happens to annotations that were damaged
+# Damaged annotations
 
 VIDEOS = 12
 STRANGE: list[Any] = [

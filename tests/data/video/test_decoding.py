@@ -65,7 +65,7 @@ def test_backends_agree(real_videos):
     assert first.timestamps_s == second.timestamps_s
     difference = (first.frames.int() - second.frames.int()).abs().float().mean((1, 2, 3))
     assert difference.max() < 1
-    # The frames are told apart well enough for that to mean something.
+    # Neighbouring frames differ enough for the comparison to be meaningful.
     assert (first.frames[:-1].int() - first.frames[1:].int()).abs().float().mean() > 5
 
 
@@ -281,7 +281,7 @@ def test_a_long_sparse_file_by_hand(zoo):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_paths_that_are_no_files(tmp_path, backend):
+def test_paths_that_are_not_regular_files(tmp_path, backend):
     loop, pipe, long = tmp_path / "loop.mp4", tmp_path / "pipe.mp4", tmp_path / ("x" * 300)
     loop.symlink_to(loop)
     os.mkfifo(pipe)
