@@ -1,12 +1,16 @@
-"""Official scores of checkpoints, runs or stored answers on any data set:
+"""Evaluate checkpoints, runs or stored answers on any data set, with its official metrics:
 
     python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]
 
-A target is a run folder (its student on its own held-out split), a checkpoint folder, hub id or
-`embedded:NAME`, or a file of stored answers (JSON lines of `id` and `answer`). Answers go to
-`run_dir/evaluation.jsonl` while they are made, so that `resume=auto` goes on with them; scores and
-everything they depend on to `evaluation.json`, best and worst samples to `evaluation.png`. Several
-targets are compared with the first, on the same queries.
+A target is one of
+    a run folder: its student on its own held-out split
+    a checkpoint folder, a hub id or `embedded:NAME`
+    a file of stored answers: JSON lines of `id` and `answer`
+
+Written to `run_dir`: every answer as it is generated (`evaluation.jsonl`; `resume=auto` continues
+from there), the scores and everything they depend on (`evaluation.json`), and a plot of the worst
+and the best queries (`evaluation.png`). Several targets are compared with the first one on the
+queries that both answered.
 """
 
 import json
@@ -26,18 +30,23 @@ from opd.data.sources import check_leak, load_split, sources_of
 from opd.data.synthetic import splits
 from opd.distributed import progress_bar, set_up
 from opd.errors import ConfigError, DataError, UserError
-from opd.files import checksum, read_rows, write_rows
+from opd.files import checksum
 from opd.generation.sampling import Policy
 from opd.method.answering import evaluate
 from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.record.environment import environment
-from opd.scoring.evaluation import Evaluation, graded
+from opd.scoring.evaluation import (
+    Evaluation,
+    EvaluationRow,
+    read_evaluation,
+    write_evaluation,
+)
 from opd.scoring.metrics import paired_interval
 from opd.scoring.official import score
 from opd.scoring.results import BUCKETS, breakdown
 from opd.scoring.timeline import timeline
 
-METRICS = {  # of a data set's own scorer, by format; all others are of grounding
+METRICS = {  # official metrics by annotation format; all other formats use grounding
     "qvhighlights": "qvhighlights",
     "nextgqa": "nextgqa",
     "rextime": "rextime",
@@ -46,35 +55,36 @@ METRICS = {  # of a data set's own scorer, by format; all others are of groundin
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command, as the module says."""
+    """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         usage = "opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"
-        given = command_line(usage, arguments)
-        targets = [a for a in given if "=" not in a]
-        keys = [a for a in given if "=" in a]
-        if not targets or given[: len(targets)] != targets:
+        arguments = command_line(usage, arguments)
+        targets = [a for a in arguments if "=" not in a]
+        overrides = [a for a in arguments if "=" in a]
+        if not targets or arguments[: len(targets)] != targets:
             raise ConfigError(f"usage: python -m {usage}")
-        configs = [config_of(target, keys, len(targets) > 1) for target in targets]
-        found = [run(target, c) for target, c in zip(targets, configs, strict=True)]
+        several = len(targets) > 1
+        configs = [config_of(target, overrides, several) for target in targets]
+        results = [run(target, c) for target, c in zip(targets, configs, strict=True)]
         if distributed.is_first():
-            print(json.dumps(found[0], indent=2) if len(found) == 1 else compared(targets, found))
+            print(compared(targets, results) if several else json.dumps(results[0], indent=2))
     except UserError as error:
         fail(error)
 
 
-def config_of(target: str, keys: list[str], several: bool) -> Config:
-    """What a target is evaluated with: a run's own configuration or the defaults, under the keys
-    that are given. Each of several targets has a folder below `run_dir`."""
+def config_of(target: str, overrides: list[str], several: bool) -> Config:
+    """Configuration of a target's evaluation: that of its run, or the defaults, with the overrides
+    applied. Each of several targets gets its own folder below `run_dir`."""
     path = Path(target)
-    finished = (path / "config.yaml").is_file()
-    given = {key.partition("=")[0] for key in keys}
+    is_run = (path / "config.yaml").is_file()
+    overridden = {override.partition("=")[0] for override in overrides}
     defaults: dict[str, Any] = {"resume": "never"}
     if not path.is_file():
-        defaults["model.student"] = path / "student" if finished else target
+        defaults["model.student"] = path / "student" if is_run else target
     defaults["run_dir"] = path if path.is_dir() and not several else "runs/evaluate"
-    added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
-    config = load_config([str(path / "config.yaml")] * finished + added + keys)
+    added = [f"{key}={value}" for key, value in defaults.items() if key not in overridden]
+    config = load_config([str(path / "config.yaml")] * is_run + added + overrides)
     if several:
         name = target.strip("./").replace("/", "_").replace(":", "_")
         config = replace(config, run_dir=str(Path(config.run_dir) / name))
@@ -82,55 +92,55 @@ def config_of(target: str, keys: list[str], several: bool) -> Config:
 
 
 def run(target: str, config: Config) -> dict[str, Any]:
-    """Evaluate one target; its scores, with what they depend on, as they are stored."""
+    """Evaluate one target and write its files; returns its scores, empty on all ranks but the
+    first."""
     folder = Path(config.run_dir)
     path, part = folder / "evaluation.jsonl", folder / f"evaluation.{distributed.rank()}.part"
-    going_on = config.resume == "auto"
-    if path.exists() and not config.overwrite and not going_on:
-        raise ConfigError(f"{path}: is there already; choose another run_dir or say overwrite=true")
-    stored = Path(target) if Path(target).is_file() else None
-    if stored is None:
+    if path.exists() and not config.overwrite and config.resume != "auto":
+        raise ConfigError(f"{path}: exists already; choose another run_dir or set overwrite=true")
+    answers_file = Path(target) if Path(target).is_file() else None
+    if answers_file is None:
         if target.endswith(".jsonl"):
             raise DataError(f"{target}: no such file of answers")
         resolve(config.model.student)
     device = set_up(config.threads, config.seed)
     distributed.start()
     left_out: list[str] = []
-    sized: dict[str, Any] = {}
+    frame_settings: dict[str, Any] = {}
 
     def load() -> list[Example]:
-        found = load_split(config.data, "eval", ["spans", "options"], left_out)
+        held_out = load_split(config.data, "eval", ["spans", "options"], left_out)
         if (Path(target) / "config.yaml").is_file():
-            _check_trained(config, found)
-        return found
+            _check_trained(config, held_out)
+        return held_out
 
     examples = distributed.from_first(load)
     folder.mkdir(parents=True, exist_ok=True)
-    if stored is not None:
-        rows = [graded(*pair, config) for pair in _stored(stored, examples)]
+    if answers_file is not None:
+        stored = _stored_answers(answers_file, examples)
+        rows = [EvaluationRow.of(*answers, config) for answers in stored]
         if distributed.is_first():
-            write_rows(path, rows)
-        found = Evaluation.of(rows)
+            write_evaluation(path, rows)
+        evaluation = Evaluation.of(rows)
     else:
-        known = distributed.from_first(lambda: _known(folder, config, examples))
-        done = {row["id"] for row in known}
+        earlier = distributed.from_first(lambda: _earlier_rows(folder, config, examples))
+        done = {row.id for row in earlier}
         processor = load_processor(config.model.student)
-        kept = ("size", "patch_size", "merge_size", "cap_pixels_per_frame")
-        made = processor.video_processor.to_dict()
-        sized["video_processor"] = {key: made.get(key) for key in kept}
-        options = load_options(config.model, device)
-        lm = load_model(config.model.student, seed=config.seed, **options)
+        names = ("size", "patch_size", "merge_size", "cap_pixels_per_frame")
+        settings = processor.video_processor.to_dict()
+        frame_settings["video_processor"] = {name: settings.get(name) for name in names}
+        lm = load_model(config.model.student, seed=config.seed, **load_options(config.model, device))
         lm.train_only(config.model.trainable)
         policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
         prompts = Prompts([e for e in examples if e.id not in done], config.data, processor, lm)
         with part.open("a") as file:
 
-            def store(rows: list[dict[str, Any]]) -> None:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            def store(rows: list[EvaluationRow]) -> None:
+                file.write("".join(json.dumps(row.to_json()) + "\n" for row in rows))
                 file.flush()
 
             with progress_bar(total=len(prompts), desc="evaluate", unit="query") as bar:
-                found = evaluate(lm, prompts, policy, config, path, bar.update, store, known)
+                evaluation = evaluate(lm, prompts, policy, config, path, bar.update, store, earlier)
         left_out += distributed.gather_dict(prompts.broken).values()
         distributed.barrier()
         part.unlink(missing_ok=True)
@@ -138,26 +148,27 @@ def run(target: str, config: Config) -> dict[str, Any]:
         return {}
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
-    rows = read_rows(path)
+    rows = read_evaluation(path)
     result = {
-        **found.summary,
-        "ceiling": found.ceiling,
-        "best_constant": found.constant,
+        **evaluation.summary,
+        "ceiling": evaluation.ceiling,
+        "best_constant": evaluation.constant,
         "answers": str(path),
         "left_out": len(left_out),
         "official": official(config, rows),
         "by": {key: breakdown(rows, key) for key in ("all", *BUCKETS, "category")},
-        "of": made_with(target, config) | sized,
+        "of": conditions(target, config) | frame_settings,
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    if any(row["truth"] for row in rows):
+    if any(row.truth for row in rows):
         timeline(rows, folder / "evaluation.png")
     return {key: value for key, value in result.items() if key not in ("by", "of")}
 
 
-def official(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The data set's own scores, `metrics` saying whose; empty where the rows have none of what
-    they are about."""
+def official(config: Config, rows: list[EvaluationRow]) -> dict[str, Any]:
+    """The data set's official scores, and under `metrics` the name of their set; empty where
+    `eval.metrics` is auto and no row can be scored. DataError where a set named there scores none.
+    """
     name = config.eval.metrics
     if name == "auto":
         source = sources_of(config.data.eval, config.data)[0]
@@ -172,9 +183,9 @@ def official(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
 
 
-def made_with(target: str, config: Config) -> dict[str, Any]:
-    """What scores depend on: the whole configuration, the prompt's texts, versions, and a checksum
-    of each annotation file and of the weights."""
+def conditions(target: str, config: Config) -> dict[str, Any]:
+    """Everything that the scores depend on: configuration, prompt texts, versions, and checksums of
+    the annotation files and of the weights."""
     files = [Path(source.path) for source in sources_of(config.data.eval, config.data)]
     folder = Path(target) if Path(target).is_file() else Path(resolve(config.model.student))
     weights = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
@@ -188,61 +199,71 @@ def made_with(target: str, config: Config) -> dict[str, Any]:
     }
 
 
-def compared(targets: Sequence[str], found: Sequence[dict[str, Any]]) -> str:
-    """Scores of several targets side by side, with the gain over the first on the queries that
-    both answered and its 95% interval, videos resampled."""
-    first = {row["id"]: row for row in read_rows(Path(found[0]["answers"]))}
+def compared(targets: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+    """A table of several targets' scores. The gain is over the first target, on the queries that
+    both answered, with a 95% interval that resamples videos."""
+    first = {row.id: row for row in read_evaluation(Path(results[0]["answers"]))}
     lines = [f"{'':40} {'mIoU':>7} {'R@0.3':>7} {'R@0.5':>7} {'R@0.7':>7} {'acc':>7}  gain"]
-    for target, scores in zip(targets, found, strict=True):
+    for target, scores in zip(targets, results, strict=True):
         names = ("miou", "recall@0.3", "recall@0.5", "recall@0.7", "accuracy")
         values = ["-" if scores.get(n) is None else f"{scores[n]:.3f}" for n in names]
-        rows = [row for row in read_rows(Path(scores["answers"])) if row["id"] in first]
+        rows = [row for row in read_evaluation(Path(scores["answers"])) if row.id in first]
         gains = []
         for name in ("tiou", "right"):
-            both = [row for row in rows if name in row and name in first[row["id"]]]
-            if both and target != targets[0]:
-                before = [float(first[row["id"]][name]) for row in both]
-                after = [float(row[name]) for row in both]
-                low, high = paired_interval(before, after, groups=[row["video"] for row in both])
-                gain = (sum(after) - sum(before)) / len(both)
-                gains.append(f"{name} {gain:+.3f} [{low:+.3f}, {high:+.3f}] of {len(both)}")
+            pairs = [(_score(first[row.id], name), _score(row, name), row.video) for row in rows]
+            pairs = [(a, b, video) for a, b, video in pairs if a is not None and b is not None]
+            if pairs and target != targets[0]:
+                before, after, videos = zip(*pairs, strict=True)
+                low, high = paired_interval(before, after, groups=videos)
+                gain = (sum(after) - sum(before)) / len(pairs)
+                gains.append(f"{name} {gain:+.3f} [{low:+.3f}, {high:+.3f}] of {len(pairs)}")
         cells = " ".join(f"{value:>7}" for value in values)
         lines.append(f"{target[-40:]:40} {cells}  {'; '.join(gains)}")
     return "\n".join(lines)
 
 
-def _known(folder: Path, config: Config, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Rows that an evaluation which was stopped left behind; all are removed unless this one goes
-    on with it."""
+def _score(row: EvaluationRow, name: str) -> float | None:
+    """`tiou` or `right` as a number; None where the query has no true span, or no options."""
+    if name == "tiou":
+        return row.tiou if row.truth else None
+    return None if row.right is None else float(row.right)
+
+
+def _earlier_rows(folder: Path, config: Config, examples: Sequence[Example]) -> list[EvaluationRow]:
+    """Rows that a stopped evaluation left in the folder, for `resume=auto` to continue from;
+    otherwise they are removed. ConfigError where they were generated with other settings."""
     parts = [folder / "evaluation.jsonl", *sorted(folder.glob("evaluation.*.part"))]
-    note, told = folder / "evaluation.yaml", _settings(config)
-    rows: dict[str, dict[str, Any]] = {}
+    settings_file, settings = folder / "evaluation.yaml", _settings(config)
+    rows: dict[str, EvaluationRow] = {}
     if config.resume == "auto":
-        if note.is_file() and note.read_text() != told:
+        if settings_file.is_file() and settings_file.read_text() != settings:
             raise ConfigError(
-                f"resume=auto: {folder} holds answers made with other settings ({note})"
+                f"resume=auto: {folder} holds answers generated with other settings "
+                f"({settings_file}); use the same settings or another run_dir"
             )
-        rows = {row["id"]: row for path in parts for row in read_rows(path)}
+        rows = {row.id: row for path in parts for row in read_evaluation(path)}
     ids = {example.id for example in examples}
-    kept = [row for row in rows.values() if row["id"] in ids]
+    kept = [row for row in rows.values() if row.id in ids]
     first = folder / "evaluation.0.part"
-    write_rows(first, kept)  # in one file, whatever the number of ranks
+    write_evaluation(first, kept)  # in one file, whatever the number of ranks
     for path in parts:
         if path != first:
             path.unlink(missing_ok=True)
-    note.write_text(told)
+    settings_file.write_text(settings)
     return kept
 
 
 def _settings(config: Config) -> str:
-    """What answers depend on."""
+    """The settings that answers depend on, as YAML."""
     lines = to_yaml(config).splitlines(keepends=True)
-    free = ("resume:", "overwrite:", "run_dir:", "threads:")
-    return "".join(line for line in lines if not line.startswith(free))
+    irrelevant = ("resume:", "overwrite:", "run_dir:", "threads:")
+    return "".join(line for line in lines if not line.startswith(irrelevant))
 
 
-def _stored(path: Path, examples: Sequence[Example]) -> list[tuple[Example, str, list[str]]]:
-    """Each example with its stored answers; none is an empty answer."""
+def _stored_answers(
+    path: Path, examples: Sequence[Example]
+) -> list[tuple[Example, str, list[str]]]:
+    """Each example with its greedy and sampled answers in the file; a missing answer is empty."""
     answers: dict[str, tuple[str, list[str]]] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -259,21 +280,24 @@ def _stored(path: Path, examples: Sequence[Example]) -> list[tuple[Example, str,
         raise DataError(f"{path}: none of its {len(answers)} ids is among data.eval's")
     missing, other = len(ids - answers.keys()), len(answers.keys() - ids)
     if missing or other:
-        told = f"{missing} queries have no answer and count as wrong, {other} answers no query"
-        print(f"{path}: {told}", file=sys.stderr)
+        print(
+            f"{path}: {missing} queries have no answer and count as wrong; "
+            f"{other} answers belong to no query and are ignored",
+            file=sys.stderr,
+        )
     return [(example, *answers.get(example.id, ("", []))) for example in examples]
 
 
 def _check_trained(config: Config, held_out: Sequence[Example]) -> None:
-    """Raise DataError where a run trained on what it is evaluated on, as far as its sources are
-    still there."""
+    """Raise DataError where a run was trained on a held-out video, as far as its training sources
+    still exist."""
     trained: list[Example] = []
     try:
         for source in sources_of(config.data.train, config.data):
             if source.format is not None or splits.path_of(source.root, source.path).is_file():
                 trained += source.examples([])
     except DataError as error:
-        print(f"not checked against what was trained on: data.train: {error}", file=sys.stderr)
+        print(f"overlap with the training data not checked: data.train: {error}", file=sys.stderr)
     check_leak(trained[: config.data.limit_train], held_out, config.data)
 
 

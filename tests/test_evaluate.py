@@ -67,7 +67,7 @@ def test_a_checkpoint_on_a_data_set(annotations, tmp_path, capsys):
     low, high = stored["by"]["all"]["all"]["miou"]["interval"]
     assert low <= found["miou"] <= high
     assert (folder / "evaluation.png").stat().st_size > 1000
-    assert "already" in refused(capsys, "embedded:student", *keys_for(annotations, folder))
+    assert "exists already" in refused(capsys, "embedded:student", *keys_for(annotations, folder))
 
 
 def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
     with part.open("a") as file:
         file.write('{"id": "cut')
     told = refused(capsys, "embedded:student", *keys, "resume=auto", "seed=1")
-    assert told.startswith("resume=auto: ") and "made with other settings" in told
+    assert told.startswith("resume=auto: ") and "generated with other settings" in told
     again = result(capsys, "embedded:student", *keys, "resume=auto")
     assert calls == [4, 4, 4, 4], "the last batch alone is answered again"
 
@@ -125,7 +125,7 @@ def test_stored_answers(annotations, tmp_path, capsys):
     assert found["official"]["recall@0.7"] == pytest.approx(9 / 12)
     assert found["official"]["map"] == pytest.approx(9 / 12 / 2)  # one of two windows
     assert found["another_form"] == 9
-    assert "3 queries have no answer and count as wrong, 0 answers no query" in err
+    assert "3 queries have no answer and count as wrong; 0 answers belong to no query" in err
     # Read strictly, an answer in another form than the prompt's names nothing.
     strict = result(capsys, str(answers), *keys, "overwrite=true", "data.reading=strict")
     assert strict["miou"] == 0 and strict["parse_failures"] == 12
@@ -166,14 +166,14 @@ def test_a_run_is_not_evaluated_on_what_it_trained_on(videos, annotations, tmp_p
     assert result(capsys, str(tmp_path / "run"), *keys, "data.allow_leak=true")["queries"] == 12
     keys[1] = f"data.train={annotations}.gone"
     main([str(tmp_path / "run"), *keys, "overwrite=true"])
-    told = f"not checked against what was trained on: data.train: {annotations}.gone: no such"
+    told = f"overlap with the training data not checked: data.train: {annotations}.gone: no such"
     assert told in capsys.readouterr().err
 
 
 def test_metrics_that_the_data_cannot_have(annotations, tmp_path, capsys):
     keys = [*keys_for(annotations, tmp_path / "out"), "eval.metrics=nextgqa", "data.limit_eval=2"]
     told = refused(capsys, "embedded:student", *keys)
-    assert told.startswith("eval.metrics=nextgqa: none of 2 rows says whether an answer is right")
+    assert told.startswith("eval.metrics=nextgqa: none of 2 rows has options to choose from")
     shutil.rmtree(tmp_path / "out")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,16 @@ from opd.data.prompts import Prompts
 from opd.data.schedule import split
 from opd.device import pin
 from opd.errors import DataError
+
+
+class HasId(Protocol):
+    """A row about an example, under the example's `id`."""
+
+    @property
+    def id(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=HasId)
 
 
 def batches(
@@ -83,9 +93,9 @@ def rows_of(
     prompts: Prompts,
     size: int,
     lm: Any,
-    make: Callable[[PromptBatch], list[dict[str, Any]]],
+    make: Callable[[PromptBatch], list[Row]],
     progress: Callable[[int], object] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return a row for each example that decodes, in the order of `prompts`, on every rank.
 
     Args:
@@ -100,12 +110,12 @@ def rows_of(
     plan = split(order, size)
     plan += plan[-1:] * (-len(plan) % distributed.world_size())  # as many batches on each rank
     mine = plan[distributed.rank() :: distributed.world_size()]
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     remaining = len(prompts)
     # With several ranks no batch may be left out; the last one may be answered twice.
     several = distributed.world_size() > 1
     for batch in batches(prompts, mine, lm.device, [lm], refill=several):
-        rows |= {row["id"]: row for row in make(batch)}
+        rows |= {row.id: row for row in make(batch)}
         done = min(remaining, len(batch.examples) * distributed.world_size())
         remaining -= done
         progress(done)

@@ -1,9 +1,8 @@
-"""Evaluation: greedy and sampled answers on a split, one parser, one metric library, every answer
-stored."""
+"""Evaluation of a model on a split: it answers every query greedily and by sampling, and every
+answer is judged and stored."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,13 +11,12 @@ from opd.config.run import Config
 from opd.data.batch import PromptBatch
 from opd.data.loader import rows_of
 from opd.data.prompts import Prompts
-from opd.files import write_rows
 from opd.generation.sampling import Policy, decode_answers, sample, uniforms
 from opd.generation.shared_video import forward_by_video
 from opd.models.video_lm import VideoLM
-from opd.scoring.evaluation import Evaluation, graded
+from opd.scoring.evaluation import Evaluation, EvaluationRow, write_evaluation
 
-# In the place of a step number: evaluation draws its own numbers, the same before and after.
+# Takes the place of a step number in `uniforms`: every evaluation of a run draws the same numbers.
 EVALUATION_STEP = -1
 
 
@@ -30,21 +28,24 @@ def evaluate(
     config: Config,
     path: Path,
     progress: Callable[[int], object] = lambda _: None,
-    store: Callable[[list[dict[str, Any]]], object] = lambda _: None,
-    known: Sequence[dict[str, Any]] = (),
+    store: Callable[[list[EvaluationRow]], object] = lambda _: None,
+    earlier: Sequence[EvaluationRow] = (),
 ) -> Evaluation:
-    """Answer every query once greedily and `eval.draws` times sampled; write a row a query to
-    `path`.
+    """Answer every query once greedily and `eval.draws` times by sampling; write one row per query
+    to `path`.
 
     Args:
-        store: takes the rows of each batch, on the rank that made them.
-        known: rows of other examples than the prompts', made before; they are counted and written,
-            too.
+        progress: called with the number of queries that were answered since its last call.
+        store: called with the rows of each batch, on the rank that answered it.
+        earlier: rows that a stopped evaluation left, of examples that are not among `prompts`; they
+            come first in `path` and count in the result.
+
+    Returns:
+        The evaluation of all rows, on every rank.
     """
     draws, length = config.eval.draws, config.sample.max_completion_length
 
-    def answer(batch: PromptBatch) -> list[dict[str, Any]]:
-        rows = []
+    def answer(batch: PromptBatch) -> list[EvaluationRow]:
         prefix = forward_by_video(lm, batch)
         greedy = decode_answers(sample(lm, prefix, policy, length, None), prompts.tokenizer)
         sampled: list[list[str]] = [[] for _ in batch.examples]
@@ -53,14 +54,16 @@ def evaluate(
                 config.seed, EVALUATION_STEP, [e.id for e in batch.examples], draws, length
             )
             sampled = decode_answers(sample(lm, prefix, policy, length, numbers), prompts.tokenizer)
-        for prompt, (text,), others in zip(batch.prompts, greedy, sampled, strict=True):
-            rows.append(graded(prompt.example, text, others, config, prompt.timestamps_s))
+        rows = [
+            EvaluationRow.of(prompt.example, text, texts, config, prompt.timestamps_s)
+            for prompt, (text,), texts in zip(batch.prompts, greedy, sampled, strict=True)
+        ]
         store(rows)
         return rows
 
-    rows = [*known]
+    rows = [*earlier]
     if len(prompts):
         rows += rows_of(prompts, config.eval.batch_size, lm, answer, progress)
     if distributed.is_first():
-        write_rows(path, rows)
+        write_evaluation(path, rows)
     return Evaluation.of(rows)

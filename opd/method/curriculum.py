@@ -1,15 +1,15 @@
-"""Curricula: which examples of the pool a round of training uses.
+"""Curricula: which examples of the pool each round of training uses.
 
-    tvdf       Video-OPD: keep the examples on which the teacher is reliable, and of them those on
-               which it is furthest ahead of the current student (arXiv 2602.02994)
-    scc        Anchor-Frontier: of the reliable ones, a few that the current student can do and many
-               that it cannot (arXiv 2609.40055)
-    variance   Temporal-R1: keep those on which the student's own answers vary (arXiv 2506.01908)
-    random     the control: as many, drawn at random
+    tvdf       Video-OPD: of the examples on which the teacher is reliable, those on which it is
+               furthest ahead of the current student (arXiv 2602.02994)
+    scc        Anchor-Frontier: of the same reliable examples, a few that the current student
+               answers well and many that it does not (arXiv 2609.40055)
+    variance   Temporal-R1: examples on which the student's own answers vary (arXiv 2506.01908)
+    random     control: the same number of examples, drawn at random
 
-Scores are mean tIoUs of `answers` sampled answers, by the training's own sampler and prompts, with
-the annotation. They are stored under a key made of the model's weights, the decoding settings, the
-data and the seed: a rerun reuses them where all of these are the same, and only there.
+A score is the mean tIoU of `curriculum.answers` answers, drawn by the sampler and with the prompts
+of training. Answers are stored under a hash of the model's weights, the decoding settings, the data
+and the seed, so that a rerun reuses them exactly when all of these are the same.
 """
 
 import hashlib
@@ -37,19 +37,18 @@ from opd.generation.sampling import Policy, decode_answers, sample, uniforms
 from opd.generation.shared_video import forward_by_video
 from opd.method.teacher import Teacher
 from opd.models.video_lm import VideoLM
-from opd.scoring.judge import is_right, named_span
-from opd.scoring.metrics import best_tiou
+from opd.scoring.evaluation import EvaluationRow
 
 BUCKETS = 5
-CENTRE, SIGMA = 0.9, 0.2  # of the Gaussian variant, as published
-SCORING_STEP = -2  # of the draws; evaluation has -1, training 0 and above
+CENTRE, SIGMA = 0.9, 0.2  # of the Gaussian rule, as published
+SCORING_STEP = -2  # in place of a step number in `uniforms`; evaluation uses -1
 
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of an example: mean tIoUs, None where it was not asked for, has no true span or
-    the video does not decode, the standard deviation of the student's, and the share of its answers
-    that choose the right option."""
+    """Scores of one example: mean tIoU of the teacher's and of the student's answers, standard
+    deviation of the student's tIoUs, and share of the student's answers that choose the right
+    option. A score is None where it does not apply, was not needed or the video does not decode."""
 
     id: str
     teacher_tiou: float | None = None
@@ -58,22 +57,24 @@ class Score:
     student_right: float | None = None
 
     def varies(self, min_std: float) -> bool:
-        """Whether the student's answers do: in tIoU, or neither always right nor always wrong."""
+        """Whether the student's answers vary in tIoU, or are neither always right nor always
+        wrong."""
         return (self.student_std or 0.0) > min_std or 0 < (self.student_right or 0.0) < 1
 
 
 def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: int) -> list[int]:
-    """The places of at most `count` chosen scores, in the order in which they were chosen.
+    """Indices into `scores` of at most `count` examples, in the order in which they were chosen.
 
-    Ties go to the earlier place; an example without the scores that a rule needs is never chosen by
-    it. Drawing depends on `seed` alone. Raises DataError, with the numbers, where nothing is left.
+    Ties go to the lower index. An example that lacks a score which the rule needs is never chosen.
+    Random choices depend on `seed` alone. Raises DataError, with the numbers, where no example
+    qualifies.
     """
     source = np.random.default_rng(seed)
     places, rule = list(range(len(scores))), config.select
-    told = "the pool is empty"
+    reason = "the pool is empty"
     if config.kind == "variance":
         places = [i for i in places if scores[i].varies(config.min_std)]
-        told = f"the student's tIoU varies by more than {config.min_std} on none of {len(scores)}"
+        reason = f"the student's tIoU varies by more than {config.min_std} on none of {len(scores)}"
         rule = "random"
     elif config.kind in ("tvdf", "scc"):
         both = [i for i in places if None not in (scores[i].teacher_tiou, scores[i].student_tiou)]
@@ -81,14 +82,14 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
         if config.kind == "scc" or rule != "disagreement":
             places = [i for i in both if _teacher(scores[i]) >= config.threshold]
         best = max((_teacher(scores[i]) for i in both), default=0.0)
-        told = (
+        reason = (
             f"the teacher's tIoU reaches {config.threshold} on none of {len(scores)} examples "
             f"(at most {best:.3f}, {len(scores) - len(both)} without a score)"
         )
     else:
         rule = "random"
     if not places:
-        raise DataError(f"curriculum.kind={config.kind}: {told}")
+        raise DataError(f"curriculum.kind={config.kind}: {reason}")
     if config.kind == "scc":
         return _anchors_and_frontiers(scores, places, count, config, source)
     count = min(count, len(places))
@@ -117,16 +118,16 @@ def _anchors_and_frontiers(
     config: CurriculumConfig,
     source: np.random.Generator,
 ) -> list[int]:
-    """`anchors` of `count` among those that the student answers well, the rest among those that it
-    does not; a kind of which there are too few is all taken, and not made up for."""
-    wanted = round(config.anchors * count)
+    """A share `config.anchors` of `count` from the examples that the student answers well, the rest
+    from those that it does not. Where one kind has too few, the other does not make up for it."""
+    num_anchors = round(config.anchors * count)
     chosen: list[int] = []
-    for number, fits in (
-        (wanted, lambda tiou: tiou >= config.threshold),
-        (count - wanted, lambda tiou: tiou < config.frontier_below),
+    for number, belongs in (
+        (num_anchors, lambda tiou: tiou >= config.threshold),
+        (count - num_anchors, lambda tiou: tiou < config.frontier_below),
     ):
-        found = [i for i in places if fits(scores[i].student_tiou or 0.0)]
-        chosen += [found[i] for i in source.permutation(len(found))[:number]]
+        candidates = [i for i in places if belongs(scores[i].student_tiou or 0.0)]
+        chosen += [candidates[i] for i in source.permutation(len(candidates))[:number]]
     if not chosen:
         raise DataError(
             f"curriculum.kind=scc: of {len(places)} reliable examples the student's tIoU reaches "
@@ -141,19 +142,19 @@ def _teacher(score: Score) -> float:
 
 
 def _from_buckets(ranked: list[int], count: int, source: np.random.Generator) -> list[int]:
-    """The same number at random from each fifth of the ranking; what a fifth cannot give comes from
-    the best that are left."""
-    fifths = [part.tolist() for part in np.array_split(ranked, BUCKETS)]
+    """The same number at random from each fifth of the ranking. Where a fifth has too few, the best
+    remaining examples fill up."""
+    buckets = [bucket.tolist() for bucket in np.array_split(ranked, BUCKETS)]
     chosen: list[int] = []
-    for number, part in enumerate(fifths):
-        wanted = (number + 1) * count // BUCKETS - number * count // BUCKETS
-        chosen += [part[i] for i in source.permutation(len(part))[:wanted]]
+    for number, bucket in enumerate(buckets):
+        quota = (number + 1) * count // BUCKETS - number * count // BUCKETS
+        chosen += [bucket[i] for i in source.permutation(len(bucket))[:quota]]
     left = [i for i in ranked if i not in set(chosen)]
     return chosen + left[: count - len(chosen)]
 
 
 def weights_digest(lm: VideoLM) -> str:
-    """Of every parameter's bytes; of a sharded model, of all ranks' parts."""
+    """Hash of every parameter's bytes; of a sharded model, the hashes of all ranks' shards."""
     digest = hashlib.blake2b(digest_size=16)
     weights = lm.model.state_dict()
     if lm.sharded:
@@ -161,8 +162,8 @@ def weights_digest(lm: VideoLM) -> str:
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    found = digest.hexdigest()
-    return "".join(distributed.all_gather(found)) if lm.sharded else found
+    mine = digest.hexdigest()
+    return "".join(distributed.all_gather(mine)) if lm.sharded else mine
 
 
 def score_answers(
@@ -172,51 +173,61 @@ def score_answers(
     config: Config,
     folder: Path,
     progress: Callable[[int], object] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
-    """`tious` and `rights` of `curriculum.answers` sampled answers to each example that decodes,
-    empty where it has no true span or no options: from the file that the same question left in
-    `folder`, or asked and stored there."""
+) -> dict[str, EvaluationRow]:
+    """Draw `curriculum.answers` answers to each example that decodes; returns their rows by id.
+
+    Rows are stored in `folder` under a hash of everything that they depend on, and read from there
+    if they were drawn before.
+    """
     data = [
         (e.id, str(e.video), e.query, e.spans, e.question, e.options, e.answer, e.duration_s)
         for e in prompts.examples
     ]
     settings = asdict(config.data)
     names = ("fps", "max_frames", "video_tokens", "backend", "reading")
-    asked = {name: settings[name] for name in names} | {"prompt": vars(config.template)}
+    prompt = {name: settings[name] for name in names} | {"prompt": vars(config.template)}
     number = config.curriculum.answers
     sampling = [asdict(config.sample), config.seed, number, weights_digest(lm)]
-    text = json.dumps([data, asked, sampling, policy.allowed_columns.tolist()], default=str)
+    text = json.dumps([data, prompt, sampling, policy.allowed_columns.tolist()], default=str)
     path = folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.jsonl"
     stored = distributed.from_first(lambda: read_rows(path) if path.is_file() else None)
     if stored is not None:
-        return {row["id"]: row for row in stored}
+        return {row["id"]: _from_stored(row) for row in stored}
     length = config.sample.max_completion_length
 
-    def answer(batch: PromptBatch) -> list[dict[str, Any]]:
+    def answer(batch: PromptBatch) -> list[EvaluationRow]:
         draws = uniforms(config.seed, SCORING_STEP, [e.id for e in batch.examples], number, length)
-        made = sample(lm, forward_by_video(lm, batch), policy, length, draws)
-        texts = decode_answers(made, prompts.tokenizer)
+        rollouts = sample(lm, forward_by_video(lm, batch), policy, length, draws)
+        texts = decode_answers(rollouts, prompts.tokenizer)
         return [
-            judge(*pair, config.strict_form) for pair in zip(batch.examples, texts, strict=True)
+            EvaluationRow.of(example, None, answers, config)
+            for example, answers in zip(batch.examples, texts, strict=True)
         ]
 
     rows = rows_of(prompts, config.eval.batch_size, lm, answer, progress)
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(path, rows)
-    return {row["id"]: row for row in rows}
+        write_rows(path, [_to_stored(row) for row in rows])
+    return {row.id: row for row in rows}
 
 
-def judge(example: Example, answers: list[str], form: str | None = None) -> dict[str, Any]:
-    """An example's answers, their tIoUs where it has a true span, and where it has options whether
-    they choose the right one."""
-    row: dict[str, Any] = {"id": example.id, "answers": answers, "tious": [], "rights": []}
-    if example.spans:
-        spans = [named_span(answer, example, form) for answer in answers]
-        row["tious"] = [best_tiou(span, example.spans) for span in spans]
-    if example.options:
-        row["rights"] = [is_right(answer, example, form) for answer in answers]
-    return row
+def _to_stored(row: EvaluationRow) -> dict[str, Any]:
+    """What the curriculum keeps of a row: the sampled answers and how good they are."""
+    return {
+        "id": row.id,
+        "answers": row.sampled_answers,
+        "tious": row.sampled_tious,
+        "rights": row.sampled_right,
+    }
+
+
+def _from_stored(row: dict[str, Any]) -> EvaluationRow:
+    return EvaluationRow(
+        id=row["id"],
+        sampled_answers=tuple(row["answers"]),
+        sampled_tious=tuple(row["tious"]),
+        sampled_right=tuple(row["rights"]),
+    )
 
 
 def choose(
@@ -229,56 +240,64 @@ def choose(
     number: int,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[int]:
-    """The places in the pool that round `number` (from 0) trains on, written to
-    `curriculum/round_R.jsonl` before they are used and read from there by a run that goes on."""
+    """Indices into the pool that round `number` (from 0) trains on.
+
+    They are written to `curriculum/round_R.jsonl` before they are used; a resumed run reads them
+    from there. Raises DataError where no example qualifies.
+    """
     settings, folder = config.curriculum, run_dir / "curriculum"
     if settings.kind == "none":
         return list(range(len(prompts)))
     path = folder / f"round_{number}.jsonl"
-    rows = distributed.from_first(lambda: read_rows(path) if path.is_file() else None)
-    if rows is not None:
-        return [i for _, i in sorted((r["rank"], i) for i, r in enumerate(rows) if r["selected"])]
-    judged: dict[str, dict[str, Any]] = {}
-    answered: dict[str, dict[str, Any]] = {}
-    asked = prompts, policy, config, folder / "scores", progress
+    stored = distributed.from_first(lambda: read_rows(path) if path.is_file() else None)
+    if stored is not None:
+        ranked = sorted((row["rank"], i) for i, row in enumerate(stored) if row["selected"])
+        return [i for _, i in ranked]
+    of_teacher: dict[str, EvaluationRow] = {}
+    of_student: dict[str, EvaluationRow] = {}
+    scoring = prompts, policy, config, folder / "scores", progress
     if settings.kind in ("tvdf", "scc"):
         assert teacher is not None
-        judged = score_answers(teacher.lm, *asked)
-        if not any(any(row["tious"]) for row in judged.values()):
+        of_teacher = score_answers(teacher.lm, *scoring)
+        if not any(any(row.sampled_tious) for row in of_teacher.values()):
             raise DataError(
-                f"curriculum.kind={settings.kind}: no answer of the teacher to {len(judged)} fits"
+                f"curriculum.kind={settings.kind}: none of the teacher's answers to "
+                f"{len(of_teacher)} examples overlaps a true span"
             )
     if settings.kind in ("tvdf", "scc", "variance"):
-        answered = score_answers(student, *asked)
+        of_student = score_answers(student, *scoring)
 
-    def of(rows: dict[str, dict[str, Any]], example: Example, name: str) -> list[float]:
-        return rows.get(example.id, {}).get(name, [])
-
-    def mean(values: list[float]) -> float | None:
-        return float(np.mean(values)) if values else None
-
-    scores = [
-        Score(
+    def score_of(example: Example) -> Score:
+        no_answers = EvaluationRow(id=example.id)  # the video does not decode, or nobody answered
+        teacher_row = of_teacher.get(example.id, no_answers)
+        student_row = of_student.get(example.id, no_answers)
+        return Score(
             example.id,
-            mean(of(judged, example, "tious")),
-            mean(tious := of(answered, example, "tious")),
-            float(np.std(tious)) if tious else None,
-            mean(of(answered, example, "rights")),
+            teacher_tiou=_mean(teacher_row.sampled_tious),
+            student_tiou=_mean(tious := student_row.sampled_tious),
+            student_std=float(np.std(tious)) if tious else None,
+            student_right=_mean(student_row.sampled_right),
         )
-        for example in prompts.examples
-    ]
+
+    scores = [score_of(example) for example in prompts.examples]
     count = max(1, round(settings.share * len(prompts)))
     chosen = select(scores, count, settings, config.seed + number)
-    ranks = {place: rank for rank, place in enumerate(chosen)}
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(score) for score in scores]
-        more = [{"selected": i in ranks, "rank": ranks.get(i)} for i in range(len(scores))]
-        write_rows(path, [row | told for row, told in zip(rows, more, strict=True)])
+        ranks = {place: rank for rank, place in enumerate(chosen)}
+        rows = [
+            asdict(score) | {"selected": i in ranks, "rank": ranks.get(i)}
+            for i, score in enumerate(scores)
+        ]
+        write_rows(path, rows)
     return chosen
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
 def rounds(steps: int, number: int) -> list[range]:
-    """The steps of each round, as even as can be."""
+    """Split the steps of a run into rounds of equal length, to within one step."""
     edges = [round(i * steps / number) for i in range(number + 1)]
     return [range(a, b) for a, b in pairwise(edges)]

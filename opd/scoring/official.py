@@ -1,8 +1,7 @@
-"""What the benchmarks' own scorers say of the rows that `evaluate` writes (see
-`opd.scoring.results`).
+"""The benchmarks' own scores of an evaluation, from its rows.
 
-Scores are shares in [0, 1], not per cent. A query without a readable answer counts, with 0, where
-some of those scorers leave it out or fail.
+Scores are shares in [0, 1], not per cent. A query without a readable answer counts as 0, where some
+of the official scorers leave it out or fail.
 """
 
 from __future__ import annotations
@@ -13,63 +12,65 @@ from typing import Any
 
 import numpy as np
 
+from opd.scoring.evaluation import EvaluationRow
 from opd.scoring.metrics import best_iop, best_tiou, miou, recall_at, summarize
-from opd.scoring.results import Result, Row, kind_of
+from opd.scoring.results import kind_of
 from opd.text.forms import Span
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 MAX_WINDOWS = 10
-# A window of exactly 10 s is short and one of exactly 30 s middle, as in the official code; that
-# ends `long` at 150 s, the longest video of the data set.
+# Lower limits are exclusive and upper limits inclusive, as in the official code, which ends `long`
+# at 150 s, the longest video of its data set.
 LENGTHS = {"short": (0.0, 10.0), "middle": (10.0, 30.0), "long": (30.0, math.inf)}
 
 
-def score(rows: Iterable[Row], metrics: str, *, strict: bool = False) -> dict[str, Any]:
-    """Score rows as a benchmark does.
+def score(rows: Sequence[EvaluationRow], metrics: str, *, strict: bool = False) -> dict[str, Any]:
+    """Score an evaluation as a benchmark does.
 
     Args:
-        rows: of any kind; those without a true span, or without options, are left out of what
-            needs them, and the counts tell how many were scored.
+        rows: queries of any kind. Scores of spans leave out queries without a true span, scores of
+            choices those without options; the counts say how many were scored.
         metrics: a name of `SETS`.
             `grounding`: miou and recall of the prediction (TimeLens, Charades-STA, ActivityNet).
             `qvhighlights`: recall of the first window, mAP of the first ten.
-            `nextgqa`: accuracy, IoP, IoU, and acc@gqa: right with an IoP of at least 0.5.
-            `rextime`: accuracy, tIoU, and acc@iou0.5: right with a tIoU of at least 0.5.
-            `videoqa`: accuracy, of each category too.
-        strict: of `grounding`, count `tIoU > threshold` as Time-R1 does.
+            `nextgqa`: accuracy, IoP, IoU, and acc@gqa (right with an IoP of at least 0.5).
+            `rextime`: accuracy, tIoU, and acc@iou0.5 (right with a tIoU of at least 0.5).
+            `videoqa`: accuracy, overall and by category.
+        strict: count `tIoU > threshold` as Time-R1 does; `grounding` only.
 
     Returns:
-        shares by name and counts; None for a share of no queries.
+        Shares and counts by name; a share of no queries is None.
 
     Raises:
-        ValueError: no set of that name, no rows of the kind it scores, or a row that is not one.
+        ValueError: for an unknown name, or without rows of the kind that it scores.
     """
     if metrics not in SETS:
         raise ValueError(f"no metrics {metrics!r}; there are {', '.join(SETS)}")
     if strict and metrics != "grounding":
-        raise ValueError(f"strict is of grounding; {metrics} counts a tIoU of the threshold itself")
-    results = [Result.of(row) for row in rows]
-    return _grounding(results, strict) if strict else SETS[metrics](results)
+        raise ValueError(
+            f"strict applies to grounding only; {metrics} counts a tIoU equal to the threshold"
+        )
+    return _grounding(rows, strict) if strict else SETS[metrics](rows)
 
 
 def average_precision(
     windows: Sequence[Span], truth: Sequence[Span], thresholds: Sequence[float] = THRESHOLDS
 ) -> list[float]:
-    """Interpolated average precision of the predicted windows of one query, one a threshold.
+    """Interpolated average precision of one query's predicted windows, at each tIoU threshold.
 
-    In the order of their rank, each window takes the true span still free that it overlaps most, if
-    by at least the threshold. With p(r) the highest precision at any rank with a recall of r or
-    more, the result is the mean of p(k / T) over k = 1..T, T the number of true spans: the area
-    that ActivityNet's and moment_detr's scorers compute. Of true spans overlapped alike the last
-    one is taken, as there.
+    In the order of their rank, each window is matched with the free true span that it overlaps
+    most, if by at least the threshold. With p(r) the highest precision at any rank with a recall of
+    r or more, the result is the mean of p(k / T) over k = 1..T, T the number of true spans. This is
+    the area that ActivityNet's and moment_detr's scorers compute. Among true spans of equal overlap
+    the last one is taken, as there.
 
     Args:
-        windows: the surest first, any number; an empty or reversed one is a wrong one.
-        truth: at least one.
-        thresholds: of tIoU, in (0, 1].
+        windows: the most certain first, any number; an empty or reversed window counts as wrong.
+        truth: at least one span.
+        thresholds: tIoU, in (0, 1].
 
     Raises:
-        ValueError: where there is no true span.
+        ValueError: without a true span.
     """
     if not truth:
         raise ValueError("a query has no true span")
@@ -77,23 +78,23 @@ def average_precision(
     return [_interpolated(_hits(tious, threshold), len(truth)) for threshold in thresholds]
 
 
-def _grounding(results: Sequence[Result], strict: bool = False) -> dict[str, Any]:
-    timed = _timed(results)
-    found = summarize([r.predicted for r in timed], [], [r.truth for r in timed], strict=strict)
-    return {name: value for name, value in found.items() if name != "sampled_miou"}
+def _grounding(rows: Sequence[EvaluationRow], strict: bool = False) -> dict[str, Any]:
+    timed = _timed(rows)
+    summary = summarize([r.predicted for r in timed], [], [r.truth for r in timed], strict=strict)
+    return {name: value for name, value in summary.items() if name != "sampled_miou"}
 
 
-def _qvhighlights(results: Sequence[Result]) -> dict[str, Any]:
-    timed = _timed(results)
+def _qvhighlights(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    timed = _timed(rows)
     first = [best_tiou(next(iter(r.windows), None), r.truth) for r in timed]
     precisions = _precisions(timed, [r.truth for r in timed])
     of_length: dict[str, Any] = {}
     for name, (low, high) in LENGTHS.items():
-        # The true windows of that length alone; a prediction is not told apart by its own.
+        # Only true windows are restricted to the length; predictions of every length take part.
         truth = [[s for s in r.truth if low < s[1] - s[0] <= high] for r in timed]
         kept = [i for i, spans in enumerate(truth) if spans]
-        found = _precisions([timed[i] for i in kept], [truth[i] for i in kept])
-        of_length[f"map_{name}"] = float(found.mean()) if kept else None
+        of_kept = _precisions([timed[i] for i in kept], [truth[i] for i in kept])
+        of_length[f"map_{name}"] = float(of_kept.mean()) if kept else None
         of_length[f"queries_{name}"] = len(kept)
     return {
         "recall@0.5": recall_at(first, 0.5),
@@ -106,12 +107,12 @@ def _qvhighlights(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _nextgqa(results: Sequence[Result]) -> dict[str, Any]:
-    asked = _asked(results)
-    timed = _timed(asked)
+def _nextgqa(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    questions = _questions(rows)
+    timed = _timed(questions)
     tious, iops = [r.tiou for r in timed], [best_iop(r.predicted, r.truth) for r in timed]
     return {
-        "accuracy": _share(r.right for r in asked),
+        "accuracy": _share(r.right for r in questions),
         "acc@gqa": _share(r.right and iop >= 0.5 for r, iop in zip(timed, iops, strict=True)),
         "miop": miou(iops),
         "iop@0.3": recall_at(iops, 0.3),
@@ -119,42 +120,42 @@ def _nextgqa(results: Sequence[Result]) -> dict[str, Any]:
         "miou": miou(tious),
         "iou@0.3": recall_at(tious, 0.3),
         "iou@0.5": recall_at(tious, 0.5),
-        "questions": len(asked),
+        "questions": len(questions),
         "grounded": len(timed),
     }
 
 
-def _rextime(results: Sequence[Result]) -> dict[str, Any]:
-    asked = _asked(results)
-    timed = _timed(asked)
+def _rextime(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    questions = _questions(rows)
+    timed = _timed(questions)
     tious = [r.tiou for r in timed]
     return {
-        "accuracy": _share(r.right for r in asked),
+        "accuracy": _share(r.right for r in questions),
         "miou": miou(tious),
         "recall@0.3": recall_at(tious, 0.3),
         "recall@0.5": recall_at(tious, 0.5),
         "acc@iou0.5": _share(r.right and t >= 0.5 for r, t in zip(timed, tious, strict=True)),
-        "questions": len(asked),
+        "questions": len(questions),
         "grounded": len(timed),
     }
 
 
-def _videoqa(results: Sequence[Result]) -> dict[str, Any]:
-    asked = _asked(results)
-    kinds: dict[str, list[Result]] = {}
-    for result in sorted(asked, key=lambda r: (r.category is None, r.category or "")):
-        kinds.setdefault(kind_of(result, "category"), []).append(result)
+def _videoqa(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    questions = _questions(rows)
+    categories: dict[str, list[EvaluationRow]] = {}
+    for row in sorted(questions, key=lambda r: (r.category is None, r.category or "")):
+        categories.setdefault(kind_of(row, "category"), []).append(row)
     return {
-        "accuracy": _share(r.right for r in asked),
-        "questions": len(asked),
+        "accuracy": _share(r.right for r in questions),
+        "questions": len(questions),
         "categories": {
-            name: {"accuracy": _share(r.right for r in of_kind), "questions": len(of_kind)}
-            for name, of_kind in kinds.items()
+            name: {"accuracy": _share(r.right for r in of_name), "questions": len(of_name)}
+            for name, of_name in categories.items()
         },
     }
 
 
-SETS: dict[str, Callable[[Sequence[Result]], dict[str, Any]]] = {
+SETS: dict[str, Callable[[Sequence[EvaluationRow]], dict[str, Any]]] = {
     "grounding": _grounding,
     "qvhighlights": _qvhighlights,
     "nextgqa": _nextgqa,
@@ -163,33 +164,33 @@ SETS: dict[str, Callable[[Sequence[Result]], dict[str, Any]]] = {
 }
 
 
-def _timed(results: Sequence[Result]) -> list[Result]:
-    timed = [r for r in results if r.truth]
+def _timed(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    timed = [r for r in rows if r.truth]
     if not timed:
-        raise ValueError(f"none of {len(results)} rows has a true span to score")
+        raise ValueError(f"none of {len(rows)} rows has a true span to score")
     return timed
 
 
-def _asked(results: Sequence[Result]) -> list[Result]:
-    asked = [r for r in results if r.right is not None]
-    if not asked:
-        raise ValueError(f"none of {len(results)} rows says whether an answer is right")
-    return asked
+def _questions(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    questions = [r for r in rows if r.right is not None]
+    if not questions:
+        raise ValueError(f"none of {len(rows)} rows has options to choose from")
+    return questions
 
 
-def _share(found: Iterable[bool | None]) -> float:
-    return float(np.mean([bool(value) for value in found]))
+def _share(values: Iterable[bool | None]) -> float:
+    return float(np.mean([bool(value) for value in values]))
 
 
-def _precisions(results: Sequence[Result], truth: Sequence[Sequence[Span]]) -> np.ndarray:
-    """[queries, thresholds]"""
-    pairs = zip(results, truth, strict=True)
+def _precisions(rows: Sequence[EvaluationRow], truth: Sequence[Sequence[Span]]) -> np.ndarray:
+    """Average precisions `[queries, thresholds]`."""
+    pairs = zip(rows, truth, strict=True)
     return np.array([average_precision(r.windows[:MAX_WINDOWS], spans) for r, spans in pairs])
 
 
 def _tious(windows: Sequence[Span], truth: Sequence[Span]) -> np.ndarray:
-    """[windows, truth]; the union as moment_detr's matching writes it, which at a tIoU of exactly a
-    threshold may round to its other side than `tiou`."""
+    """tIoUs `[windows, truth]`. The union is computed as in moment_detr's matching, which at a tIoU
+    of exactly a threshold may round to the other side than `tiou` does."""
     starts, ends = np.reshape(np.array(windows, dtype=np.float64), (-1, 2, 1)).swapaxes(0, 1)
     true_starts, true_ends = np.array(truth, dtype=np.float64).T
     overlap = np.minimum(ends, true_ends) - np.maximum(starts, true_starts)
@@ -198,18 +199,18 @@ def _tious(windows: Sequence[Span], truth: Sequence[Span]) -> np.ndarray:
 
 
 def _hits(tious: np.ndarray, threshold: float) -> list[bool]:
-    """Whether each window finds a true span that none before it has taken."""
+    """Whether each window matches a true span that no window before it has taken."""
     free, hits = set(range(tious.shape[1])), []
     for row in tious:
-        near = [place for place in free if row[place] >= threshold]
-        if near:
-            free.remove(max(near, key=lambda place: (row[place], place)))
-        hits.append(bool(near))
+        matches = [i for i in free if row[i] >= threshold]
+        if matches:
+            free.remove(max(matches, key=lambda i: (row[i], i)))
+        hits.append(bool(matches))
     return hits
 
 
 def _interpolated(hits: Sequence[bool], truths: int) -> float:
-    found = np.array(hits, dtype=bool)
-    precision = found.cumsum() / np.arange(1, len(found) + 1)
+    hit = np.array(hits, dtype=bool)
+    precision = hit.cumsum() / np.arange(1, len(hit) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(best[found].sum() / truths)
+    return float(best[hit].sum() / truths)

@@ -8,6 +8,7 @@ import torch
 
 from opd.config.data import DataConfig
 from opd.data.batch import Prompt, PromptBatch, collate
+from opd.data.examples import Example
 from opd.data.loader import batches, rows_of
 from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
@@ -138,12 +139,12 @@ def test_rows_keep_the_order_of_the_pool(videos: Path, lm: VideoLM) -> None:
     prompts = pool(videos, lm, VIDEO_FIRST)
     seen: list[list[str]] = []
 
-    def make(batch: PromptBatch) -> list[dict[str, str]]:
+    def make(batch: PromptBatch) -> list[Example]:
         seen.append([example.id for example in batch.examples])
-        return [{"id": example.id} for example in batch.examples]
+        return [*batch.examples]
 
     rows = rows_of(prompts, 5, lm, make)
-    assert [row["id"] for row in rows] == [example.id for example in prompts.examples]
+    assert rows == prompts.examples
     assert [len({id.split("/")[0] for id in ids}) for ids in seen] == [1, 1, 1]
 
 

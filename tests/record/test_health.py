@@ -372,8 +372,8 @@ def test_an_evaluation_can_be_repeated(
         evaluate.main([str(run_dir)])
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: {run_dir}/evaluation.jsonl: is there already; "
-        "choose another run_dir or say overwrite=true\n"
+        f"error: {run_dir}/evaluation.jsonl: exists already; "
+        "choose another run_dir or set overwrite=true\n"
     )
     keys = [f"data.video_root={videos}", "data.limit_eval=2", "eval.draws=0", "threads=1"]
     evaluate.main(["embedded:teacher", f"run_dir={tmp_path / 'teacher'}", *keys])

@@ -4,17 +4,20 @@ them, on a grid of seconds with fractions and every possible matching."""
 import itertools
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from opd.scoring.evaluation import EvaluationRow
 from opd.scoring.official import SETS, THRESHOLDS, average_precision, score
 from opd.scoring.results import breakdown
 
 
-def row(name="q", predicted=None, truth=(), **known):
-    return {"id": name, "predicted": predicted, "truth": truth, **known}
+def row(name="q", predicted=None, truth=(), **optional):
+    stored = {"id": name, "predicted": predicted, "truth": truth, **optional}
+    return EvaluationRow.from_json(stored)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_the_first_ten_windows_count():
     wrong = [(100 + i, 101 + i) for i in range(9)]
     tenth = row("q", wrong[0], [(0, 40)], windows=[*wrong, (0, 40)])
     assert score([tenth], "qvhighlights")["map"] == pytest.approx(0.1)
-    eleventh = tenth | {"windows": [*wrong, (120, 121), (0, 40)]}
+    eleventh = replace(tenth, windows=(*wrong, (120, 121), (0, 40)))
     found = score([eleventh], "qvhighlights")
     assert found["map"] == 0
     assert found["map_short"] is None and found["queries_short"] == 0
@@ -315,9 +318,9 @@ def test_lengths_keep_their_own_true_windows_only():
     found = score(rows, "qvhighlights")
     for name, lengths in limits.items():
         kept = [
-            r | {"truth": spans}
+            replace(r, truth=spans)
             for r in rows
-            if (spans := [s for s in r["truth"] if s[1] - s[0] in lengths])
+            if (spans := tuple(s for s in r.truth if s[1] - s[0] in lengths))
         ]
         assert found[f"queries_{name}"] == len(kept)
         assert found[f"map_{name}"] == pytest.approx(score(kept, "qvhighlights")["map"])
@@ -353,16 +356,16 @@ def test_nothing_to_score(metrics):
 )
 def test_a_row_that_is_none_is_named(changes, message):
     with pytest.raises(ValueError) as error:
-        score([row("q", (0, 1), [(0, 1)]) | changes], "grounding")
+        row(**{"name": "q", "predicted": (0, 1), "truth": [(0, 1)]} | changes)
     assert message in str(error.value)
 
 
 def test_what_a_row_or_a_call_lacks_is_named():
     with pytest.raises(ValueError, match="row 'q' has no 'truth'"):
-        score([{"id": "q", "predicted": None}], "grounding")
+        EvaluationRow.from_json({"id": "q", "predicted": None})
     with pytest.raises(ValueError, match="no metrics 'iou'; there are grounding, qvhighlights"):
         score([], "iou")
-    with pytest.raises(ValueError, match="strict is of grounding; rextime"):
+    with pytest.raises(ValueError, match="strict applies to grounding only; rextime"):
         score([row("q", (0, 1), [(0, 1)], right=True)], "rextime", strict=True)
     with pytest.raises(ValueError, match="no breakdown by 'length'; there are duration, share"):
         breakdown([], "length")

@@ -1,18 +1,27 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
+from opd.scoring.evaluation import EvaluationRow
 from opd.scoring.timeline import timeline
 
 
-def rows(number: int = 12) -> list[dict]:
-    """tIoU i / 10 of row i up to the tenth, the last has no answer."""
-    made = [
-        {"id": f"q{i:02}", "predicted": (0, i), "truth": [(0, 10)], "query": f"query {i}"}
+def rows(number: int = 12) -> list[EvaluationRow]:
+    """Row i has a tIoU of i / 10 up to the tenth; the last row has no readable answer."""
+    answered = [
+        EvaluationRow(
+            id=f"q{i:02}",
+            predicted=(0, i),
+            windows=((0, i),),
+            truth=((0, 10),),
+            query=f"query {i}",
+        )
         for i in range(1, number)
     ]
-    return [*made, {"id": "none", "predicted": None, "truth": [(3, 4), (8, 9)], "query": "lost"}]
+    lost = EvaluationRow(id="none", truth=((3, 4), (8, 9)), query="lost")
+    return [*answered, lost]
 
 
 @pytest.fixture
@@ -65,12 +74,13 @@ def test_none_twice_and_all_where_there_are_few(tmp_path: Path, drawn: list[Figu
 
 
 def test_windows_duration_and_odd_text(tmp_path: Path, drawn: list[Figure]) -> None:
-    row = rows()[4] | {
-        "windows": [(0, 5), (20, 30)],
-        "duration_s": 60,
-        "query": "pays $5 \\frac{\n and $6_ for " + "x" * 200,
-    }
-    unrelated = {"id": "u", "predicted": None, "truth": [], "right": True}
+    row = replace(
+        rows()[4],
+        windows=((0, 5), (20, 30)),
+        duration_s=60,
+        query="pays $5 \\frac{\n and $6_ for " + "x" * 200,
+    )
+    unrelated = EvaluationRow(id="u", right=True)
     timeline([row, unrelated], tmp_path / "t.png")
     assert bars(drawn[0], 0) == [(0, 10, True), (0, 5, False), (20, 30, False)]
     assert drawn[0].axes[0].get_xlim() == (0, 60)
@@ -80,14 +90,14 @@ def test_windows_duration_and_odd_text(tmp_path: Path, drawn: list[Figure]) -> N
 
 
 def test_the_file_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
-    several = [*rows(4), rows()[1] | {"id": "alike"}]
+    several = [*rows(4), replace(rows()[1], id="alike")]
     one = timeline(several, tmp_path / "1.png").read_bytes()
     assert timeline(several[::-1], tmp_path / "2.png").read_bytes() == one
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row has a true span to draw"):
-        timeline([{"id": "u", "predicted": None, "truth": []}], tmp_path / "t.png")
+        timeline([EvaluationRow(id="u")], tmp_path / "t.png")
     for worst, best in ((0, 0), (-1, 3)):
         with pytest.raises(ValueError, match=f"cannot draw {worst} worst and {best} best"):
             timeline(rows(), tmp_path / "t.png", worst=worst, best=best)
