@@ -1,16 +1,32 @@
-"""Signals of how healthy a step was."""
+"""Health of a step: KL, entropy, lengths, rewards and parse failures, for `metrics.jsonl`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from opd import distributed
 from opd.config.run import Config
+from opd.data.batch import PromptBatch
 from opd.data.examples import Example
 from opd.generation.sampling import Rollouts, decode_answers
 from opd.method.advantages import all_equal
 from opd.method.objectives import Loss
 from opd.scoring.judge import named_span, readable
+
+
+def gather_step(
+    results: Sequence[tuple[Loss, Rollouts]], batches: Sequence[PromptBatch]
+) -> tuple[list[Loss], list[Rollouts], list[Example], int]:
+    """Losses, rollouts and examples of every rank's micro-batches, on the host, and the number of
+    their prompt tokens. Each rank passes its own and receives all."""
+    mine = [
+        (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens)
+        for (loss, rollouts), batch in zip(results, batches, strict=True)
+    ]
+    everyone = [micro_batch for rank in distributed.all_gather(mine) for micro_batch in rank]
+    losses, rollouts, examples, num_tokens = zip(*everyone, strict=True)
+    return [*losses], [*rollouts], [e for of_batch in examples for e in of_batch], sum(num_tokens)
 
 
 def signals(
@@ -20,12 +36,19 @@ def signals(
     tokenizer: Any,
     config: Config,
 ) -> dict[str, Any]:
-    """How healthy a step was, over its completion tokens, and the first completion as a sample.
+    """Means over the completion tokens of a step, and its first completion as a sample.
 
-    `kl_number` and `kl_template` are the KL on tokens with a digit and on the others;
-    `logprob_gap` is the mean distance between the sampler's and the trainer's log-probability of a
-    token: rounding, as long as the two agree. `reward_std` is the mean standard deviation within a
-    group, `equal_groups` counts those that have none. None where the method has no such thing.
+    Args:
+        losses, rollouts: of each micro-batch, on the host.
+        examples: one per prompt, in the order of the rollouts.
+        tokenizer: None leaves out what needs text.
+
+    Returns:
+        `kl_number` and `kl_template` are the KL on tokens with a digit and on all others.
+        `logprob_gap` is the mean absolute difference between the sampler's and the trainer's
+        log-probability of a token, which is rounding as long as the two agree. `reward_std` is the
+        mean standard deviation within a group, `equal_groups` the number of groups with equal
+        rewards. A value is None where the method does not have it, or it is not finite.
     """
 
     def joined(name: str) -> torch.Tensor | None:
@@ -34,8 +57,9 @@ def signals(
         return torch.cat(values) if values else None
 
     def mean(values: torch.Tensor | None) -> float | None:
-        known = values is not None and values.numel() and bool(values.isfinite().all())
-        return float(values.mean()) if known else None  # type: ignore[union-attr]
+        if values is None or not values.numel() or not bool(values.isfinite().all()):
+            return None
+        return float(values.mean())
 
     kl = joined("token_kl")
     ids = torch.cat([r.in_loss(r.completion_ids) for r in rollouts])
@@ -64,23 +88,23 @@ def signals(
         if groups.shape[1] > 1:
             row["reward_std"] = mean(groups.std(1))
             row["equal_groups"] = int(all_equal(groups).sum())
-    elif kl is None:  # trained on references: nothing was sampled
+    elif kl is None:  # trained on reference answers: nothing was sampled
         return row | {"trained_share": None}
-    chosen = joined("student_logprobs")
-    if chosen is not None:
-        drawn = torch.cat([r.in_loss(r.rollout_logprobs) for r in rollouts])
-        row["logprob_gap"] = mean((chosen - drawn).abs())
+    student_logprobs = joined("student_logprobs")
+    if student_logprobs is not None:
+        rollout_logprobs = torch.cat([r.in_loss(r.rollout_logprobs) for r in rollouts])
+        row["logprob_gap"] = mean((student_logprobs - rollout_logprobs).abs())
     if tokenizer is not None:
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())
         digits = [any(c.isdigit() for c in text or "") for text in texts]
         if kl is not None:
             number = torch.tensor(digits, dtype=torch.bool, device=kl.device)
             row["kl_number"], row["kl_template"] = mean(kl[number]), mean(kl[~number])
-        answers = [a for r in rollouts for a in decode_answers(r, tokenizer)]
+        answers = [of_prompt for r in rollouts for of_prompt in decode_answers(r, tokenizer)]
         failures = [
             not readable(answer, example, config.strict_form)
-            for found, example in zip(answers, examples, strict=True)
-            for answer in found
+            for of_prompt, example in zip(answers, examples, strict=True)
+            for answer in of_prompt
         ]
         row["parse_failures"] = sum(failures) / completions
         first, answer = examples[0], answers[0][0]

@@ -1,5 +1,4 @@
-"""The frozen teacher: scores the student's tokens, with the student's prompt, template and
-positions."""
+"""The frozen teacher: scores the student's tokens behind the same prompt, at the same positions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,17 +22,18 @@ class Teacher:
 
     @cached_property
     def head_weight(self) -> torch.Tensor:
-        """`[V, H]`, whole also where the model is sharded: the loss runs in the student's head."""
+        """Weight of the head, `[V, H_T]`; gathered if the model is sharded, because the loss runs
+        inside the forward of the student's head."""
         if not self.lm.sharded:
             return self.lm.head.weight
         with gathered([self.lm.head.weight]):
             return self.lm.head.weight.detach().clone()
 
     def prefill(self, batch: PromptBatch) -> Prefix:
-        """Forward the prompt once; keys and values only."""
+        """Forward the prompts once, without a graph."""
         return forward(self.lm, batch)
 
     @torch.no_grad()
     def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, R, T, H]` that predict each completion token."""
+        """Hidden states `[B, R, T, H_T]` that predict each completion token `[B, R, T]`."""
         return extend(self.lm, prefix, completion_ids)
