@@ -129,7 +129,8 @@ def run(target: str, config: Config) -> dict[str, Any]:
         names = ("size", "patch_size", "merge_size", "cap_pixels_per_frame")
         settings = processor.video_processor.to_dict()
         frame_settings["video_processor"] = {name: settings.get(name) for name in names}
-        lm = load_model(config.model.student, seed=config.seed, **load_options(config.model, device))
+        options = load_options(config.model, device)
+        lm = load_model(config.model.student, seed=config.seed, **options)
         lm.train_only(config.model.trainable)
         policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
         prompts = Prompts([e for e in examples if e.id not in done], config.data, processor, lm)

@@ -120,7 +120,7 @@ class Trainer:
             return replace(references, horizon=config.opd.horizon)
         length, prompt_ids = config.sample.max_completion_length, [e.id for e in batch.examples]
         draws = uniforms(config.seed, step, prompt_ids, config.num_rollouts, length)
-        with self.engine.whole():
+        with self.engine.gathered_weights():
             rollouts = sample(self.student, prefix, self.policy, length, draws, self.counter)
         if config.compares or config.routes:
             rollouts = grade(rollouts, batch.examples, self.processor.tokenizer, config)
