@@ -1,14 +1,20 @@
-"""A whole run: evaluate the student, train it in rounds, evaluate it again, write the run folder.
+"""A whole training run, in reading order:
 
     python -m opd.train [CONFIG.yaml] [dotted.key=value ...]
 
-The step itself, and with it the method, is `opd.method.trainer`.
+    train          set up devices, data and models, run, summarise
+    Run.go         evaluate the student, train it, evaluate it again, save it
+    Run.steps      the micro-batches of every step; each round chooses its examples first
+    Run.evaluate   answer the held-out queries
+
+The step itself, and with it the method, is in `opd.method.trainer`.
 """
 
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +23,7 @@ from opd import distributed
 from opd.config.command_line import command_line, fail
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
+from opd.data.examples import Example
 from opd.data.loader import batches
 from opd.data.prompts import Prompts
 from opd.data.schedule import micro_batches, schedule
@@ -36,19 +43,20 @@ from opd.models.sharded import load_frozen
 from opd.models.video_lm import VideoLM
 from opd.planning.auto import resolve_auto
 from opd.record.folder import RunFolder
-from opd.record.interrupts import Signals
+from opd.record.interrupts import Interrupts
 from opd.record.summary import plot_curves, summarise, table
 from opd.scoring.evaluation import Evaluation
 
 
 def train(config: Config) -> dict[str, Any]:
-    """A whole run: evaluate, train, evaluate, write the run folder; returns the summary. With
-    resume=auto, a run that was stopped goes on, and one that is finished stays as it is.
+    """Evaluate, train, evaluate again, and write the run folder; returns the summary. With
+    resume=auto, a stopped run continues and a finished one is left as it is.
 
-    Raises Stopped on SIGINT, on SIGTERM and where losses stay no numbers, with the state saved.
+    Raises Stopped, with the state saved, on SIGINT, on SIGTERM and after `max_skipped` steps in a
+    row without a finite loss.
     """
     started = time.perf_counter()
-    micro_batches(config)  # refuses a batch that cannot be divided, before anything is loaded
+    micro_batches(config)  # raises ConfigError for a batch that the ranks cannot divide
     device = set_up(config.threads, config.seed)
     distributed.start()
     resolve(config.model.student, "model.student")
@@ -57,216 +65,233 @@ def train(config: Config) -> dict[str, Any]:
         check_pair(config.model.student, config.model.teacher)
     config = resolve_auto(config, device)
     folder = RunFolder(config)
-    if folder.finished:  # resume=auto, started once more
+    if folder.finished:
         return folder.summary()
     check_sources(config.data)
-    data = config.data
-
-    def splits() -> Any:
-        found: tuple[list[str], list[str]] = [], []
-        train_examples = load_split(data, "train", config.needs, found[0])
-        eval_examples = load_split(data, "eval", ["spans", "options"], found[1])
-        check_leak(train_examples, eval_examples, data)
-        return train_examples, eval_examples, found
-
-    train_examples, eval_examples, unread = distributed.from_first(splits)
+    train_examples, eval_examples, unusable = distributed.from_first(lambda: load_splits(config))
     trainer = make_trainer(config, device)
-    pool = Prompts(train_examples, data, trainer.processor, trainer.student)
-    held_out = Prompts(eval_examples, data, trainer.processor, trainer.student)
+    pool = Prompts(train_examples, config.data, trainer.processor, trainer.student)
+    held_out = Prompts(eval_examples, config.data, trainer.processor, trainer.student)
     if folder.resumed:
         folder.states.load(trainer.load)
     folder.open(trainer.progress.step)
-    progress, started = trainer.progress, started - trainer.progress.wall_s
-
-    def left_out() -> dict[str, int]:
-        found: dict[str, list[str]] = {}
-        for name, told, prompts in zip(("train", "eval"), unread, (pool, held_out), strict=True):
-            found[name] = [*told, *distributed.gather_dict(prompts.broken).values()]
-        folder.write_left_out(found)
-        return {name: len(lines) for name, lines in found.items()}
-
-    signalled = Signals()
+    started -= trainer.progress.wall_s  # of a resumed run, the time before it was stopped
+    run = Run(trainer, folder, pool, held_out, unusable, started, Interrupts())
     try:
-        with signalled.watch():
-            evaluations = run(trainer, folder, pool, held_out, signalled, started)
+        with run.interrupts.watch():
+            evaluations = run.go()
     except Stopped as stopped:
-        progress.wall_s = time.perf_counter() - started
-        folder.write(trainer.ledger.closed(wait=True))
-        folder.states.save(progress.step, trainer.save)
-        left_out()
-        told = f"after step {progress.step} of {config.steps}; resume=auto goes on from there"
-        raise Stopped(f"{stopped} {told}", stopped.exit_code) from None
+        run.save_state()
+        run.write_left_out()
+        done = f"after step {trainer.progress.step} of {config.steps}"
+        message = f"{stopped} {done}; resume=auto continues from there"
+        raise Stopped(message, stopped.exit_code) from None
     finally:
         folder.close()
-    progress.wall_s = time.perf_counter() - started
-    summary = summarise(trainer, evaluations, left_out())
+    run.read_clock()
+    summary = summarise(trainer, evaluations, run.write_left_out())
     if distributed.is_first():
         plot_curves(folder.path, summary)
     folder.finish(summary)
     return summary
 
 
+def load_splits(config: Config) -> tuple[list[Example], list[Example], dict[str, list[str]]]:
+    """Training and held-out examples, and by split one line about each that cannot be used."""
+    unusable: dict[str, list[str]] = {"train": [], "eval": []}
+    train_examples = load_split(config.data, "train", config.needs, unusable["train"])
+    eval_examples = load_split(config.data, "eval", ["spans", "options"], unusable["eval"])
+    check_leak(train_examples, eval_examples, config.data)
+    return train_examples, eval_examples, unusable
+
+
 def make_trainer(config: Config, device: torch.device) -> Trainer:
-    """The trainer of the models that a configuration without `auto` names."""
-    where = load_options(config.model, device)
+    """Load student, teacher and processor; `config` is resolved, without `auto`."""
+    options = load_options(config.model, device)
     processor = load_processor(config.model.student)
-    student = load_model(config.model.student, seed=config.seed, **where)
+    student = load_model(config.model.student, seed=config.seed, **options)
     teacher = None
     if config.method == "opd":
-        teacher = Teacher(load_frozen(config.model.teacher, config, **where))
+        teacher = Teacher(load_frozen(config.model.teacher, config, **options))
     elif config.method == "grpo" and config.grpo.kl_coef:
-        teacher = Teacher(load_frozen(config.model.student, config, **where))
+        teacher = Teacher(load_frozen(config.model.student, config, **options))
     policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
     return Trainer(config, processor, student, teacher, policy)
 
 
-def run(
-    trainer: Trainer,
-    folder: RunFolder,
-    pool: Prompts,
-    held_out: Prompts,
-    signalled: Signals,
-    started: float,
-) -> dict[str, Evaluation | None]:
-    """Evaluate, train from the step that the trainer has reached, evaluate, save the student."""
-    config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
-    student, teacher = trainer.student, trainer.teacher
+@dataclass
+class Run:
+    """A run in progress: its trainer, its folder, and the prompts to train and to evaluate on."""
 
-    def score(name: str, lm: VideoLM = student) -> Evaluation:
-        path = folder.path / f"eval_{name}.jsonl"
-        if distributed.from_first(path.is_file):  # made before the run was stopped
+    trainer: Trainer
+    folder: RunFolder
+    pool: Prompts
+    held_out: Prompts
+    unusable: dict[str, list[str]]  # lines about examples that could not be read, by split
+    started: float  # on time.perf_counter
+    interrupts: Interrupts
+
+    def __post_init__(self) -> None:
+        self.config, self.ledger = self.trainer.config, self.trainer.ledger
+        self.progress = self.trainer.progress
+
+    def go(self) -> dict[str, Evaluation | None]:
+        """Evaluate, train the remaining steps, evaluate again, save the student."""
+        config, progress, before = self.config, self.progress, None
+        if config.eval.before:
+            before = self.evaluate("before") if progress.step else self.add_to_curve("before")
+        self.ledger.close_step()  # evaluating belongs to no step
+        self.evaluate_on_the_way()  # where the run was stopped during such an evaluation
+        with progress_bar(
+            total=config.steps, initial=progress.step, desc=config.method, unit="step"
+        ) as bar:
+            for step, step_batches, begun in self.steps():
+                row = self.trainer.step(step_batches, step)
+                row["step_s"] = time.perf_counter() - begun
+                progress.train_s += row["step_s"]
+                self.ledger.close_step(row)
+                self.folder.write(self.ledger.closed())
+                numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
+                bar.set_postfix_str(", ".join([*numbers, self.ledger.shares()]))
+                bar.update()
+                progress.first_step_s = progress.first_step_s or time.perf_counter() - self.started
+                if progress.skipped_in_a_row >= config.max_skipped:
+                    raise Stopped(f"no finite loss in {config.max_skipped} steps: stopped", 1)
+                self.interrupts.check()
+                self.evaluate_on_the_way()
+                if config.save_every and progress.step % config.save_every == 0:
+                    self.save_state()
+        after, of_teacher, teacher = self.add_to_curve("after"), None, self.trainer.teacher
+        if teacher is not None and config.method == "opd" and config.eval.teacher:
+            of_teacher = self.evaluate("teacher", teacher.lm)
+        with self.ledger.phase("checkpoint"):
+            self.save_student()
+        return {"before": before, "after": after, "teacher": of_teacher}
+
+    def steps(self) -> Iterator[tuple[int, list[PromptBatch], float]]:
+        """Remaining steps: number, micro-batches, start. A round chooses its examples first."""
+        config, trainer, pool = self.config, self.trainer, self.pool
+        for number, steps in enumerate(curriculum.rounds(config.steps, config.curriculum.rounds)):
+            remaining = range(max(steps.start, self.progress.step), steps.stop)
+            if not remaining:
+                continue
+            phase, label = self.ledger.phase("curriculum"), trainer.counter.label("curriculum")
+            with phase, label, trainer.engine.gathered_weights():
+                chosen = curriculum.choose(
+                    trainer.student,
+                    trainer.teacher,
+                    pool,
+                    trainer.policy,
+                    config,
+                    self.folder.path,
+                    number,
+                    progress=lambda _: self.interrupts.check(),
+                )
+            self.ledger.close_step()  # choosing belongs to no step
+            weights = [pool.examples[i].weight for i in chosen]
+            seed = config.seed + number
+            plan = schedule(len(chosen), len(steps), config.batch_size, seed, weights)
+            plan = [[chosen[i] for i in batch] for batch in plan[remaining.start - steps.start :]]
+            shares = micro_batches(config)
+            micro_plan = [[batch[i] for i in share] for batch in plan for share in shares]
+            models = list(trainer.costs)
+            loader = batches(pool, micro_plan, trainer.student.device, models, refill=True)
+            for step in remaining:
+                begun = time.perf_counter()
+                with self.ledger.phase("decode-wait"):
+                    step_batches = [next(loader) for _ in shares]
+                yield step, step_batches, begun
+
+    def evaluate(self, name: str, lm: VideoLM | None = None) -> Evaluation:
+        """Evaluate the student or `lm`; read the result where a stopped run has written it."""
+        trainer, path = self.trainer, self.folder.path / f"eval_{name}.jsonl"
+        if distributed.from_first(path.is_file):
             return Evaluation.read(path)
-        bar = progress_bar(total=len(held_out), desc=f"evaluate {name}", unit="query")
+        bar = progress_bar(total=len(self.held_out), desc=f"evaluate {name}", unit="query")
 
-        def answered(queries: int) -> None:
-            bar.update(queries)
-            signalled.obey()
+        def answered(num_queries: int) -> None:
+            bar.update(num_queries)
+            self.interrupts.check()
 
-        phases = ledger.phase("evaluate"), trainer.counter.label("evaluation")
-        with phases[0], phases[1], bar, trainer.engine.gathered_weights():
-            return evaluate(lm, held_out, trainer.policy, config, path, answered)
+        phase, label = self.ledger.phase("evaluate"), trainer.counter.label("evaluation")
+        with phase, label, bar, trainer.engine.gathered_weights():
+            lm = lm or trainer.student
+            return evaluate(lm, self.held_out, trainer.policy, self.config, path, answered)
 
-    def mark(name: str) -> Evaluation:
-        """Evaluate the student, and note what it had cost until then."""
-        folder.write(ledger.closed(wait=True))
-        point = {
-            "step": progress.step,
-            "rollouts": progress.rollouts,
-            "generated_tokens": progress.generated_tokens,
-            "device_s": ledger.everywhere(),
+    def add_to_curve(self, name: str) -> Evaluation:
+        """Evaluate the student, and add the scores and the cost until now to `curve.jsonl`."""
+        self.folder.write(self.ledger.closed(wait=True))
+        cost = {
+            "step": self.progress.step,
+            "rollouts": self.progress.rollouts,
+            "generated_tokens": self.progress.generated_tokens,
+            "device_s": self.ledger.everywhere(),
         }
-        found = score(name)
-        folder.add_to_curve(point | found.summary)
-        if config.keep_best is not None and name != "before":
-            keep_if_best(trainer, folder, config.keep_best)
-        return found
+        evaluation = self.evaluate(name)
+        self.folder.add_to_curve(cost | evaluation.summary)
+        if self.config.keep_best is not None and name != "before":
+            self.keep_if_best(self.config.keep_best)
+        return evaluation
 
-    def on_the_way() -> None:
-        step, every = progress.step, config.eval.every
-        if every and step % every == 0 and 0 < step < config.steps:
-            mark(f"step_{step}")
-            ledger.close_step()  # evaluating belongs to no step
+    def evaluate_on_the_way(self) -> None:
+        """Evaluate the student if the current step is one of `eval.every`."""
+        step, every = self.progress.step, self.config.eval.every
+        if every and step % every == 0 and 0 < step < self.config.steps:
+            self.add_to_curve(f"step_{step}")
+            self.ledger.close_step()  # evaluating belongs to no step
 
-    before = None
-    if config.eval.before:
-        before = score("before") if progress.step else mark("before")
-    ledger.close_step()
-    on_the_way()  # where a stop fell into it
-    with progress_bar(
-        total=config.steps, initial=progress.step, desc=config.method, unit="step"
-    ) as bar:
-        for step, micro_batches, begun in steps_left(trainer, folder, pool, signalled):
-            row = trainer.step(micro_batches, step)
-            row["step_s"] = time.perf_counter() - begun
-            progress.train_s += row["step_s"]
-            ledger.close_step(row)
-            folder.write(ledger.closed())
-            numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
-            bar.set_postfix_str(", ".join([*numbers, ledger.shares()]))
-            bar.update()
-            progress.first_step_s = progress.first_step_s or time.perf_counter() - started
-            if progress.skipped_in_a_row >= config.max_skipped:
-                raise Stopped(f"{config.max_skipped} losses in a row that are no numbers", 1)
-            signalled.obey()
-            on_the_way()
-            if config.save_every and progress.step % config.save_every == 0:
-                progress.wall_s = time.perf_counter() - started
-                folder.write(ledger.closed(wait=True))
-                with ledger.phase("checkpoint"):
-                    folder.states.save(progress.step, trainer.save)
-    after = mark("after")
-    scored_teacher = None
-    if teacher is not None and config.method == "opd" and config.eval.teacher:
-        scored_teacher = score("teacher", teacher.lm)
-    with ledger.phase("checkpoint"):
-        weights, model = trainer.engine.weights(), config.model
+    def keep_if_best(self, score: str) -> None:
+        """Save the student in `best`, atomically, unless an earlier evaluation scored as high."""
+
+        def is_best() -> bool:
+            rows = read_rows(self.folder.path / "curve.jsonl")
+            rows = [row for row in rows if row[score] is not None and row["step"]]
+            best = max(rows, key=lambda row: row[score], default=None)
+            return best is not None and best["step"] == self.progress.step
+
+        if distributed.from_first(is_best):
+            part, best = self.folder.path / "best.part", self.folder.path / "best"
+            with self.ledger.phase("checkpoint"):
+                trainer, config = self.trainer, self.config
+                weights = trainer.engine.weights()
+                if distributed.is_first():
+                    shutil.rmtree(part, ignore_errors=True)
+                    save_student(trainer.student, weights, trainer.processor, part, config.model)
+                    shutil.rmtree(best, ignore_errors=True)
+                    part.rename(best)
+
+    def save_student(self) -> None:
+        """Save the trained student as a checkpoint, and with LoRA its adapter, too."""
+        trainer, path, model = self.trainer, self.folder.path, self.config.model
+        weights = trainer.engine.weights()
         if distributed.is_first():
-            save_student(student, weights, trainer.processor, folder.path / "student", model)
+            save_student(trainer.student, weights, trainer.processor, path / "student", model)
             if model.lora_rank is not None:
                 settings = model.lora_rank, model.lora_alpha, model.student
-                save_adapter(weights, folder.path / "adapter", *settings)
-    return {"before": before, "after": after, "teacher": scored_teacher}
+                save_adapter(weights, path / "adapter", *settings)
 
+    def save_state(self) -> None:
+        """Save what a resumed run continues from."""
+        self.read_clock()
+        self.folder.write(self.ledger.closed(wait=True))
+        with self.ledger.phase("checkpoint"):
+            self.folder.states.save(self.progress.step, self.trainer.save)
 
-def keep_if_best(trainer: Trainer, folder: RunFolder, name: str) -> None:
-    """Leave the student in `best`, whole or not at all, if no evaluation had a higher score."""
+    def read_clock(self) -> None:
+        """Set the wall time of the run so far."""
+        self.progress.wall_s = time.perf_counter() - self.started
 
-    def is_best() -> bool:
-        rows = read_rows(folder.path / "curve.jsonl")
-        rows = [row for row in rows if row[name] is not None and row["step"]]
-        best = max(rows, key=lambda row: row[name], default=None)
-        return best is not None and best["step"] == trainer.progress.step
-
-    if distributed.from_first(is_best):
-        part, best = folder.path / "best.part", folder.path / "best"
-        with trainer.ledger.phase("checkpoint"):
-            weights, model = trainer.engine.weights(), trainer.config.model
-            if distributed.is_first():
-                shutil.rmtree(part, ignore_errors=True)
-                save_student(trainer.student, weights, trainer.processor, part, model)
-                shutil.rmtree(best, ignore_errors=True)
-                part.rename(best)
-
-
-def steps_left(
-    trainer: Trainer, folder: RunFolder, pool: Prompts, signalled: Signals
-) -> Iterator[tuple[int, list[PromptBatch], float]]:
-    """Each step from the one that the trainer has reached, its batches, and when it began. A round
-    chooses its examples before its first step."""
-    config, ledger, counter = trainer.config, trainer.ledger, trainer.counter
-    for number, steps in enumerate(curriculum.rounds(config.steps, config.curriculum.rounds)):
-        left = range(max(steps.start, trainer.progress.step), steps.stop)
-        if not left:
-            continue
-        phases = ledger.phase("curriculum"), counter.label("curriculum")
-        with phases[0], phases[1], trainer.engine.gathered_weights():
-            chosen = curriculum.choose(
-                trainer.student,
-                trainer.teacher,
-                pool,
-                trainer.policy,
-                config,
-                folder.path,
-                number,
-                lambda _: signalled.obey(),
-            )
-        ledger.close_step()  # choosing belongs to no step
-        weights = [pool.examples[i].weight for i in chosen]
-        seed = config.seed + number
-        plan = schedule(len(chosen), len(steps), config.batch_size, seed, weights)
-        plan = [[chosen[i] for i in indices] for indices in plan[left.start - steps.start :]]
-        shares = micro_batches(config)
-        micro_plan = [[step[i] for i in positions] for step in plan for positions in shares]
-        loader = batches(pool, micro_plan, trainer.student.device, list(trainer.costs), refill=True)
-        for step in left:
-            begun = time.perf_counter()
-            with ledger.phase("decode-wait"):
-                made = [next(loader) for _ in shares]
-            yield step, made, begun
+    def write_left_out(self) -> dict[str, int]:
+        """Write which examples could not be used; returns their number by split."""
+        lines = dict(self.unusable)
+        for split, prompts in (("train", self.pool), ("eval", self.held_out)):
+            lines[split] = lines[split] + [*distributed.gather_dict(prompts.broken).values()]
+        self.folder.write_left_out(lines)
+        return {split: len(of_split) for split, of_split in lines.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; a user's mistake ends with one line and exit code 2."""
+    """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
@@ -276,10 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
         fail(error)
     except Stopped as stopped:
         fail(stopped, stopped.exit_code)
-    else:
-        if distributed.is_first():
-            print(table(summary))
-            print(f"run folder: {config.run_dir}")
+    if distributed.is_first():
+        print(table(summary))
+        print(f"run folder: {config.run_dir}")
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_a_stopped_run_goes_on_in_the_same_order(kind, after, whole, videos, tmp
         calls[0] += 1
         row = original(self, *arguments)
         if calls[0] == after:
-            monkeypatch.setattr("opd.record.interrupts.Signals.obey", stop)
+            monkeypatch.setattr("opd.record.interrupts.Interrupts.check", stop)
         return row
 
     def stop(self: Any) -> None:

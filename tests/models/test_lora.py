@@ -83,17 +83,17 @@ def test_a_stopped_run_goes_on_with_its_adapters(videos: Path, tmp_path: Path) -
     run(videos, tmp_path / "whole", *keys, *more)
 
     from opd.errors import Stopped
-    from opd.record.interrupts import Signals
+    from opd.record.interrupts import Interrupts
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         calls = [0]
 
-        def obey(_: Signals) -> None:
+        def check(_: Interrupts) -> None:
             calls[0] += 1
             if calls[0] == 4:
                 raise Stopped("stopped", 130)
 
-        patch.setattr(Signals, "obey", obey)
+        patch.setattr(Interrupts, "check", check)
         run(videos, tmp_path / "run", *keys, *more)
     run(videos, tmp_path / "run", *keys, *more, "resume=auto")
     name = "student/model.safetensors"

@@ -1,4 +1,4 @@
-"""What a run says of itself: signals, losses that are no numbers, the ledger, the commands."""
+"""What a run reports: health of its steps, losses that are not finite, the ledger, the commands."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-# Signals by hand.
+# Health by hand.
 
 
 class Characters:
@@ -100,10 +100,10 @@ def test_signals_by_hand() -> None:
     }
 
 
-# Losses that are no numbers.
+# Losses that are not finite.
 
 
-def test_weights_that_are_no_numbers_stop_the_run(
+def test_weights_that_are_not_finite_stop_the_run(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trainer = opd.train.make_trainer
@@ -119,7 +119,7 @@ def test_weights_that_are_no_numbers_stop_the_run(
         brief(videos, tmp_path / "run", "steps=9", "max_skipped=3")
     assert caught.value.exit_code == 1
     assert str(caught.value) == (
-        "3 losses in a row that are no numbers after step 3 of 9; resume=auto goes on from there"
+        "no finite loss in 3 steps: stopped after step 3 of 9; resume=auto continues from there"
     )
     assert [row["loss"] for row in rows(tmp_path / "run")] == [None] * 3
     assert all(len(row["skipped"]) == 2 for row in rows(tmp_path / "run"))

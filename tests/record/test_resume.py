@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
             break
         except Stopped as error:
             stopped += 1
-            assert "resume=auto goes on from there" in str(error)
+            assert "resume=auto continues from there" in str(error)
             assert error.exit_code in (130, 143)
             assert not (tmp_path / "run" / "summary.json").exists()
     assert stopped == (calls[0] >= at)
@@ -109,7 +109,7 @@ def test_sigterm_as_a_user_meets_it(whole: list[Any], videos: Path, tmp_path: Pa
     done = len(metric_rows(run_dir))
     last = errors.rstrip().splitlines()[-1]
     assert last == (
-        f"error: SIGTERM: stopped after step {done} of 6; resume=auto goes on from there"
+        f"error: SIGTERM: stopped after step {done} of 6; resume=auto continues from there"
     )
     assert "Traceback" not in errors
     run(videos, run_dir, *SHORT, "resume=auto")
