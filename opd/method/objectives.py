@@ -1,17 +1,19 @@
-"""Objectives: hidden states -> loss and per-token statistics, summed over valid completion tokens.
+"""Objectives: from hidden states to a loss, summed over completion tokens, and token statistics.
 
     reverse_kl   sum_t sum_v p_S(v) (log p_S(v) - log p_T(v))    over the allowed vocabulary
     sampled      -sum_t rho_t A_t                                Video-OPD (arXiv 2602.02994), with
                  A_t = sg[log p_T(y_t) - log p_S(y_t)] and rho_t = p_S(y_t) / sg p_S(y_t)
     jsd          sum_t JSD_beta(p_T, p_S)                        beta 0 is the forward KL
     topk         sum_t KL(p_S || p_T) on the k likeliest tokens  renormalised, or with a tail
-    constant     sum_t log p_S(y_t)                              a control: the advantage is -1
+    constant     sum_t log p_S(y_t)                              control: every advantage is -1
     sft          -sum_t log p_S(y_t)                             on the reference answer
-    grpo         -sum_t min(rho_t A, clip(rho_t) A) + kl_coef KL to the student as it started
-                 A one completion's advantage over its group, rho_t = p_S(y_t) / p_old(y_t)
+    grpo         -sum_t min(rho_t A, clip(rho_t) A) + kl_coef KL(p_S || initial p_S), where A is
+                 the completion's advantage over its group and rho_t = p_S(y_t) / p_old(y_t)
 
-Every distribution is the policy's: its allowed tokens and its temperature, for student and teacher
-alike. Each objective runs inside the forward of the student's head, which owns the weight.
+S is the student, T the teacher, y the completion. Every distribution is restricted to the policy's
+allowed tokens at the policy's temperature, for student and teacher alike. An objective runs inside
+the forward of the student's head, which owns the weight. To add one, write a function with the
+signature of `Objective` and name it in `OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -34,8 +36,8 @@ from opd.generation.sampling import Policy
 
 
 class Loss(NamedTuple):
-    """`loss` is a differentiable scalar, a sum over tokens. The rest is detached, fp32 `[N]`, one
-    value per valid token. A tuple, because sharding engines look for tensors in tuples alone."""
+    """Result of an objective: `loss` is a differentiable scalar, the sum over N tokens; all others
+    are detached fp32 `[N]`. It is a tuple because sharding engines find tensors only in tuples."""
 
     loss: torch.Tensor
     token_kl: torch.Tensor | None = None
@@ -44,20 +46,23 @@ class Loss(NamedTuple):
     student_logprobs: torch.Tensor | None = None
 
     def cpu(self) -> "Loss":
-        """The same numbers, without a graph."""
-        found = {k: fetch(v) for k, v in self._asdict().items() if v is not None}
-        return Loss(**found)
+        """The same values on the host, without a graph."""
+        values = {name: fetch(v) for name, v in self._asdict().items() if v is not None}
+        return Loss(**values)
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a loss compares the student with: N valid completion tokens, and the teacher's view of
-    them.
+    """Targets of a loss at N completion tokens.
 
-    `token_ids` int64 `[N]`; `teacher_hidden` `[N, H_T]` and `teacher_lm_head` `[V', H_T]`, absent
-    for sft, and for grpo those of the starting student, if it is asked for. `advantages` and
-    `old_logprobs` fp32 `[N]` are those of grpo; without the latter rho is 1. `token_weight` is the
-    factor of every token's loss.
+    Attributes:
+        token_ids: int64 `[N]`, the tokens of the completions.
+        policy: allowed tokens and temperature.
+        teacher_hidden, teacher_lm_head: `[N, H_T]` and `[V', H_T]`; of the initial student for
+            grpo with `kl_coef`; None for sft and for grpo without it.
+        advantages: fp32 `[N]`; None where the objective uses no rewards.
+        old_logprobs: fp32 `[N]`, of the student that sampled; None means the current one, rho = 1.
+        token_weight: factor of every token's loss.
     """
 
     token_ids: torch.Tensor
@@ -73,15 +78,14 @@ class Targets:
 def reverse_kl(
     targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor
 ) -> Loss:
-    """Full-vocabulary KL(student || teacher), `student_hidden` `[N, H]`, gradients made in
-    forward."""
+    """Full-vocabulary KL(student || teacher); gradients are computed in forward."""
     return _divergence(targets, linear_reverse_kl, student_hidden, student_lm_head)
 
 
 def sampled(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-    """The published policy gradient on the sampled tokens: no clip, no baseline.
+    """The published policy gradient on the sampled tokens, without clip and baseline.
 
-    One update follows each batch of rollouts, so the old log-probability is the current one,
+    One update follows each batch of rollouts, so that the old log-probability is the current one,
     detached, and rho is 1.
     """
     sides = student_hidden, student_lm_head
@@ -89,20 +93,20 @@ def sampled(targets: Targets, student_hidden: torch.Tensor, student_lm_head: tor
 
 
 def jsd(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-    """The generalised Jensen-Shannon divergence; `token_kl` is its value."""
+    """Generalised Jensen-Shannon divergence with `opd.beta`; `token_kl` is its value."""
     sides = student_hidden, student_lm_head
     return _divergence(targets, linear_reverse_kl, *sides, beta=targets.config.opd.beta)
 
 
 def topk(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-    """The reverse KL on the likeliest tokens of one side; `token_kl` is its value."""
+    """Reverse KL on the `opd.k` likeliest tokens of one model; `token_kl` is its value."""
     chosen = targets.config.opd
     rules = {"k": chosen.k, "support": chosen.support, "tail": chosen.tail}
     return _divergence(targets, topk_reverse_kl, student_hidden, student_lm_head, **rules)
 
 
 def constant(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-    """What the same advantage, -1, for every token does: a control for `sampled`."""
+    """Policy gradient with an advantage of -1 for every token; a control for `sampled`."""
     with torch.no_grad():
         exact = reverse_kl(targets, student_hidden, student_lm_head)
     out = linear_policy_loss(
@@ -118,7 +122,7 @@ def constant(targets: Targets, student_hidden: torch.Tensor, student_lm_head: to
 def with_reward(
     targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor
 ) -> Loss:
-    """The configured objective plus `opd.reward_coef` times the group's policy gradient."""
+    """The configured objective plus `opd.reward_coef` times the objective of grpo."""
     sides = student_hidden, student_lm_head
     distilled = OBJECTIVES[targets.config.objective](targets, *sides)
     weight = targets.config.opd.reward_coef * targets.token_weight
@@ -138,7 +142,7 @@ def sft(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.T
 
 
 def grpo(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:
-    """The clipped surrogate of the group's advantages (arXiv 2402.03300)."""
+    """Clipped policy gradient with the advantages of groups (arXiv 2402.03300)."""
     assert targets.advantages is not None
     rules = _rules(targets, student_hidden)
     reference = None
@@ -166,7 +170,7 @@ def grpo(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.
     return Loss(out.loss, student_entropy=out.entropy, student_logprobs=out.logprobs)
 
 
-# (targets, student_hidden [N, H], student_lm_head [V, H]) -> loss
+# Takes targets, student_hidden [N, H] and student_lm_head [V, H].
 Objective = Callable[[Targets, torch.Tensor, torch.Tensor], Loss]
 
 OBJECTIVES: dict[str, Objective] = {
@@ -181,7 +185,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective that a run minimises."""
+    """The objective that the configuration names."""
     if config.opd.reward_coef:
         return with_reward
     return OBJECTIVES[config.objective if config.method == "opd" else config.method]
@@ -214,7 +218,7 @@ def _divergence(
 
 
 def _rules(targets: Targets, student_hidden: torch.Tensor) -> dict[str, Any]:
-    """What every loss is told: the policy, and the weights of the tokens."""
+    """Keyword arguments of every fused loss: the policy, and the weights of the tokens."""
     count, dtype = len(student_hidden), torch.promote_types(student_hidden.dtype, torch.float32)
     return {
         "allowed_columns": targets.policy.allowed_columns,

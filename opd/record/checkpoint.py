@@ -1,4 +1,4 @@
-"""How a run is stopped, what it goes on from, and the rows that it leaves."""
+"""Saved states of a run, from which it can be resumed, and its progress counters."""
 
 import json
 import os
@@ -16,43 +16,46 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come; saved with its state."""
 
     step: int = 0  # steps done
-    skipped: int = 0  # of them, without a finite loss and gradient
+    skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     prompt_tokens: int = 0
-    rollouts: int = 0  # sampled to train on
-    generated_tokens: int = 0  # in them, end tokens included
-    trained_rollouts: int = 0  # of them; all, where none are told apart
-    equal_groups: int = 0  # of method grpo: nothing to learn from
-    first_step_s: float = 0.0  # from the start to its end
-    train_s: float = 0.0  # in steps
-    wall_s: float = 0.0
+    rollouts: int = 0  # sampled for training
+    generated_tokens: int = 0  # of these rollouts, end tokens included
+    trained_rollouts: int = 0  # rollouts with tokens in the loss
+    equal_groups: int = 0  # groups of equal rewards, method grpo
+    first_step_s: float = 0.0  # from the start of the run to the end of its first step
+    train_s: float = 0.0  # sum over steps
+    wall_s: float = 0.0  # until the state was last saved, or the end
 
-    def count(self, finite: bool, **more: int) -> None:
-        """One more step is done; `more` is added to the fields of its names."""
+    def count(self, finite: bool, **counts: int) -> None:
+        """Add a step, and `counts` to the fields of the same names."""
         self.step += 1
-        for name, number in more.items():
+        for name, number in counts.items():
             setattr(self, name, getattr(self, name) + number)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
 
 class Checkpoints:
-    """The states of a run, a folder each (`step_N`): written aside, with a checksum of every file,
-    then renamed, so that none is ever half there; the last `keep` of them stay."""
+    """Saved states of a run, one folder `step_N` each, of which the last `keep` are retained.
+
+    A state is written to a temporary folder together with a checksum of every file, and then
+    renamed, so that an interrupted save leaves no partial state.
+    """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """Of the states that are there, in order."""
-        found = self.folder.glob("step_*") if self.folder.is_dir() else ()
-        return sorted(int(path.name.removeprefix("step_")) for path in found)
+        """Steps of the saved states, ascending."""
+        states = self.folder.glob("step_*") if self.folder.is_dir() else ()
+        return sorted(int(path.name.removeprefix("step_")) for path in states)
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Keep what `write` puts into the folder that it is given, on every rank."""
+        """Save a state: on every rank, `write` is called with the folder to write to."""
         part, path = self.folder / "part", self.folder / f"step_{step}"
         if distributed.is_first():
             shutil.rmtree(part, ignore_errors=True)
@@ -71,33 +74,36 @@ class Checkpoints:
         distributed.barrier()
 
     def load(self, read: Callable[[Path], object]) -> None:
-        """Give the last state's folder to `read`. Raises ConfigError for one that is damaged or of
-        another number of ranks."""
+        """Load the last state: `read` is called with its folder. Raises ConfigError if the state is
+        damaged or was saved by another number of ranks."""
         *earlier, last = self.steps()
         path = self.folder / f"step_{last}"
-        told = f"delete it to go on from {f'step_{earlier[-1]}' if earlier else 'the start'}"
+        remedy = f"delete it to resume from {f'step_{earlier[-1]}' if earlier else 'the start'}"
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             ranks, files = manifest["ranks"], manifest["files"]
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path}: no readable {MANIFEST} in it; {told}") from error
+            raise ConfigError(f"{path}: no readable {MANIFEST}; {remedy}") from error
         if ranks != distributed.world_size():
             here = distributed.world_size()
-            raise ConfigError(f"{path}: saved by {ranks} ranks, these are {here}; start {ranks}")
-        found = _checksums(path)
-        for name in sorted(files.keys() | found.keys()):
-            if files.get(name) != found.get(name):
-                what = "missing" if name not in found else "not as it was written"
-                raise ConfigError(f"{path}: {name} is {what}; {told}")
+            raise ConfigError(
+                f"{path}: saved by {ranks} ranks, but this run has {here}; start it with {ranks}"
+            )
+        checksums = _checksums(path)
+        for name in sorted(files.keys() | checksums.keys()):
+            if files.get(name) != checksums.get(name):
+                state = "missing" if name not in checksums else "damaged"
+                raise ConfigError(f"{path}: {name} is {state}; {remedy}")
         read(path)
 
     def clear(self) -> None:
-        """Remove them all."""
+        """Remove all saved states."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Of every file below a folder, by its name there; the ranks share the work. Flushes them."""
+    """Checksum of every file in a folder, by its path there, after flushing it to disk; the ranks
+    share the work."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     mine = paths[distributed.rank() :: distributed.world_size()]
     for path in mine:

@@ -1,4 +1,4 @@
-"""The environment of a run: versions, hardware, commit, command line."""
+"""The environment of a run or an evaluation, as it is stored beside its results."""
 
 import os
 import platform
@@ -16,15 +16,14 @@ LIBRARIES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "deco
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, the commit of these sources where they are a checkout, and the command
-    line."""
+    """Versions, hardware, command line, and the commit if the sources are a git checkout."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    versions["torch"] = torch.__version__  # with its build
+    versions["torch"] = torch.__version__  # with the build, such as +cu128
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     try:

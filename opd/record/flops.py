@@ -1,4 +1,8 @@
-"""FLOPs of a step from the shapes of its models, and the share of a device's peak."""
+"""FLOPs of a step, computed from the shapes of its models and prompts, and MFU.
+
+Counted are matrix products and attention, with a multiplication and an addition as two operations;
+causal attention counts half of its pairs, a backward twice its forward.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +14,9 @@ from torch import nn
 from opd.data.batch import PromptBatch
 from opd.models.video_lm import VideoLM
 
-FLOPS: tuple[str, ...] = ("student", "teacher", "recompute")
+FLOPS: tuple[str, ...] = ("student", "teacher", "recompute")  # who spends them
 
-
-PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; makers' data sheets
+PEAK_FLOPS = {  # dense bf16 FLOPs per second by a part of the device's name; from data sheets
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
@@ -23,8 +26,8 @@ PEAK_FLOPS = {  # dense bf16 per second, by a part of the device's name; makers'
 
 
 def mfu(flops: dict[str, float], seconds: float) -> float | None:
-    """Share of the device's dense bf16 peak that the run's FLOPs, recomputation left out, made of
-    its seconds; None where the peak is not known."""
+    """Model FLOPs utilisation: FLOPs without recomputation, over `seconds` at the device's dense
+    bf16 peak; None where the peak is unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peaks = [peak for part, peak in PEAK_FLOPS.items() if part in name]
     useful = flops["student"] + flops["teacher"]
@@ -32,31 +35,32 @@ def mfu(flops: dict[str, float], seconds: float) -> float | None:
 
 
 def elements(parameter: torch.Tensor) -> int:
-    """Of a weight, whole also where it is sharded."""
+    """Number of elements of a weight; of the whole weight if it is sharded."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a model's forward, from its shapes: matrix products and attention; a multiplication
-    and an addition are two."""
+    """FLOPs of a model's forward."""
 
-    per_token: float  # of all layers
-    per_pair: float  # of a query with a key, all layers
-    per_head: float  # of a token through the language-model head
+    per_token: float  # a token in all layers
+    per_pair: float  # a query with a key, in all layers
+    per_head: float  # a token in the language-model head
     num_layers: int
-    per_patch: float
-    per_vision_token: float  # mergers
+    per_patch: float  # a patch in all vision layers
+    per_vision_token: float  # a vision token in the mergers
     patches_per_token: int
-    vision_windows: tuple[int | None, ...]  # patches each vision layer attends to; None is a frame
-    per_vision_pair: float  # one layer
+    vision_windows: tuple[int | None, ...]  # patches that a vision layer attends to; None: a frame
+    per_vision_pair: float  # a query with a key, in one vision layer
 
     @classmethod
     def of(cls, lm: VideoLM) -> "Cost":
+        """Read the shapes of a model."""
+
         def linear(*modules: Any) -> float:
             kinds = (nn.Linear, nn.Conv3d)
-            found = [m for module in modules for m in module.modules() if isinstance(m, kinds)]
-            return 2.0 * sum(elements(m.weight) for m in found)
+            layers = [m for module in modules for m in module.modules() if isinstance(m, kinds)]
+            return 2.0 * sum(elements(m.weight) for m in layers)
 
         text, vision = lm.model.config.text_config, lm.model.config.vision_config
         layers, visual = lm.language_model.layers, lm.visual
@@ -77,7 +81,7 @@ class Cost:
         )
 
     def vision(self, grid_thw: tuple[int, int, int]) -> float:
-        """The tower on one video; `grid_thw` in patches."""
+        """Vision tower on one video; `grid_thw` is in patches."""
         frames, rows, columns = grid_thw
         patches, frame = frames * rows * columns, rows * columns
         pairs = sum(patches * min(frame, window or frame) for window in self.vision_windows)
@@ -87,12 +91,12 @@ class Cost:
         )
 
     def prompt(self, batch: int, length: int) -> float:
-        """Prefill of `batch` prompts of `length` tokens, padding included; causal pairs at half."""
+        """Prefill of `batch` prompts of `length` tokens, padding included."""
         return batch * (self.per_token * length + self.per_pair * length**2 / 2)
 
     def completions(self, batch: int, length: int, rollouts: int, tokens: int) -> float:
-        """`tokens` more per rollout after prompts of `length`: all at once or one by one, the
-        same."""
+        """Extension of each prompt of `length` tokens by `rollouts` completions of `tokens` tokens,
+        in one pass or token by token."""
         pairs = tokens * length + tokens**2 / 2
         return batch * rollouts * (self.per_token * tokens + self.per_pair * pairs)
 
@@ -100,29 +104,30 @@ class Cost:
 def step_flops(
     costs: dict[VideoLM, Cost],
     forwarded: Sequence[PromptBatch],
-    drawn: torch.Tensor | None,
+    decoded: torch.Tensor | None,
     trained: Sequence[PromptBatch],
     completion_mask: torch.Tensor,
     recomputed_layers: int,
 ) -> dict[str, float]:
-    """FLOPs of one micro-batch, by who spends them. Vision towers are counted for every video, also
-    where its tokens were kept from an earlier step.
+    """FLOPs of one micro-batch, by the names of `FLOPS`. Every video is charged to the vision tower,
+    also where its tokens were cached by an earlier step.
 
     Args:
-        costs: of the student, and then of the teacher if there is one.
-        forwarded: what the student's prompt forwards were; drawn: the mask `[B, R, T]` of the
-            completions that were decoded here, if they were.
-        trained: those of `forwarded` that the teacher and the backward see, and the mask of their
-            completions, `[B', R', T']`.
+        costs: of the student, then of the teacher if there is one.
+        forwarded: parts of the batch whose prompts the student forwarded.
+        decoded: mask `[B, R, T]` of the completions that were sampled; None where none were.
+        trained: those of `forwarded` that the teacher and the backward see.
+        completion_mask: `[B', R', T']`, of the completions of `trained`.
+        recomputed_layers: number of layers whose prompt forward is repeated in backward.
     """
-    (_, rollouts, longest), valid = completion_mask.shape, int(completion_mask.sum())
-    result = dict.fromkeys(FLOPS, 0.0)
+    (_, rollouts, longest), num_tokens = completion_mask.shape, int(completion_mask.sum())
+    flops = dict.fromkeys(FLOPS, 0.0)
     for name, (lm, cost) in zip(FLOPS, costs.items(), strict=False):
 
         def of(
             parts: Sequence[PromptBatch], rollouts: int, tokens: int, cost: Cost = cost
         ) -> tuple[float, float, float]:
-            """Of vision towers, prompts and completions."""
+            """FLOPs of vision tower, prompts and completions."""
             sizes = [(len(part.input_ids), part.input_ids.shape[1]) for part in parts]
             return (
                 sum(cost.vision(prompt.grid_thw) for part in parts for prompt in part.prompts),
@@ -131,15 +136,16 @@ def step_flops(
             )
 
         vision, prefill, extension = of(trained, rollouts, longest - 1)
-        extension += cost.per_head * valid
+        extension += cost.per_head * num_tokens
         if name == "teacher":
-            result[name] = vision + prefill + extension
+            flops[name] = vision + prefill + extension
             continue
-        result[name] = 2 * vision * lm.trains_vision + 2 * prefill + 3 * extension  # backward, too
+        # Backward of everything, and the forward of the completions.
+        flops[name] = 2 * vision * lm.trains_vision + 2 * prefill + 3 * extension
         vision, forward, _ = of(forwarded, 0, 0)
-        result[name] += vision + forward
-        if drawn is not None:
-            _, _, decoding = of(forwarded, drawn.shape[1], drawn.shape[2] - 1)
-            result[name] += decoding + cost.per_head * drawn.numel()
-        result["recompute"] = prefill * recomputed_layers / cost.num_layers
-    return result
+        flops[name] += vision + forward
+        if decoded is not None:
+            _, _, decoding = of(forwarded, decoded.shape[1], decoded.shape[2] - 1)
+            flops[name] += decoding + cost.per_head * decoded.numel()
+        flops["recompute"] = prefill * recomputed_layers / cost.num_layers
+    return flops

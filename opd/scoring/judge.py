@@ -1,10 +1,10 @@
-"""Rewards of answers, and what a group of them says about each: pure functions of text and
-annotation.
+"""Judgement of one answer: the span or option that it names, whether it is right, and its reward.
+Pure functions of text and annotation.
 
-A reward is a weighted sum of terms in [0, 1] (`reward.*` in the configuration). The continuous ones
-need a true span, `choice` needs options; a term that an example cannot have is left out of its sum,
-so that grounding, VideoQA and grounded QA mix in one run (the dual reward of Temporal-R1, arXiv
-2506.01908).
+A reward is a weighted sum of terms in [0, 1], with the weights `reward.*` of the configuration.
+Terms about time need a true span, `choice` needs options. A term that does not apply to an example
+is left out of its sum, so that grounding, VideoQA and grounded QA mix in one run (the dual reward
+of Temporal-R1, arXiv 2506.01908).
 """
 
 from opd.config.method import RewardConfig
@@ -16,30 +16,33 @@ from opd.text.templates import DEFAULT, Template
 
 
 def boundary_tiou(predicted: Span | None, truth: tuple[Span, ...], duration_s: float) -> float:
-    """tIoU (1 - |ds|/T) (1 - |de|/T) with the best matching true span, T the video's length in
-    seconds: Time-R1's reward, which still tells two spans apart that miss by little."""
+    """Reward of Time-R1: tIoU (1 - |ds|/T) (1 - |de|/T) with the best matching true span.
+
+    ds and de are the errors of start and end, T is the video's length in seconds. The factors
+    separate spans of equal tIoU by the distance of their boundaries; 0 for None.
+    """
     if predicted is None:
         return 0.0
-    values = []
+    rewards = []
     for span in truth:
-        starts, ends = (abs(a - b) / duration_s for a, b in zip(predicted, span, strict=True))
-        values.append(tiou(predicted, span) * max(0.0, 1 - starts) * max(0.0, 1 - ends))
-    return max(values)
+        start, end = (abs(a - b) / duration_s for a, b in zip(predicted, span, strict=True))
+        rewards.append(tiou(predicted, span) * max(0.0, 1 - start) * max(0.0, 1 - end))
+    return max(rewards)
 
 
 def is_right(answer: str, example: Example, form: str | None = None) -> bool:
-    """Whether the right one of the example's options is chosen. With a form, here and below, the
-    answer must be written in it, and name its choice in so many words."""
+    """Whether the answer chooses the right option. Here and below, `form` (a name of `FORMS`)
+    accepts only answers written in that form, with an explicit choice; None accepts any form."""
     return parse_choice(answer, example.options or (), form is not None) == example.answer
 
 
 def named_span(answer: str, example: Example, form: str | None = None) -> Span | None:
-    """The moment in the example's video that an answer names."""
+    """The span that the answer names, in seconds; None where it names none within the video."""
     return parse_span(answer, example.duration_s, form, example.options or ())
 
 
 def readable(answer: str, example: Example, form: str | None = None) -> bool:
-    """Whether the answer names a moment, an option or both, as the example asks for."""
+    """Whether the answer names a span, an option or both, as the example asks for."""
     if example.options and parse_choice(answer, example.options, form is not None) is None:
         return False
     return not example.spans or named_span(answer, example, form) is not None
@@ -52,8 +55,10 @@ def reward(
     template: Template = DEFAULT,
     form: str | None = None,
 ) -> float:
-    """The weighted sum of the terms that this example can have; no string makes it raise. `format`
-    is about the form that the template asks for."""
+    """Weighted sum of the terms that apply to the example; never raises, whatever the answer.
+
+    The term `format` is 1 for an answer in the form that `template` asks for.
+    """
     terms: dict[str, float] = {}
     if example.spans:
         predicted = named_span(answer, example, form)

@@ -1,7 +1,7 @@
-"""The one metric library: temporal IoU and what is made of it, for reward, filter and evaluation.
+"""Metrics: temporal IoU and everything derived from it, for rewards, curricula and evaluation.
 
-Spans are `(start, end)` in seconds, scores are shares in [0, 1]. A prediction of None, or one
-that is reversed or empty, overlaps nothing and scores 0.
+Spans are `(start, end)` in seconds, scores are shares in [0, 1]. A prediction that is None, empty
+or reversed overlaps nothing and scores 0.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Summary = TypedDict(
         "queries": int,
     },
 )
-"""Of the queries with a true span."""
+"""Scores over the queries with a true span."""
 
 Choices = TypedDict(
     "Choices",
     {"accuracy": float, "sampled_accuracy": float | None, "acc@gqa": float | None},
 )
-"""Of the multiple-choice questions."""
+"""Scores over the multiple-choice questions."""
 
 
 def tiou(a: Span, b: Span) -> float:
@@ -41,8 +41,8 @@ def tiou(a: Span, b: Span) -> float:
     overlap = min(a[1], b[1]) - max(a[0], b[0])
     if overlap <= 0:
         return 0.0
-    # The union of spans that overlap, as the official scorers write it: a tIoU that is exactly a
-    # threshold falls on the same side of it after rounding.
+    # The union is computed as in the official scorers, so that a tIoU of exactly a threshold is
+    # rounded to the same side of it.
     return overlap / (max(a[1], b[1]) - min(a[0], b[0]))
 
 
@@ -50,7 +50,7 @@ def best_tiou(predicted: Span | None, truth: Sequence[Span]) -> float:
     """tIoU of a prediction with the best matching of several true spans; 0 for None.
 
     Raises:
-        ValueError: where there is no true span to compare with.
+        ValueError: without a true span.
     """
     if not truth:
         raise ValueError("a query has no true span")
@@ -60,9 +60,9 @@ def best_tiou(predicted: Span | None, truth: Sequence[Span]) -> float:
 def best_iop(predicted: Span | None, truth: Sequence[Span]) -> float:
     """Share of a prediction that the best matching true span covers (NExT-GQA's IoP); 0 for None.
 
-    It is no reward: nothing is easier to cover than a very short answer. NExT-GQA's own scorer
-    gives a prediction of no length inside a true span an IoP of 1, here it has 0 like all that is
-    empty; `parse_span` never returns one.
+    It is unfit as a reward, because very short predictions are covered most easily. NExT-GQA's own
+    scorer gives an empty prediction inside a true span an IoP of 1; here every empty prediction
+    scores 0, and `parse_span` never returns one.
     """
     if predicted is None or predicted[0] >= predicted[1]:
         return 0.0
@@ -72,10 +72,10 @@ def best_iop(predicted: Span | None, truth: Sequence[Span]) -> float:
 
 
 def miou(tious: Sequence[float]) -> float:
-    """Mean tIoU over queries, failures included as 0.
+    """Mean tIoU over queries; unreadable answers count as 0.
 
     Raises:
-        ValueError: where there are no queries.
+        ValueError: without queries.
     """
     if not tious:
         raise ValueError("no queries to average")
@@ -91,7 +91,7 @@ def recall_at(tious: Sequence[float], threshold: float, strict: bool = False) ->
         strict: count `tIoU > threshold` instead, as Time-R1 does.
 
     Raises:
-        ValueError: where there are no queries.
+        ValueError: without queries.
     """
     if not tious:
         raise ValueError("no queries to average")
@@ -109,14 +109,13 @@ def summarize(
 
     Args:
         greedy: one greedy answer per query, None where it could not be parsed.
-        sampled: the sampled answers of each query; all empty, or `[]` altogether, where nothing
-            was sampled, and then `sampled_miou` is None.
+        sampled: the sampled answers of each query; without any, `sampled_miou` is None.
         truth: the true spans of each query, at least one; the best match counts.
         strict: as in `recall_at`.
 
     Returns:
-        miou and recall of the greedy answers, mean over queries of the mean tIoU of their sampled
-        answers, number of greedy answers that could not be parsed, number of queries.
+        mIoU and recall of the greedy answers; `sampled_miou`, the mean over queries of the mean
+        tIoU of their sampled answers; number of unreadable greedy answers; number of queries.
 
     Raises:
         ValueError: where lengths differ, there are no queries, or a query has no true span.
@@ -150,15 +149,16 @@ def summarize_choices(
     """Score the answers to multiple-choice questions.
 
     Args:
-        right: whether each greedy answer is; sampled: the same of the sampled ones.
+        right: whether each greedy answer is right.
+        sampled: whether each of a question's sampled answers is right.
         iops: IoP of each greedy answer's span; None for questions without a true span.
 
     Returns:
-        shares of right answers, and of those with a true span the share that is right and has an
-        IoP of 0.5 (Acc@GQA).
+        Accuracy of the greedy and of the sampled answers; `acc@gqa`, the share of questions with a
+        true span whose greedy answer is right and has an IoP of at least 0.5.
 
     Raises:
-        ValueError: where there are no questions.
+        ValueError: without questions.
     """
     if not right:
         raise ValueError("no questions to average")
@@ -210,12 +210,12 @@ def bootstrap(
         values: one per query.
         confidence: in (0, 1).
         resamples: number of bootstrap samples.
-        seed: of the resampling; same seed, same interval.
-        groups: the video, say, of each query. Queries of one video are not independent: the videos
-            are resampled then, each with all its queries. None resamples the queries.
+        seed: of the resampling; the same seed gives the same interval.
+        groups: the group of each query, its video for example. Groups are resampled, each with all
+            its queries, because queries of one video are not independent. None resamples queries.
 
     Returns:
-        `(low, high)`; both are the mean where there is one query or one group.
+        `(low, high)`; both equal the mean where there is one query or one group.
 
     Raises:
         ValueError: where lengths differ, there are no queries, or a setting is out of range.
@@ -225,14 +225,15 @@ def bootstrap(
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"confidence {confidence} or resamples {resamples} is out of range")
     names = range(len(values)) if groups is None else groups
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    of_value = [places[name] for name in names]
-    sums, counts = np.bincount(of_value, weights=values), np.bincount(of_value)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    group_of_value = [numbers[name] for name in names]
+    sums = np.bincount(group_of_value, weights=values)
+    counts = np.bincount(group_of_value)
     rng = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(sums))  # resamples at once, to bound memory
+    block = max(1, 1_000_000 // len(sums))  # resamples at a time, to bound memory
     means = []
-    for done in range(0, resamples, block):
-        drawn = rng.integers(len(sums), size=(min(block, resamples - done), len(sums)))
+    for start in range(0, resamples, block):
+        drawn = rng.integers(len(sums), size=(min(block, resamples - start), len(sums)))
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     means = np.concatenate(means)
     tail = (1 - confidence) / 2
@@ -241,10 +242,10 @@ def bootstrap(
 
 
 def nearest_representable(span: Span, timestamps: Sequence[float]) -> float:
-    """Best tIoU with `span` of any span whose two ends are both among `timestamps`.
+    """Highest tIoU with `span` of any span between two of the `timestamps`.
 
-    It is the ceiling of a model that can only answer with times that it saw. Moving one end away
-    from the true one never helps, so only the neighbours on either side of each end are tried.
+    It is the ceiling of a model that can only answer with times that it saw. Moving an end away
+    from the true one never helps, so that only the neighbours on either side of it are tried.
 
     Args:
         span: the true span in seconds.
@@ -259,18 +260,18 @@ def nearest_representable(span: Span, timestamps: Sequence[float]) -> float:
 
 
 def best_constant(spans: Sequence[Span], max_edges: int = 128) -> tuple[Span, float]:
-    """The one span that, answered to every query, has the highest mIoU, and that mIoU.
+    """The span that has the highest mIoU as the answer to every query, and that mIoU.
 
-    What a model must beat to show that it looks at the video. The grid is the set of true edges,
-    where the optimum lies (between edges the mean is convex in either end); with more than
-    `max_edges` of them, that many of their quantiles.
+    A model must exceed it to show that it looks at the video. The grid is the set of true edges,
+    where the optimum lies because between edges the mean is convex in either end. If there are more
+    than `max_edges`, it consists of that many quantiles of the edges.
 
     Args:
         spans: one true span in seconds per query.
         max_edges: grid size; the cost is about `max_edges^2 / 2` passes over the spans.
 
     Raises:
-        ValueError: where there are no spans.
+        ValueError: without spans.
     """
     if not spans:
         raise ValueError("no spans")

@@ -314,7 +314,7 @@ def test_a_damaged_state_is_named_and_never_used(
     with pytest.raises(ConfigError) as caught:
         run(videos, stopped, *keys)
     told = str(caught.value)
-    assert told.startswith(f"{last}: ") and told.endswith("; delete it to go on from step_2")
+    assert told.startswith(f"{last}: ") and told.endswith("; delete it to resume from step_2")
     assert file in told or (file == "manifest.json" and damage == "flipped")
 
 
@@ -331,7 +331,7 @@ def test_another_number_of_ranks_is_told(
 ) -> None:
     path = stopped / "checkpoints" / "step_3" / "manifest.json"
     path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
-    with pytest.raises(ConfigError, match=r"step_3: saved by 2 ranks, these are 1; start 2$"):
+    with pytest.raises(ConfigError, match=r"step_3: saved by 2 ranks, but this run has 1; start it with 2$"):
         run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
 
 
