@@ -109,7 +109,7 @@ def step_flops(
     completion_mask: torch.Tensor,
     recomputed_layers: int,
 ) -> dict[str, float]:
-    """FLOPs of one micro-batch, by the names of `FLOPS`. Every video is charged to the vision tower,
+    """FLOPs of one micro-batch, by the names of `FLOPS`. The vision tower counts for every video,
     also where its tokens were cached by an earlier step.
 
     Args:
