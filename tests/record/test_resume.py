@@ -331,7 +331,7 @@ def test_another_number_of_ranks_is_told(
 ) -> None:
     path = stopped / "checkpoints" / "step_3" / "manifest.json"
     path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
-    with pytest.raises(ConfigError, match=r"step_3: saved by 2 ranks, but this run has 1; start it with 2$"):
+    with pytest.raises(ConfigError, match=r"by 2 ranks, but this run has 1; start it with 2$"):
         run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
 
 
