@@ -1,5 +1,5 @@
 """Kernel benchmarks: reverse KL, policy loss and log-probabilities, forward and backward, by every
-provider. `bench.kernels.measure` says how they are measured."""
+provider (`bench.kernels.measure` says how), and gradient errors against fp64."""
 
 import warnings
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.kernels import measure as kernels
+from bench.kernels import precision
 from bench.kernels.measure import TASKS, Failures, Found
 from bench.kernels.problems import Shape
 from bench.kernels.providers import REVERSE_KL, Task
@@ -56,8 +57,7 @@ def run(benchmark: Any, task: Task, shape: Shape, found: Any, memory: Any) -> No
     providers, skipped = found[task.name]
     arguments = (task, providers, shape, *memory[task.name, shape.name])
     rows = benchmark.pedantic(kernels.measure, arguments, rounds=1)
-    benchmark.extra_info.update(shape=shape.name, providers=rows, skipped=skipped)
-    print("\n" + kernels.told(task, shape, rows))
+    benchmark.extra_info.update(kernels.shown(task, shape, rows, skipped))
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
     broken = {name: why for name, why in failed.items() if not why.startswith("out of memory")}
     assert not broken, broken
@@ -76,3 +76,8 @@ def test_policy_loss(benchmark, shape: Shape, found, memory) -> None:
 @shapes(LOGPROBS)
 def test_logprobs(benchmark, shape: Shape, found, memory) -> None:
     run(benchmark, LOGPROBS, shape, found, memory)
+
+
+@pytest.mark.parametrize("dtype", precision.DTYPES, ids=str)
+def test_precision(benchmark, dtype: torch.dtype) -> None:
+    benchmark.extra_info.update(benchmark.pedantic(precision.measure, (dtype,), rounds=1))

@@ -1,17 +1,15 @@
-"""Every run of the suite says where it ran and of what."""
+"""Hooks of a run of the suite."""
 
 from typing import Any
 
 import pytest
 
-from bench.record import origin
-
-STARTED = origin()  # not at the end: what is committed meanwhile is not what was measured
+from bench.record import hardware, versions
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """For `bench.record`."""
-    machine_info["origin"] = STARTED
+    """Add what pytest-benchmark does not know: the GPU, and versions of libraries."""
+    machine_info |= {"hardware": hardware(), "versions": versions()}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Markdown tables of what benchmarks keep in `extra_info`, whatever its form."""
+"""The one writer of Markdown tables, of any rows and of what benchmarks keep in `extra_info`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,11 +15,14 @@ LABELS = {
 }
 FIRST = ("ratio", "target", "first_ms", "second_ms")  # columns, before all others
 LEFT_OUT = ("ratio_quartiles", "reports")
+REASONS = ("failed", "skipped")  # why a row of a table has no numbers
 NOT_MEASURED = "not measured"
+
+Row = Mapping[str, Any]
 
 
 def cell(value: Any) -> str:
-    """A number with three digits, a pair of them as an interval, None as a dash."""
+    """A number with three digits, a pair of numbers as an interval, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, list | tuple):
@@ -31,126 +34,94 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
+def with_interval(row: Row, key: str) -> str:
+    """A number, and its interval where the row has one; empty where the row lacks the key."""
+    if key not in row:
+        return ""
+    interval = row.get(f"{key}_interval")
+    return cell(row[key]) + (f" {cell(interval)}" if interval else "")
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, with an empty one behind it."""
+    """The lines of a table, with an empty line after it."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping below a node, itself first, by its place."""
+def label(key: str) -> str:
+    """The column heading of a key."""
+    return LABELS.get(key, key.replace("_", " "))
+
+
+def grid(rows: Mapping[str, Row]) -> list[str]:
+    """A table with a named row per mapping. An interval stands behind its number; a row that
+    `failed` or was `skipped` says why instead."""
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    ordered = dict.fromkeys([*(key for key in FIRST if key in keys), *keys])
+    intervals = {f"{key}_interval" for key in keys}
+    shown = [key for key in ordered if key not in {*intervals, *LEFT_OUT, *REASONS}]
+    body = []
+    for name, row in rows.items():
+        reason = row.get("failed") or ("skipped" in row and f"skipped: {row['skipped']}")
+        cells = [with_interval(row, key) for key in shown]
+        body.append([name, cell(reason), *cells[1:]] if reason else [name, *cells])
+    return table(["", *map(label, shown or ["failed"])], body)
+
+
+def listed(rows: Sequence[Row]) -> list[str]:
+    """A table of mappings without names."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return table(list(map(label, keys)), ([cell(row.get(k)) for k in keys] for row in rows))
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Row]]:
+    """Every mapping below a node, the node first, with its place."""
     if isinstance(node, Mapping):
         yield path, node
         for key, value in node.items():
             yield from walk(value, f"{path} / {key}" if path else key)
 
 
-def leaves(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mapping says itself: its values that are neither mappings nor rows of a table."""
-    return {
-        key: value
-        for key, value in node.items()
-        if not isinstance(value, Mapping) and not is_rows(value) and key not in LEFT_OUT
-    }
-
-
 def is_rows(value: Any) -> bool:
-    """Whether a value is a list of mappings, a table of its own."""
+    """Whether a value is a list of mappings, which makes a table of its own."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
 
 
-def benchmark(name: str, info: Mapping[str, Any]) -> list[str]:
-    """A heading, tables and a line of what holds for all rows: a row for each ratio, and one for
-    each other mapping, those of the same keys together."""
-    lines = [f"#### {name}", ""]
-    if is_kernel(info):
-        return [*lines, *providers(info)]
-    groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
-    facts: dict[str, Any] = {}
-    for path, node in walk(info):
-        found = leaves(node)
-        if not path and "ratio" not in found:
-            facts |= found
-        elif found:
-            kind = ("ratio",) if "ratio" in found else tuple(found)
-            groups.setdefault(kind, {})[path or "all"] = found
-        for value in node.values():
-            if is_rows(value):
-                lines += listed(value)
-    for rows in groups.values():
-        shared = common(rows)
-        facts |= shared
-        lines += grid(
-            {
-                path: {key: value for key, value in row.items() if key not in shared}
-                for path, row in rows.items()
-            }
-        )
-    if facts:
-        told = ", ".join(f"{LABELS.get(k, words(k))} {cell(v)}" for k, v in facts.items())
-        lines += [f"{told[:1].upper()}{told[1:]}.", ""]
-    return lines
-
-
-def words(key: str) -> str:
-    """A key as a column's head."""
-    return key.replace("_", " ")
-
-
-def common(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same in every one of several rows, measured numbers aside."""
-    first, *others = rows.values()
-    return {
-        key: value
-        for key, value in first.items()
-        if others
-        and not isinstance(value, float | list)
-        and all(key in row and row[key] == value for row in others)
-    }
-
-
-def grid(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table with a row for each mapping; an interval stands behind its number."""
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    intervals = {f"{key}_interval" for key in keys}
-    ordered = dict.fromkeys([*(key for key in FIRST if key in keys), *keys])
-    shown = [key for key in ordered if key not in intervals]
-    body = [
-        [path, *(with_interval(row, key) if key in row else "" for key in shown)]
-        for path, row in rows.items()
-    ]
-    return table(["", *(LABELS.get(key, words(key)) for key in shown)], body)
-
-
-def with_interval(row: Mapping[str, Any], key: str) -> str:
-    """A number, and its interval where the row has one."""
-    interval = row.get(f"{key}_interval")
-    return cell(row[key]) + (f" {cell(interval)}" if interval else "")
-
-
-def listed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of a list of mappings."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return table([words(k) for k in keys], ([cell(row.get(k)) for k in keys] for row in rows))
-
-
-def is_kernel(info: Mapping[str, Any]) -> bool:
+def is_kernel(info: Row) -> bool:
     """Whether these are providers of one loss at one shape."""
     return isinstance(info.get("providers"), Mapping) and "shape" in info
 
 
-def providers(info: Mapping[str, Any]) -> list[str]:
-    """Every implementation of a loss: its time, by that of the bare products and by ours, memory
-    and errors; those that failed or were skipped say why."""
-    keys = ("first_ms", "ratio", "over_fast", "tflops", "peak_mb_beyond_head_gradient")
-    keys = (*keys, "loss_error", "gradient_error")
-    body = [
-        [name, row["failed"], *[""] * (len(keys) - 1)]
-        if "failed" in row
-        else [name, *(with_interval(row, key) if key in row else "" for key in keys)]
-        for name, row in info["providers"].items()
-    ]
-    for name, reason in info.get("skipped", {}).items():
-        body.append([name, f"skipped: {reason}", *[""] * (len(keys) - 1)])
-    labels = LABELS | {"ratio": "x bare products"}
-    return table(["", *(labels.get(key, words(key)) for key in keys)], body)
+def providers(info: Row) -> list[str]:
+    """Every implementation of a loss: its time alone, relative to the bare products and to ours,
+    memory and errors."""
+    skipped = {name: {"skipped": reason} for name, reason in info.get("skipped", {}).items()}
+    return grid({**info["providers"], **skipped})
+
+
+def benchmark(name: str, info: Row) -> list[str]:
+    """A heading, a table for mappings that have the same keys or that are ratios, and a line of
+    single facts."""
+    lines = [f"#### {name}", ""]
+    if is_kernel(info):
+        return [*lines, *providers(info)]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    facts: dict[str, Any] = {}
+    for path, node in walk(info):
+        values = {
+            key: value
+            for key, value in node.items()
+            if not isinstance(value, Mapping) and not is_rows(value)
+        }
+        if not path and "ratio" not in values:
+            facts = values
+        elif values:
+            kind = ("ratio",) if "ratio" in values else tuple(values)
+            groups.setdefault(kind, {})[path or "all"] = values
+        for value in node.values():
+            lines += listed(value) if is_rows(value) else []
+    for rows in groups.values():
+        lines += grid(rows)
+    shown = [f"{label(k)} {cell(v)}" for k, v in facts.items() if k not in LEFT_OUT]
+    text = ", ".join(shown)
+    return [*lines, f"{text[:1].upper()}{text[1:]}.", ""] if text else lines

@@ -6,11 +6,10 @@ python -m bench.gpu [PART ...]
                        what is missing
     --smoke            the same parts, shrunken, on whatever machine this is; keeps nothing
     --wheels FOLDER    first install the wheels of a folder into a temporary place, without network
-    --restore FILE     write the results of a gpu_results.json that was left in $OUT
 
 Each part leaves bench/results/gpu_PART.json with GPU, versions, commit and date, written after each
-of its tasks, and marked partial until it is done; with $OUT set it is there too (gpu_results.json,
-tuned.py). Needs torch, triton, transformers, pytest and what opd imports; peers that are not there
+of its tasks, and marked partial until it is done; with $OUT set it is there too, beside tuned.py.
+Needs torch, triton, transformers, pytest and what opd imports; peers that are not there
 are named in the results. Where these sources are no git checkout, BENCH_COMMIT says what they are.
 """
 
@@ -32,7 +31,7 @@ from typing import NoReturn
 
 from bench import ROOT
 from bench.failures import DeviceLost
-from bench.gpu.part_result import PartResult, conditions, export, out_folder, restore, state
+from bench.gpu.part_result import PartResult, conditions, export, out_folder, state
 from bench.gpu.parts import PARTS, Part
 from bench.record import RESULTS, Refused, commit
 
@@ -111,23 +110,6 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_each(names: Sequence[str], smoke: bool) -> int:
-    """Several parts; one that fails or takes too long does not stop the rest."""
-    outcomes = {}
-    for name in names:
-        print(f"== {name}", flush=True)
-        outcomes[name] = run_process(name, smoke, LIMIT_S)
-    tell(outcomes)
-    return int(any(not outcome.startswith("done") for outcome in outcomes.values()))
-
-
-def tell(outcomes: dict[str, str]) -> None:
-    """Print what became of each part."""
-    print("\n== what became of each part")
-    for name, outcome in outcomes.items():
-        print(f"{name:16} {outcome}")
-
-
 def allotted(parts: dict[str, Part], remaining_s: float) -> dict[str, float]:
     """Seconds for each part that can be run in what is left of a lease, in the order given: those
     whose usual times fit one after the other, all stretched alike to fill it. The first of them may
@@ -140,36 +122,40 @@ def allotted(parts: dict[str, Part], remaining_s: float) -> dict[str, float]:
     return {name: s * remaining_s / sum(chosen.values()) for name, s in chosen.items()}
 
 
-def run_lease(names: Sequence[str], smoke: bool, minutes: float, begun: float) -> int:
-    """The parts that are not complete yet, in order, within a lease that began at `begun`."""
-    end = begun + 60 * minutes - MARGIN_S
-    now = {} if smoke else conditions()
+def run_all(names: Sequence[str], smoke: bool, lease: tuple[float, float] | None) -> int:
+    """Parts one after the other; one that fails or takes too long does not stop the others. Within
+    a lease, which begins at a time and lasts for so many minutes, complete parts are left out and
+    all must end in time."""
+    now = {} if smoke or not lease else conditions()
     outcomes: dict[str, str] = {}
-    waiting = dict.fromkeys(names, "none")
-    for name in names:
-        if not smoke and state(result_path(name), now) == "complete":
+    waiting = dict.fromkeys(names)
+    for name in names if now else ():
+        if state(result_path(name), now) == "complete":
             outcomes[name] = "complete before"
             del waiting[name]
     code = 0
     while waiting:
-        remaining_s = end - time.monotonic()
-        limits = allotted({name: PARTS[name] for name in waiting}, remaining_s)
-        if not limits:
-            break
+        limits = {next(iter(waiting)): float(LIMIT_S)}
+        if lease:
+            left_s = lease[0] + 60 * lease[1] - MARGIN_S - time.monotonic()
+            limits = allotted({name: PARTS[name] for name in waiting}, left_s)
+            for name in () if limits else waiting:
+                usual_s = PARTS[name].usual_s
+                outcomes[name] = f"skipped: {max(0, left_s):.0f} s left, takes about {usual_s:.0f}"
+            if not limits:
+                break
         name, limit_s = next(iter(limits.items()))
-        print(f"== {name}: {limit_s:.0f} of the {remaining_s:.0f} s that are left", flush=True)
-        outcome = run_process(name, smoke, limit_s)
-        code = code or int(not outcome.startswith("done"))
-        if not smoke and state(result_path(name), now) == "partial":
-            outcome += "; partial: a further call goes on with it"
-        outcomes[name] = outcome
+        print(f"== {name}: {limit_s:.0f} s at most", flush=True)
+        outcomes[name] = run_process(name, smoke, limit_s)
+        code = code or int(not outcomes[name].startswith("done"))
+        if now and state(result_path(name), now) == "partial":
+            outcomes[name] += "; partial: a further call goes on with it"
         del waiting[name]
-    for name in waiting:
-        left = max(0.0, end - time.monotonic())
-        outcomes[name] = f"skipped: {left:.0f} s left, takes about {PARTS[name].usual_s:.0f}"
-    if not smoke:
+    if now:
         export(RESULTS)
-    tell({name: outcomes[name] for name in names})
+    print("\n== what became of each part")
+    for name in names:
+        print(f"{name:16} {outcomes[name]}")
     return code
 
 
@@ -236,7 +222,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lease", type=minutes, metavar="MINUTES", help="stop in time")
     parser.add_argument("--smoke", action="store_true", help="shrunken, on any machine")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install these first")
-    parser.add_argument("--restore", type=Path, metavar="FILE", help="write kept results")
     options = parser.parse_args(arguments)
     for name in options.parts:
         if name not in PARTS:
@@ -252,10 +237,6 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(f"{name:16} {part.about}" for name, part in PARTS.items()))
         return
     try:
-        if options.restore:
-            for path in restore(options.restore, RESULTS):
-                print(path)
-            return
         out_folder()
     except Refused as error:
         fail(str(error))
@@ -273,10 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.parts or list(PARTS)
     # A process that is told to end ends its part, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if options.lease:
-        code = run_lease(names, options.smoke, options.lease, begun)
-    elif len(names) == 1:
-        code = run_part(names[0], options.smoke)
-    else:
-        code = run_each(names, options.smoke)
-    raise SystemExit(code)
+    if len(names) == 1 and not options.lease:
+        raise SystemExit(run_part(names[0], options.smoke))
+    lease = (begun, options.lease) if options.lease else None
+    raise SystemExit(run_all(names, options.smoke, lease))

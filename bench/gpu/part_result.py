@@ -3,15 +3,13 @@ task, so that neither an error nor the end of the time loses what was measured.
 
 A file says `complete: false` until its part is done. A later call on the same GPU, with the same
 libraries and the same sources goes on with it and measures only what is missing. With $OUT set
-every write is repeated there, all parts in one file beside the kernels' tuned sizes, for machines
-that hand back a few files and nothing else; `restore` takes that file apart again.
+every file is there too, beside the kernels' tuned sizes, for machines that hand back one folder.
 """
 
 import gc
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import traceback
@@ -25,10 +23,8 @@ from bench import ROOT
 from bench.failures import DeviceLost, one_line
 from bench.record import RESULTS, Refused, origin
 
-COMBINED = "gpu_results.json"  # in $OUT
 TABLE = ROOT / "kernels" / "fused_kl" / "tuned.py"
 MEASURED = ("bench", "kernels", "opd")  # folders whose sources make a result what it is
-FILE = re.compile(r"gpu_\w+\.json")
 
 Entry = dict[str, Any]
 
@@ -183,34 +179,10 @@ def out_folder() -> Path | None:
 
 
 def export(results: Path = RESULTS) -> None:
-    """Copy every part's result, in one file, and the kernels' tuned sizes into $OUT."""
+    """Copy every part's file and the kernels' tuned sizes into $OUT."""
     out = out_folder()
     if out is None:
         return
-    files = sorted(path for path in results.glob("gpu_*.json") if FILE.fullmatch(path.name))
-    write_json(out / COMBINED, {path.name: read(path) for path in files})
-    if TABLE.is_file():
-        shutil.copyfile(TABLE, out / TABLE.name)
-
-
-def restore(combined: Path, results: Path = RESULTS) -> list[Path]:
-    """Write each part's file from what `export` left, and return them.
-
-    Raises Refused for a file that is something else.
-    """
-    try:
-        parts = json.loads(combined.read_text())
-    except OSError as error:
-        raise Refused(f"{combined}: {error.strerror}") from error
-    except ValueError as error:
-        raise Refused(f"{combined}: not JSON: {error}") from error
-    if not isinstance(parts, dict) or not all(_is_part(*part) for part in parts.items()):
-        raise Refused(f"{combined}: not what bench.gpu leaves in $OUT as {COMBINED}")
-    for name, content in parts.items():
-        write_json(results / name, content)
-    return [results / name for name in parts]
-
-
-def _is_part(name: str, content: object) -> bool:
-    needed = {"hardware", "commit", "date", "benchmarks", "complete"}
-    return bool(FILE.fullmatch(name)) and isinstance(content, dict) and needed <= content.keys()
+    for path in (*results.glob("gpu_*.json"), TABLE):
+        if path.is_file():
+            shutil.copyfile(path, out / path.name)

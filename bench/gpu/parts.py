@@ -117,8 +117,7 @@ def kernel_part(pair: str, counts: Sequence[int]) -> Callable[[PartResult, bool]
                     except DeviceLost as lost:
                         result.note_broken(name, lost)
                         raise
-                    print("\n" + kernels.told(task, shape, rows, rounds), flush=True)
-                    return {"shape": shape.name, "providers": rows, "skipped": skipped}
+                    return kernels.shown(task, shape, rows, skipped)
 
                 result.measure(name, measured)
 
@@ -152,20 +151,15 @@ def tune_part(result: PartResult, smoke: bool) -> None:
 
 
 def precision_part(result: PartResult, smoke: bool) -> None:
-    """Gradient errors, as bench/bench_precision.py has them."""
+    """Gradient errors, as bench/bench_kernels.py has them."""
     import torch
 
     from bench.kernels import precision
 
     shape = precision.Shape("smoke", 16, 2003, 32, 64) if smoke else precision.SHAPE
     for dtype in (torch.float32,) if smoke else precision.DTYPES:
-
-        def measured(dtype: torch.dtype = dtype) -> Entry:
-            rows = precision.table(precision.DEVICE, dtype, shape)
-            print("\n" + precision.told(dtype, rows), flush=True)
-            return {"dtype": str(dtype), "rows": rows}
-
-        result.measure(f"bench_precision.py::test_precision[{dtype}]", measured)
+        name = f"bench_kernels.py::test_precision[{dtype}]"
+        result.measure(name, lambda dtype=dtype: precision.measure(dtype, shape))
 
 
 def step_part(method: str) -> Callable[[PartResult, bool], None]:

@@ -16,6 +16,7 @@ from bench.failures import attempt
 from bench.kernels.problems import Loss, Problem, Shape, relative_errors
 from bench.kernels.providers import REVERSE_KL, Provider, Task
 from bench.kernels.token_losses import LOGPROBS, POLICY_LOSS
+from bench.tables import providers
 from bench.timing import interleaved, peak_bytes, ratio
 
 GPU = torch.cuda.is_available()
@@ -30,7 +31,6 @@ PAIRS = {  # hidden sizes of student and teacher
     "Qwen2.5-VL 3B from 7B": (2048, 3584),
 }
 COUNTS = (32, 640, 16_384)  # tokens of grounding answers, and with thinking
-NAME_WIDTH = 20  # of a provider, in what is printed
 SMALL = 64  # rows on which equality is proved; fp64 logits of all would not fit
 
 Found = Mapping[str, Provider]
@@ -75,8 +75,8 @@ def prove_equal(
         if not value_error < (5e-2 if GPU else 1e-4):
             raise AssertionError(f"another loss: off by {value_error:.2g}")
         if not max(errors.values()) < (0.2 if GPU else 1e-3):
-            told = ", ".join(f"{name} by {error:.2g}" for name, error in errors.items())
-            raise AssertionError(f"another gradient: off in {told}")
+            sides = ", ".join(f"{name} by {error:.2g}" for name, error in errors.items())
+            raise AssertionError(f"another gradient: off in {sides}")
         return {"loss_error": value_error, "gradient_error": max(errors.values())}
 
     for name, provider in found.items():
@@ -155,18 +155,11 @@ def measure(
     return rows
 
 
-def told(task: Task, shape: Shape, rows: dict[str, dict[str, Any]], rounds: int = ROUNDS) -> str:
-    """The rows as text."""
-    threads = torch.get_num_threads()
-    lines = [f"{task.name}, {shape.name}, {DTYPE}, {threads} threads, {rounds} rounds"]
-    for name, row in rows.items():
-        if "failed" in row:
-            lines.append(f"{name:{NAME_WIDTH}} {row['failed']}")
-            continue
-        low, high = row["ratio_interval"]
-        lines.append(
-            f"{name:{NAME_WIDTH}} {row['first_ms']:9.1f} ms  {row['ratio']:5.2f} x GEMMs "
-            f"[{low:.2f}, {high:.2f}]  {row.get('over_fast', float('nan')):5.2f} x fast  "
-            f"{row['peak_mb_beyond_head_gradient'] or 0:7.0f} MB"
-        )
-    return "\n".join(lines)
+def shown(
+    task: Task, shape: Shape, rows: dict[str, dict[str, Any]], skipped: Mapping[str, str]
+) -> dict[str, Any]:
+    """The rows as a result file keeps them, printed."""
+    info = {"shape": shape.name, "providers": rows, "skipped": dict(skipped)}
+    title = f"\n{task.name}, {shape.name}, {DTYPE}, {torch.get_num_threads()} threads"
+    print("\n".join([title, *providers(info)]), flush=True)
+    return info

@@ -110,19 +110,6 @@ def chosen(trials: Sequence[Trial]) -> Any:
     return best.value if best.mean < 1 - GAIN else default.value
 
 
-def split_by_place(trials: Sequence[Trial]) -> dict[str, Any]:
-    """What would be fastest at each place alone, and by how much it beats what is chosen for all:
-    whether one size is enough."""
-    timed = [trial for trial in trials if trial.over_default is not None]
-    (winner,) = (trial for trial in timed if trial.value == chosen(trials))
-    found = {}
-    for place, own in (winner.over_default or {}).items():
-        best = min(timed, key=lambda trial: (trial.over_default or {})[place]["ratio"])
-        beats = (best.over_default or {})[place]["ratio"] / own["ratio"]
-        found[place] = {"value": best.value, "over_chosen": beats}
-    return found
-
-
 def timed(
     size: str, values: Sequence[Any], places: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[Any, dict[str, dict[str, Any]]]:
@@ -238,7 +225,6 @@ def tune(
                 told[size] = {
                     "default": trials[0].value,
                     "chosen": best[size],
-                    "each_alone": split_by_place(trials),
                     "trials": [asdict(trial) for trial in trials],
                 }
                 print(f"{size}: {trials[0].value} -> {best[size]}", flush=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods.protocol import Protocol
+from bench.record import short
 from bench.tables import NOT_MEASURED
 from bench.tables import table as markdown
 from opd.record.curve import NOT_TRAINING, SCORES, Curve, plot, thresholds
@@ -57,26 +58,22 @@ def report(protocol: Protocol, known: dict[str, Any] | None = None) -> dict[str,
         finals = [run.outcome() for run in protocol.final(arm)]
         if finals and all(finals):
             results[arm] = [outcome for outcome in finals if outcome]
-    told: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
+    summary: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
     if not results:
-        return told
+        return summary
     plot(_curves(results), protocol.results.with_suffix(".png"))
     figures = side_by_side(results, protocol.scores, known)
     for arm, found in figures.pop("arms").items():
         arms[arm] |= found
     outcomes = [outcome for found in results.values() for outcome in found]
-    return told | {
+    return summary | {
         "hardware": "; ".join(sorted({outcome["hardware"] for outcome in outcomes})),
-        "commit": ", ".join(sorted({_short(c) for outcome in outcomes for c in outcome["commit"]})),
+        "commit": ", ".join(sorted({short(c) for outcome in outcomes for c in outcome["commit"]})),
         "date": max(outcome["date"] for outcome in outcomes),
         "teacher": known,
         **figures,
         "valid": _valid(arms, figures["start"], known),
     }
-
-
-def _short(commit: str) -> str:
-    return commit[:7] + ("+" if commit.endswith(("-dirty", "+")) else "")
 
 
 def _curves(results: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[Curve]]:
@@ -112,7 +109,7 @@ def side_by_side(
     for arm, found in curves.items():
         entry = arms[arm] = {}
         for score in scores:
-            entry[score] = told = {
+            entry[score] = places = {
                 "end": spread([c.points[-1][score] for c in found]),
                 "at_equal_steps": spread([c.at(steps, score, "step") for c in found]),
                 "at_equal_device_s": {
@@ -123,14 +120,14 @@ def side_by_side(
                 },
             }
             if known and score in known:
-                told["device_s_to"] = [
+                places["device_s_to"] = [
                     {"score": level} | _seconds_to(found, [level] * len(found), score, training_s)
                     for level in thresholds(start[score], known[score])
                 ]
             if best[score]:
                 mean = sum(best[score]) / len(best[score])
                 levels = best[score] if arm == "grpo" else [mean] * len(found)
-                told["device_s_to_grpo_best"] = _seconds_to(found, levels, score, training_s)
+                places["device_s_to_grpo_best"] = _seconds_to(found, levels, score, training_s)
         entry |= _spent(results[arm], found, training_s)
     return {
         "arms": arms,
@@ -186,13 +183,13 @@ def _seconds_to(
 
 def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any] | None) -> dict[str, Any]:
     """The protocol's conditions, as far as they are known."""
-    told: dict[str, Any] = {"best_rates_inside": {a: e["inside_grid"] for a, e in arms.items()}}
+    valid: dict[str, Any] = {"best_rates_inside": {a: e["inside_grid"] for a, e in arms.items()}}
     if known:
         gains = [gain for found in arms["grpo"].get("gain", []) for gain in found.values()]
         enough = all(gain["mean"] >= 0.05 and gain["interval"][0] > 0 for gain in gains)
-        told["grpo_gains"] = enough if gains else None
-        told["teacher_ahead"] = all(known[score] - start[score] >= 0.15 for score in start)
-    return told
+        valid["grpo_gains"] = enough if gains else None
+        valid["teacher_ahead"] = all(known[score] - start[score] >= 0.15 for score in start)
+    return valid
 
 
 def cell(entry: Any, digits: int = 3) -> str:
@@ -203,18 +200,20 @@ def cell(entry: Any, digits: int = 3) -> str:
     return mean if len(entry["seeds"]) == 1 else f"{mean} ({low} to {high})"
 
 
-def headline(told: dict[str, Any], scores: Sequence[str]) -> list[str]:
+def headline(figures: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     """The lines of a table a score: what each arm needs to GRPO's best, and where it is at equal
     device time and at equal steps. None without GRPO."""
-    steps, budget = told["equal_steps"], told["equal_device_s"]["with_scoring"]
+    steps, budget = figures["equal_steps"], figures["equal_device_s"]["with_scoring"]
     lines: list[str] = []
-    for score in scores if told.get("grpo_best") else ():
-        level = cell(told["grpo_best"][score])
+    for score in scores if figures.get("grpo_best") else ():
+        level = cell(figures["grpo_best"][score])
         head = ["device s to it", "without scoring", "with the teacher's training"]
         head += [f"score at {budget:.0f} device s", f"at step {steps:.0f}"]
-        lines += [f"{SCORES[score]}: GRPO's best is {level}, the start {told['start'][score]:.3f}."]
+        lines += [
+            f"{SCORES[score]}: GRPO's best is {level}, the start {figures['start'][score]:.3f}."
+        ]
         rows = []
-        for arm, entry in told["arms"].items():
+        for arm, entry in figures["arms"].items():
             if score not in entry:
                 continue
             found = entry[score]
@@ -228,23 +227,23 @@ def headline(told: dict[str, Any], scores: Sequence[str]) -> list[str]:
     return lines
 
 
-def totals(told: dict[str, Any]) -> list[str]:
+def totals(figures: Mapping[str, Any]) -> list[str]:
     """The lines of the table of each arm's device seconds."""
     head = ["arm", "own loop", "of it scoring", "with the teacher's training"]
     rows = (
         [arm, *(cell(spent, 0) for spent in entry["device_s"].values())]
-        for arm, entry in told["arms"].items()
+        for arm, entry in figures["arms"].items()
         if "device_s" in entry
     )
     return markdown([*head, "published loop, estimated"], rows)
 
 
-def table(told: dict[str, Any], scores: list[str]) -> str:
+def table(figures: dict[str, Any], scores: list[str]) -> str:
     """The report as Markdown: a section a score, a row an arm; what was not measured says so."""
-    lines = [f"# {told['protocol']}", ""]
-    if "start" not in told:
+    lines = [f"# {figures['protocol']}", ""]
+    if "start" not in figures:
         return "\n".join([*lines, "No arm is measured to its end yet.", ""])
-    steps, budget = told["equal_steps"], told["equal_device_s"]
+    steps, budget = figures["equal_steps"], figures["equal_device_s"]
     lines += [
         f"Mean (lowest to highest) of the seeds; equal steps: {steps:.0f}; equal device time: "
         f"{budget['with_scoring']:.0f} s of one CPU thread, or {budget['without_scoring']:.0f} s "
@@ -252,13 +251,14 @@ def table(told: dict[str, Any], scores: list[str]) -> str:
         "",
     ]
     for score in scores:
-        known = f", teacher {told['teacher'][score]:.3f}" if told["teacher"] else ""
-        lines += [f"## {SCORES[score]} (start {told['start'][score]:.3f}{known})", ""]
+        known = f", teacher {figures['teacher'][score]:.3f}" if figures["teacher"] else ""
+        lines += [f"## {SCORES[score]} (start {figures['start'][score]:.3f}{known})", ""]
         head = ["arm", "rate", "end", "equal steps", "equal time", "without scoring"]
-        levels = [f"{level:.3f}" for level in _levels(told, score)]
-        head += [f"s to {level}" for level in levels]
+        if figures["teacher"]:
+            levels = thresholds(figures["start"][score], figures["teacher"][score])
+            head += [f"s to {level:.3f}" for level in levels]
         rows = []
-        for arm, entry in told["arms"].items():
+        for arm, entry in figures["arms"].items():
             found = entry.get(score)
             if found is None:
                 rows.append([arm, NOT_MEASURED, *[""] * (len(head) - 2)])
@@ -269,11 +269,11 @@ def table(told: dict[str, Any], scores: list[str]) -> str:
             cells += [cell(row["with_scoring"], 0) for row in found.get("device_s_to", [])]
             rows.append(cells)
         lines += markdown(head, rows)
-    if told["grpo_best"]:
-        lines += ["## To GRPO's best", "", *headline(told, scores)]
-    lines += ["## Device seconds", "", *totals(told)]
+    if figures["grpo_best"]:
+        lines += ["## To GRPO's best", "", *headline(figures, scores)]
+    lines += ["## Device seconds", "", *totals(figures)]
     rows = []
-    for arm, entry in told["arms"].items():
+    for arm, entry in figures["arms"].items():
         for rate, ends in entry["rates"].items():
             name = f"**{rate}**" if rate == entry["best_rate"] else rate
             rows.append([f"{arm}, {name}", *(f"{ends[s]:.3f}" for s in scores)])
@@ -281,15 +281,9 @@ def table(told: dict[str, Any], scores: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _levels(told: dict[str, Any], score: str) -> list[float]:
-    if not told["teacher"]:
-        return []
-    return thresholds(told["start"][score], told["teacher"][score])
-
-
 def write(protocol: Protocol, known: dict[str, Any] | None) -> Path:
     """Write the report beside the results, and return the JSON file."""
-    told, target = report(protocol, known), protocol.results.with_suffix(".json")
-    target.write_text(json.dumps(told, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(told, protocol.scores))
+    figures, target = report(protocol, known), protocol.results.with_suffix(".json")
+    target.write_text(json.dumps(figures, indent=1) + "\n")
+    target.with_suffix(".md").write_text(table(figures, protocol.scores))
     return target

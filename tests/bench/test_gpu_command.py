@@ -20,7 +20,7 @@ from bench.gpu import parts as gpu_parts
 from bench.gpu.part_result import PartResult
 from bench.gpu.parts import Part
 from bench.kernels import registers, tune
-from bench.kernels.tune import Trial, chosen, split_by_place
+from bench.kernels.tune import Trial, chosen
 from bench.steps import full_size
 from fused_kl import tiles, tuned
 from fused_kl.tuned import Sizes
@@ -87,7 +87,6 @@ def test_a_clone_needs_no_pythonpath(tmp_path: Path) -> None:
         (["--lease", "soon"], "soon: not a positive number of minutes"),
         (["--lease", "-1"], "-1: not a positive number of minutes"),
         (["--leese"], "unrecognized arguments: --leese"),
-        (["--restore", "none.json"], "none.json: No such file or directory"),
         (["--wheels", "none"], "none: no wheels (*.whl) there"),
     ],
 )
@@ -136,7 +135,8 @@ def use(monkeypatch: pytest.MonkeyPatch, run: Run, results: Path) -> None:
     monkeypatch.setattr(gpu, "RESULTS", results)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "GPU X")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "GPU X")
     monkeypatch.setattr(gpu, "commit", lambda: "abc1234")
     monkeypatch.setattr("bench.record.commit", lambda: "abc1234")
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
@@ -196,7 +196,7 @@ def test_each_task_is_kept_when_it_ends_and_an_error_loses_nothing(
                     kept = json.loads(path.read_text())
                     assert kept["complete"] is False and kept["errors"] == {"b": "TypeError: once"}
                     assert kept["benchmarks"] == {"a": {"task": "a"}}
-                    assert json.loads((out / "gpu_results.json").read_text())[path.name] == kept
+                    assert json.loads((out / path.name).read_text()) == kept
                 if measured.count(name) == 1 and name == "b":
                     raise TypeError("once")
                 return {"task": name}
@@ -212,7 +212,7 @@ def test_each_task_is_kept_when_it_ends_and_an_error_loses_nothing(
     content = json.loads(path.read_text())
     assert content["complete"] is True and content["benchmarks"].keys() == {"a", "b", "c"}
     assert not content["errors"]
-    assert sorted(p.name for p in out.iterdir()) == ["gpu_results.json", "tuned.py"]
+    assert sorted(p.name for p in out.iterdir()) == ["gpu_part.json", "tuned.py"]
     assert (out / "tuned.py").read_bytes() == tune.TABLE.read_bytes()
     assert run_part() == 0 and measured[4:] == ["a", "b", "c"], "a complete part is measured anew"
     monkeypatch.setattr("bench.gpu.part_result.sources_digest", lambda: "other")
@@ -220,23 +220,14 @@ def test_each_task_is_kept_when_it_ends_and_an_error_loses_nothing(
     assert run_part() == 0 and measured[7:] == ["a", "b", "c"], "of other sources nothing is kept"
 
 
-def test_results_come_back_in_one_file(monkeypatch, tmp_path, capsys) -> None:
-    out, home = tmp_path / "out", tmp_path / "home"
-    home.mkdir()
+def test_results_come_back_in_one_folder(monkeypatch, tmp_path) -> None:
+    out = tmp_path / "out"
     monkeypatch.setenv("OUT", str(out))
     use(monkeypatch, save_one, tmp_path)
     run_part()
-    monkeypatch.setattr(gpu, "RESULTS", home)
-    gpu.main(["--restore", str(out / "gpu_results.json")])
-    restored, kept = home / "gpu_part.json", tmp_path / "gpu_part.json"
-    assert restored.read_bytes() == kept.read_bytes() and str(restored) in capsys.readouterr().out
-    for content in ("[", "{}[", '{"../gpu_x.json": {}}', '{"gpu_x.json": {"hardware": "X"}}'):
-        (out / "other.json").write_text(content)
-        with pytest.raises(SystemExit):
-            gpu.main(["--restore", str(out / "other.json")])
-        assert capsys.readouterr().err.startswith(f"error: {out / 'other.json'}: not ")
-    monkeypatch.setenv("OUT", str(kept))
-    assert run_part() == 2 and "no folder for results" in capsys.readouterr().err
+    assert (out / "gpu_part.json").read_bytes() == (tmp_path / "gpu_part.json").read_bytes()
+    monkeypatch.setenv("OUT", str(tmp_path / "gpu_part.json"))
+    assert run_part() == 2
 
 
 def test_a_part_goes_on_without_those_that_broke_the_device(monkeypatch, tmp_path) -> None:
@@ -328,8 +319,8 @@ def test_a_lease_keeps_everything_and_the_next_one_goes_on(monkeypatch, tmp_path
     assert outcomes["huge"] == "skipped: 0 s left, takes about 4000"
     kept = json.loads((tmp_path / "gpu_slow.json").read_text())
     assert kept["benchmarks"] == {"first": {"x": 1}} and kept["complete"] is False
-    combined = json.loads((tmp_path / "out" / "gpu_results.json").read_text())
-    assert combined["gpu_slow.json"] == kept and len(combined) == 2
+    assert json.loads((tmp_path / "out" / "gpu_slow.json").read_text()) == kept
+    assert len(list((tmp_path / "out").glob("gpu_*.json"))) == 2
 
     stopped.clear()
     begun.clear()
@@ -362,7 +353,7 @@ def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch, capsys) -> None:
         return outcomes.get(name, "done in 3 s")
 
     monkeypatch.setattr(gpu, "run_process", run)
-    assert gpu.run_each(["tests", "tune", "precision"], True) == 1
+    assert gpu.run_all(["tests", "tune", "precision"], True, None) == 1
     assert seen == ["tests", "tune", "precision"]
     told = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split(maxsplit=1)[1] for line in told] == [*outcomes.values(), "done in 3 s"]
@@ -518,9 +509,6 @@ def test_the_winner_is_faster_by_more_than_noise() -> None:
     assert chosen([default, trial(2, 0.99, 0.985)]) == 1
     assert chosen([default, trial(2, 0.9, 1.0), trial(3, 0.97, 0.97)]) == 2
     assert chosen([default, trial(2, 0.5, 2.1), trial(3, refused="spills")]) == 1
-    alone = split_by_place([default, trial(2, 0.6, 1.2)])
-    assert alone["0"] == {"value": 2, "over_chosen": 1.0}
-    assert alone["1"] == {"value": 1, "over_chosen": pytest.approx(1 / 1.2)}
 
 
 def test_no_budget_is_above_the_promised_memory() -> None:

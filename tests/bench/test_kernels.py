@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import failures, timing
+from bench import failures, tables, timing
 from bench.kernels import measure as kernels
 from bench.kernels import precision, providers
 from bench.kernels.problems import Problem, Shape, relative_errors
@@ -121,8 +121,8 @@ def test_who_runs_out_of_memory_does_not_stop_the_others(
     assert rows["large"] == {"failed": PROOF if call == 1 else LIMIT}
     assert len(calls) == call + 1, "it is not asked again"
     assert rows["fast"]["rounds"] == 3 and rows["fast"]["ratio_interval"]
-    told = kernels.told(REVERSE_KL, SMALL, rows)
-    assert f"{'large':20} out of memory at " in told and "fast" in told
+    text = "\n".join(tables.providers({"providers": rows}))
+    assert "| large | out of memory at " in text and "| fast | " in text
 
 
 def test_ours_may_run_out_of_memory_too() -> None:
@@ -131,7 +131,7 @@ def test_ours_may_run_out_of_memory_too() -> None:
 
     rows = measured(found_of(fast=large, dense=providers.dense), rounds=3)
     assert "failed" in rows["fast"] and "over_fast" not in rows["dense"]
-    assert "nan x fast" in kernels.told(REVERSE_KL, SMALL, rows)
+    assert kernels.shown(REVERSE_KL, SMALL, rows, {})["providers"] == rows
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 4])  # in the memory pass, the proof, while timing

@@ -19,9 +19,11 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def report(**origin: Any) -> dict[str, Any]:
+def report(**commit_info: Any) -> dict[str, Any]:
     return {
-        "machine_info": {"origin": ORIGIN | origin},
+        "machine_info": {name: ORIGIN[name] for name in ("hardware", "versions")},
+        "commit_info": {"id": "0ab", "dirty": False} | commit_info,
+        "datetime": "2026-11-21T10:11:12",
         "benchmarks": [{"fullname": "bench/bench_x.py::test_y[1]", "extra_info": {"ratio": 0.5}}],
     }
 
@@ -38,14 +40,19 @@ def test_records_are_kept(tmp_path: Path) -> None:
     [
         ("{", "no report of pytest-benchmark"),
         ("[]", "no report of pytest-benchmark"),
-        ({"machine_info": {}, "benchmarks": []}, "it does not say its hardware"),
-        (report(commit=""), "does not say its commit; without git, set BENCH_COMMIT"),
+        (report() | {"machine_info": {}}, "it does not say its hardware"),
+        (report(id="unversioned"), "does not say its commit; without git, set BENCH_COMMIT"),
         (None, "No such file"),
     ],
 )
 def test_what_says_nothing_of_itself_is_not_kept(
-    content: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: Any,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
     source, target = tmp_path / "run.json", tmp_path / "result.json"
     if content is not None:
         write(source, content)
@@ -64,7 +71,7 @@ def test_a_result_without_its_origin_is_refused(key: str, value: Any, tmp_path: 
         record.read(path)
 
 
-def test_a_run_says_where_it_ran(tmp_path: Path) -> None:
+def test_a_run_says_where_it_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite's own conftest, in a real run of pytest with one trivial benchmark beside it."""
     (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
     (tmp_path / "test_x.py").write_text(
@@ -80,39 +87,29 @@ def test_a_run_says_where_it_ran(tmp_path: Path) -> None:
     found = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     found["PYTHONPATH"] = str(record.ROOT)
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=found)
+    monkeypatch.setenv("BENCH_COMMIT", "0123456")
     record.main([str(source), str(target)])
     kept = record.read(target)
     assert kept.pop("benchmarks") == {"test_x.py::test_x": {"ratio": 0.5}}
-    assert kept == record.origin()
+    expected = record.origin()
+    # The run is not in a checkout.
+    assert kept == expected | {"commit": "0123456"}
     assert kept["versions"]["torch"] and kept["hardware"]
-
-
-def git(folder: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    command = ["git", "-C", str(folder), *who, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_a_commit_says_whether_sources_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    known: dict[str, Any] = {"commit": None}
+    monkeypatch.setattr(record, "environment", lambda: known)
     monkeypatch.delenv("BENCH_COMMIT", raising=False)
     assert record.commit() == ""
     monkeypatch.setenv("BENCH_COMMIT", "0123456")
     assert record.commit() == "0123456"
-    git(tmp_path, "init")
-    results = tmp_path / "bench" / "results"
-    results.mkdir(parents=True)
-    for path in (tmp_path / "a.py", results / "a.json"):
-        path.write_text("1")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "a")
-    head = git(tmp_path, "rev-parse", "HEAD")[:7]
-    assert record.commit() == head
-    (tmp_path / "new.py").write_text("1")
-    (results / "a.json").write_text("2")
-    assert record.commit() == head, "neither strangers nor earlier results change what is measured"
-    (tmp_path / "a.py").write_text("2")
-    assert record.commit() == head + "+"
+    known["commit"] = "89abcdef" * 5
+    assert record.commit() == "89abcde"
+    known["commit"] += "-dirty"
+    assert record.commit() == "89abcde+"
+    for dirty, commit in ((False, "89abcde"), (True, "89abcde+")):
+        run = report(id="89abcdef" * 5, dirty=dirty)
+        assert record.record(run)["commit"] == commit

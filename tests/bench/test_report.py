@@ -55,8 +55,6 @@ def test_the_page_is_up_to_date() -> None:
     linked = re.findall(r"\]\(([^)]*)\)", page)
     assert {f"{name}.json" for name in results} <= set(linked)
     assert all((RESULTS / name).is_file() for name in linked)
-    for name, result in results.items():
-        assert set(report.plots(name, result).values()) <= set(linked)
 
 
 def test_a_cpu_is_never_in_a_gpu_table() -> None:
@@ -70,24 +68,17 @@ def test_a_cpu_is_never_in_a_gpu_table() -> None:
     assert "1.11 [" not in on_gpu and "### gpu_kernels" not in on_gpu
     assert "1.11 [1.1, 1.12]" in on_cpu and "### gpu_kernels" in on_cpu
     assert "### cpu_kernels" in on_gpu and "1.22" not in on_cpu
-    cells = row(part(on_gpu, "### Kernels on a GPU, seconds by those of the bare products"), PAIR)
-    assert cells[1] == "1.22 [1.21, 1.23]" and cells[-1] == "cpu_kernels"
 
 
 def test_what_was_not_measured_says_so() -> None:
     text = part(report.document({"a": suite(CPU, y=node(1.0))}), "## On a GPU")
-    rows = [line for line in text.splitlines() if line.startswith("| Qwen")]
-    assert len(rows) == 3 * 3 * 3, "pairs, token counts, losses"
-    for line in rows:
-        assert set(line[2:-2].split(" | ")[1:]) == {NOT_MEASURED, ""}
-    for method in ("OPD", "GRPO"):
-        assert row(text, f"{method}, Qwen3-VL 2B from 8B")[1:] == [*[NOT_MEASURED] * 12, ""]
-    asked = row(text, f"fast, x bare products, {PAIR}")
-    assert asked[1:] == ["at most 1.2", NOT_MEASURED, "", ""]
+    target = row(text, f"fast, x bare products, {PAIR}")
+    assert target[1:] == ["at most 1.2", NOT_MEASURED, "", ""]
+    assert text.count(NOT_MEASURED) == 7
 
 
 def test_a_gpu_fills_its_cells() -> None:
-    phases = {name: float(i) for i, name in enumerate(report.STEP_PHASES, 10)}
+    phases = {"vision": 1.5, "loss": 0.25}
     modes = {
         "8": {"step_s": 9.5, "seconds": phases, "mfu": 0.31, "peak_gib": 61.25},
         "none": {"failed": "needs 200 GiB by the memory plan"},
@@ -95,21 +86,17 @@ def test_a_gpu_fills_its_cells() -> None:
     step = {"method": "opd", "auto": "8", "recompute": modes}
     kernels = kernel(PAIR, fast=1.25, lowmem=2.0)
     kernels["providers"]["dense"] = {"failed": "out of memory at 16384 x 151936"}
-    text = report.document({"g": suite(GPU, reverse_kl=kernels, step=step)})
-    steps = part(text, "### Steps on a GPU, 8,192 video tokens")
-    cells = row(steps, "OPD, Qwen3-VL 2B from 8B")
-    assert cells[1:] == ["8, auto", "9.5", *map(str, range(10, 18)), "0.31", "61.2", "g"]
-    assert "| OPD, Qwen3-VL 2B from 8B | none | needs 200 GiB by the memory plan |" in steps
-    assert "| GRPO, Qwen3-VL 2B from 8B | not measured |" in steps
-    table = part(text, "### Kernels on a GPU, seconds by those of the bare products")
-    first = next(line for line in table.splitlines() if line.startswith(f"| {PAIR}"))
-    assert (
-        "| 1.25 [1.24, 1.26] | 2 [1.99, 2.01] | not measured | not measured | out of memory at"
-        in first
-    )
-    assert "| trl | skipped: not installed (pip …) |" in text
-    asked = row(text, f"fast, x bare products, {PAIR}")
-    assert asked[1:] == ["at most 1.2", "1.25", "g", "**no**"]
+    tests = {"passed": 3, "skipped": 1, "failed": ["test_x"], "reports": ["long"]}
+    text = report.document({"g": suite(GPU, reverse_kl=kernels, step=step, tests=tests)})
+    assert row(text, "recompute / 8") == ["recompute / 8", "9.5", "0.31", "61.2"]
+    assert row(text, "recompute / 8 / seconds")[1:] == ["1.5", "0.25"]
+    assert "| recompute / none | needs 200 GiB by the memory plan |" in text
+    assert row(text, "fast")[1] == "1.25 [1.24, 1.26]"
+    assert row(text, "dense")[1] == "out of memory at 16384 x 151936"
+    assert row(text, "trl")[1] == "skipped: not installed (pip …)"
+    assert "Passed 3, skipped 1, failed [test_x]." in text
+    target = row(text, f"fast, x bare products, {PAIR}")
+    assert target[1:] == ["at most 1.2", "1.25", "g", "**no**"]
     assert f"- fast, x bare products, {PAIR}: 1.25, asked at most 1.2. (g)" in text
 
 
@@ -146,8 +133,6 @@ def test_the_comparison_says_what_is_behind() -> None:
     assert "- tvdf is not ahead of random at 133 device seconds: greedy mIoU 0.560 (" in text
     told["arms"]["tvdf"] = told["arms"]["random"]
     assert "tvdf is not ahead" not in report.document({"m": told})
-    del told["grpo_best"]
-    assert "| tvdf | 0.675 (0.669 to 0.682) | 0.682" in report.document({"m": told})
     told["valid"] = {"best_rates_inside": {"grpo": False}}
     assert "A condition of the protocol is not met: best_rates_inside, grpo." in report.document(
         {"m": told}
@@ -192,12 +177,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = [{"logit_std": 3.0, "gap": gap, "fast": gap, "dense": None} for gap in (1.0, 0.1)]
     both = suite(CPU, reverse_kl=kernel("s", fast=1.1), precision={"dtype": "bf16", "rows": rows})
     (tmp_path / "all.json").write_text(json.dumps(both))
-    (tmp_path / "alone.json").write_text(json.dumps(CPU | {"torch.bfloat16": rows}))
     report.main([str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n"
     text = (tmp_path / "README.md").read_text()
-    for name in ("all-kernels.png", "all-precision.png", "alone.png"):
-        assert (tmp_path / name).stat().st_size > 5000 and f"]({name})" in text
+    assert "| logit std | gap | fast | dense |" in text and "| 3 | 0.1 | 0.1 | - |" in text
     report.main([str(tmp_path)])
     assert (tmp_path / "README.md").read_text() == text
     with pytest.raises(SystemExit) as error:
