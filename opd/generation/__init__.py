@@ -1,1 +1,1 @@
-"""What is built on one forward of a prompt: the prefix, decoding, sampling."""
+"""Forwarding a prompt once, and continuing it: prefix, decoding and sampling."""

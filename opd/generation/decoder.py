@@ -1,4 +1,4 @@
-"""Token by token from a prefix, without gradients."""
+"""Token-by-token decoding from a prefix, without gradients."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from opd.models.video_lm import VideoLM
 
 
 class Decoder:
-    """Token-by-token continuation of a prefix, R completions per prompt, in one preallocated cache
-    per layer.
+    """Decodes R completions per prompt, one token at a time, into a preallocated cache per layer.
 
-    The prompt's keys and values are copied in once; step t appends its R tokens, so the cache is
-    read without gaps.
+    The prefix is copied into the cache once. Step t appends the R new tokens of each prompt behind
+    those of step t - 1, so that the filled part of the cache is contiguous: `P + R * (t + 1)`
+    columns, of which each completion attends to the prompt's and to its own.
     """
 
     def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
@@ -31,14 +31,20 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, counter: LayerCounter | None = None) -> torch.Tensor:
-        """Append one token to each completion, int64 `[B, R]`; returns the next hidden states `[B,
-        R, H]`."""
+        """Append one token to each completion and return the hidden states that predict the next.
+
+        Args:
+            token_ids: int64 `[B, R]`.
+
+        Returns: `[B, R, H]`, after the final norm.
+        """
         language_model = self.lm.language_model
         hidden = language_model.embed_tokens(token_ids)
         positions = (self.next_position + self.step_index)[:, None].expand(3, -1, self.rollouts)
         rotary = language_model.rotary_emb(hidden, positions)
         start = self.prompt_length + self.rollouts * self.step_index
         self.step_index += 1
+        # Column r of every step belongs to rollout r: the identity, once per step.
         own = torch.eye(self.rollouts, dtype=torch.bool, device=hidden.device).repeat(
             1, self.step_index
         )
@@ -51,14 +57,14 @@ class Decoder:
         )[:, None]
         with (counter or LayerCounter()).label("decode"):
             for layer, buffers in zip(language_model.layers, self.cache, strict=True):
-                slot = _Appending(buffers, start)
-                hidden = run_layer(layer, hidden, rotary, slot, attention_mask)
+                layer_cache = _PreallocatedCache(buffers, start)
+                hidden = run_layer(layer, hidden, rotary, layer_cache, attention_mask)
         return language_model.norm(hidden)
 
 
-class _Appending:
-    """A layer's cache in decoding: writes the new keys and values in place and returns the filled
-    part."""
+class _PreallocatedCache:
+    """One layer's cache while decoding: writes new keys and values from column `start` on and
+    returns the filled part."""
 
     def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor], start: int) -> None:
         self.buffers, self.start = buffers, start

@@ -1,4 +1,4 @@
-"""Rollouts: completions sampled from a prefix, under one policy that the loss shares."""
+"""Rollouts: completions sampled from a prefix, under the policy that the loss uses, too."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,17 +25,18 @@ VISION_TOKENS = (
     "<|video_pad|>",
 )
 
-CHECK_EVERY = {"cuda": 8}  # tokens: asking whether all have ended waits for the device
+# Tokens between checks whether every completion has ended: each check waits for the device.
+CHECK_EVERY = {"cuda": 8}
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """What a completion may consist of, and how its distribution is made; the sampler and every
-    loss use this one object.
+    """The distribution that completions are sampled from; the sampler and every loss use this one
+    object, so that both see the same probabilities.
 
     p(v) = softmax over allowed columns of logits / temperature. `allowed_columns` is boolean `[V]`,
     False for vision tokens (one sampled makes the next forward fail) and for rows of the embedding
-    that the tokenizer does not have.
+    that no token of the tokenizer uses.
     """
 
     allowed_columns: torch.Tensor
@@ -45,8 +46,8 @@ class Policy:
 
     @classmethod
     def of(cls, lm: VideoLM, tokenizer: Any, temperature: float) -> "Policy":
-        """The policy of a checkpoint: its tokenizer's vocabulary less vision tokens; its generation
-        config's end tokens."""
+        """The policy of a checkpoint: its tokenizer's vocabulary without vision tokens, and the end
+        tokens of tokenizer and generation config."""
         allowed = torch.zeros(lm.head.weight.shape[0], dtype=torch.bool, device=lm.device)
         allowed[: len(tokenizer)] = True
         allowed[
@@ -56,20 +57,25 @@ class Policy:
         return cls(allowed, temperature, ends, tokenizer.pad_token_id)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """fp32 log-probabilities `[..., V]` of logits; -inf at columns that are not allowed."""
+        """Log-probabilities `[..., V]` in fp32 for logits of any dtype; -inf at columns that are
+        not allowed."""
         logits = logits.float() / self.temperature
         return logits.masked_fill(~self.allowed_columns, -torch.inf).log_softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """Completions `[B, R, T]`, right-padded, with the sampler's log-probability of each token.
+    """R completions for each of B prompts, right-padded to T tokens.
 
-    `completion_ids` and `rollout_logprobs` (fp32, 0 behind the end) are on the device. What decides
-    about them is on the host, `[B, R]`: `lengths`, the number of tokens with the first end token;
-    `truncated`, whether the length limit came before an end token; `rewards`, where answers are
-    compared or routed; `trained`, where some completions take no part in the loss; and `horizon`,
-    the number of tokens of each that do.
+    On the device, `[B, R, T]`: `completion_ids`, and `rollout_logprobs`, the sampler's fp32
+    log-probability of each token (0 after the end). On the host, `[B, R]`:
+
+        lengths    tokens of each completion, its first end token included
+        truncated  whether the length limit was reached before an end token
+        rewards    of completions; None unless they are compared or routed by it
+        trained    whether a completion takes part in the loss; None if all do
+
+    `horizon` is the number of leading tokens of each completion that are in the loss; None for all.
     """
 
     completion_ids: torch.Tensor
@@ -82,13 +88,12 @@ class Rollouts:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all completions."""
+        """Number of tokens of all completions."""
         return int(self.lengths.sum())
 
     @property
     def loss_lengths(self) -> torch.Tensor:
-        """`[B, R]`, on the host: how many tokens of each completion, from its first, are in the
-        loss."""
+        """Number of leading tokens of each completion in the loss: int64 `[B, R]`, on the host."""
         lengths = self.lengths
         if self.trained is not None:
             lengths = lengths * self.trained
@@ -96,12 +101,12 @@ class Rollouts:
 
     @property
     def completion_mask(self) -> torch.Tensor:
-        """Boolean `[B, R, T]`, on the host: tokens of completions."""
+        """True at tokens of completions, False at padding: boolean `[B, R, T]`, on the host."""
         return self._first(self.lengths)
 
     @property
     def loss_mask(self) -> torch.Tensor:
-        """Boolean `[B, R, T]`, on the host: tokens of the loss."""
+        """True at tokens that are in the loss: boolean `[B, R, T]`, on the host."""
         return self._first(self.loss_lengths)
 
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
@@ -109,46 +114,51 @@ class Rollouts:
 
     @cached_property
     def loss_rows(self) -> torch.Tensor:
-        """int64 `[N]`, on the device: the tokens of the loss among `completion_ids.flatten()`."""
+        """Indices into `completion_ids.flatten()` of the N tokens in the loss: int64 `[N]`, on the
+        device."""
         rows = self.loss_mask.flatten().nonzero().flatten()
         return send(rows, self.completion_ids.device)
 
     def in_loss(self, values: torch.Tensor) -> torch.Tensor:
-        """The entries `[N, ...]` of `values` `[B, R, T, ...]` at the tokens of the loss."""
+        """Select the N tokens in the loss: `values` `[B, R, T, ...]` become `[N, ...]`."""
         return values.flatten(0, 2).index_select(0, self.loss_rows)
 
     def cpu(self) -> "Rollouts":
-        """The same on the host; waits for the device."""
+        """Copy everything to the host; waits for the device."""
         ids, logprobs = fetch(self.completion_ids), fetch(self.rollout_logprobs)
         return replace(self, completion_ids=ids, rollout_logprobs=logprobs)
 
     def routed(self, lockstep: bool = False) -> tuple[list[int], "Rollouts"]:
-        """The prompts with a completion that is trained on, and of their rollouts those alone, as
-        narrow and as short as they fit. The tokens of the loss keep their order. In `lockstep` each
-        rank takes as many prompts as the busiest, at least one, some of them without such a
-        completion."""
+        """Keep the prompts with a trained completion, and of their rollouts the trained ones.
+
+        R and T shrink to what these need; the tokens in the loss keep their order. With `lockstep`
+        every rank keeps as many prompts as the rank with the most, at least one, and fills up with
+        prompts that have no trained completion.
+
+        Returns: the indices of the kept prompts, and their rollouts.
+        """
         assert self.trained is not None
         rows = self.trained.any(1).nonzero().flatten()
         if lockstep:
             others = (~self.trained.any(1)).nonzero().flatten()
             rows = torch.cat([rows, others[: max(1, distributed.all_max(len(rows))) - len(rows)]])
         width = max(1, int(self.trained[rows].sum(1).max())) if len(rows) else 0
-        # The trained ones of each prompt come first, in their order.
+        # A stable sort puts each prompt's trained completions first, in their order.
         first = (~self.trained[rows]).byte().argsort(dim=1, stable=True)[:, :width]
         kept = rows[:, None], first
         lengths = self.lengths[kept]
         longest = max(1, int((lengths * self.trained[kept]).max())) if len(rows) else 0
-        # One index for the device: places in `[B * R]`.
-        places = send(rows[:, None] * self.lengths.shape[1] + first, self.completion_ids.device)
+        # A single index for the device, into `[B * R]`.
+        indices = send(rows[:, None] * self.lengths.shape[1] + first, self.completion_ids.device)
 
-        def gathered(values: torch.Tensor) -> torch.Tensor:
-            return values.flatten(0, 1)[places][..., :longest]
+        def select(values: torch.Tensor) -> torch.Tensor:
+            return values.flatten(0, 1)[indices][..., :longest]
 
         return rows.tolist(), replace(
             self,
-            completion_ids=gathered(self.completion_ids),
+            completion_ids=select(self.completion_ids),
             lengths=lengths.clamp_max(longest),
-            rollout_logprobs=gathered(self.rollout_logprobs),
+            rollout_logprobs=select(self.rollout_logprobs),
             truncated=self.truncated[kept],
             rewards=None if self.rewards is None else self.rewards[kept],
             trained=self.trained[kept],
@@ -156,8 +166,8 @@ class Rollouts:
 
     @classmethod
     def references(cls, batch: PromptBatch, pad_token_id: int) -> "Rollouts":
-        """The reference answers in the place of sampled ones, one per prompt; nobody knows the
-        probability with which they were written."""
+        """Reference answers instead of sampled ones, one per prompt; their `rollout_logprobs` are
+        NaN, because no sampler drew them."""
         ids, lengths = batch.references(pad_token_id)
         unknown = torch.full_like(ids, torch.nan, dtype=torch.float32)
         return cls(ids, lengths, unknown, torch.zeros_like(lengths, dtype=torch.bool))
@@ -166,10 +176,10 @@ class Rollouts:
 def uniforms(
     seed: int, step: int, prompt_ids: Sequence[str], num_rollouts: int, length: int
 ) -> torch.Tensor:
-    """fp64 `[B, R, T]` in [0, 1): one number per token, a function of (seed, step, prompt id,
-    rollout, position) alone.
+    """Uniform random numbers, one per token: fp64 `[B, R, T]` in [0, 1).
 
-    So batching, padding, world size and resuming do not change what a prompt's rollout draws.
+    Each is a function of (seed, step, prompt id, rollout, position) alone, so that batching,
+    padding, world size and resuming do not change a rollout.
     """
     rows = []
     for prompt_id in prompt_ids:
@@ -183,8 +193,8 @@ def uniforms(
 
 
 def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-    """Token ids from `[..., V]` log-probabilities: the most likely, or the inverse of the
-    cumulative distribution at `draws` `[...]`."""
+    """Choose token ids `[...]` from log-probabilities `[..., V]`: by inverting the cumulative
+    distribution at `draws` `[...]`, or greedily where `draws` is None."""
     if draws is None:
         return log_probs.argmax(-1)
     cumulative = log_probs.double().exp().cumsum(-1)
@@ -194,7 +204,7 @@ def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
 
 
 def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
-    """The text of each completion, special tokens left out: one list of R answers per prompt."""
+    """Text of each completion without special tokens: R answers for each of the B prompts."""
     answers = []
     for ids, lengths in zip(
         fetch(rollouts.completion_ids).tolist(), rollouts.lengths.tolist(), strict=True
@@ -213,10 +223,11 @@ def sample(
     draws: torch.Tensor | None,
     counter: LayerCounter | None = None,
 ) -> Rollouts:
-    """Continue each prompt of a (detached) prefix until an end token or the length limit.
+    """Sample R completions for each prompt of a prefix, up to an end token or the length limit.
 
     Args:
-        draws: `[B, R, T]` from `uniforms`, R completions per prompt; None decodes one greedily.
+        prefix: detached, since no gradient passes through sampling.
+        draws: `[B, R, T]` from `uniforms`; None decodes one completion per prompt greedily.
     """
     batch, device = len(prefix.last_hidden), prefix.last_hidden.device
     num_rollouts = 1 if draws is None else draws.shape[1]
@@ -239,11 +250,14 @@ def sample(
         if position + 1 == max_completion_length:
             break
         if (position + 1) % every == 0:
-            left = int(not fetch(done).all())
-            if not (distributed.all_max(left) if lm.sharded else left):
+            unfinished = int(not fetch(done).all())
+            # With sharded weights, all ranks decode until the last has finished.
+            if not (distributed.all_max(unfinished) if lm.sharded else unfinished):
                 break
         hidden = decoder.step(ids[-1], counter)
     lengths, ended = fetch(torch.stack([lengths, done.long()])).unbind()
-    longest = int(lengths.max())  # without what came after the last end token
-    tokens, drawn = (torch.stack(values, 2)[..., :longest] for values in (ids, logprobs))
-    return Rollouts(tokens, lengths, drawn, ended == 0)
+    longest = int(lengths.max())  # columns after the last end token are cut off
+    completion_ids, rollout_logprobs = (
+        torch.stack(values, 2)[..., :longest] for values in (ids, logprobs)
+    )
+    return Rollouts(completion_ids, lengths, rollout_logprobs, truncated=ended == 0)

@@ -1,1 +1,1 @@
-"""Models: loading Qwen-VL checkpoints, the embedded tiny ones, and attention."""
+"""Models: the VideoLM interface, loading, attention, positions, and the embedded tiny models."""

@@ -1,9 +1,10 @@
-"""Attention: one function for the language model, and a vision attention that batches equal
-segments. Each runs on a backend that is named in the configuration or announced on stderr.
+"""Attention of the language model and of the vision tower, on the configured backends.
 
-    prompts                       the backend's causal attention
-    completions (with a mask)     sdpa with query groups folded: FlashAttention takes no such mask
-    vision                        the backend on packed segments
+    prompts                      causal attention on the backend
+    completions (with a mask)    sdpa with query groups folded: FlashAttention takes no such mask
+    vision                       packed segments on the backend; with sdpa, equal lengths batched
+
+`choose` picks a backend; `auto` announces an installed one that is broken.
 """
 
 import inspect
@@ -32,13 +33,13 @@ PACKAGES = {
     "flash_attention_3": "flash-attn-3",
     "flash_attention_2": "flash-attn",
 }
-# cuDNN builds a plan for every shape and stride, tens of milliseconds on the host for each key
-# length of a decode loop. The math kernel is the last resort, for fp64.
+# Without cuDNN, which builds a plan for every shape and stride: tens of milliseconds on the host
+# for each key length of a decode loop. The math kernel is the last resort, for fp64.
 MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why a backend cannot serve tensors of this device and dtype; None if it can."""
+    """Reason why a backend cannot be used on this device with this dtype; None if it can."""
     if backend in ("sdpa", "eager"):
         return None
     if device.type != "cuda":
@@ -46,7 +47,9 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16, model.dtype is {str(dtype).removeprefix('torch.')}"
     if backend == "varlen":
-        return None if _varlen() else f"torch {torch.__version__} has no such attention"
+        if _varlen():
+            return None
+        return f"torch {torch.__version__} has no varlen_attn with a scale and a window"
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
     return not_importable(backend) or (
         None if capable or backend == "flash_attention_2" else "needs Hopper or later"
@@ -55,8 +58,8 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 @lru_cache
 def not_importable(backend: str) -> str | None:
-    """The reason why transformers cannot import the package of a FlashAttention backend. Asked
-    once: transformers 5.17 takes a second attempt for a success."""
+    """Reason why transformers cannot import the package of a FlashAttention backend; None if it
+    can. Cached, because transformers 5.17 reports success on a second attempt."""
     package = PACKAGES[backend]
     try:
         version = metadata.version(package)
@@ -74,31 +77,34 @@ def not_importable(backend: str) -> str | None:
     return None
 
 
-def choose(key: str, asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to use: `asked`, or for `auto` the first usable one, which announces a backend
-    that is installed but broken. ValueError, one line that names the key, for an unusable one."""
+def choose(key: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Backend for the configuration's `key`: the requested one, or for `auto` the first usable one,
+    announcing those before it that are installed but broken.
+
+    Raises ValueError, one line that names the key, if the requested backend is unusable.
+    """
     reasons = {backend: unusable(backend, device, dtype) for backend in BACKENDS}
     usable = [backend for backend, reason in reasons.items() if reason is None]
-    if asked == "auto":
+    if requested == "auto":
         for backend in BACKENDS[: BACKENDS.index(usable[0])]:
             reason = reasons[backend]
             if reason is not None and reason.startswith("broken"):
                 announce(f"{key}=auto: {backend} is {reason}; using {usable[0]}")
         return usable[0]
-    if reasons[asked] is not None:
-        raise ValueError(f"{key}={asked}: {reasons[asked]}; usable here: {', '.join(usable)}")
-    return asked
+    if (reason := reasons[requested]) is not None:
+        raise ValueError(f"{key}={requested}: {reason}; usable here: {', '.join(usable)}")
+    return requested
 
 
 @lru_cache
 def announce(message: str) -> None:
-    """Print a line on stderr, once, from the first rank."""
+    """Print a message to stderr from the first rank, once per process."""
     if distributed.is_first():
         print(message, file=sys.stderr)
 
 
 def _varlen() -> Callable[..., torch.Tensor] | None:
-    """torch's own variable-length FlashAttention, where it takes a scale and a window."""
+    """torch's own variable-length FlashAttention; None where it takes no scale or no window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -117,11 +123,12 @@ def packed(
     scale: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """FlashAttention over sequences that lie one after the other.
+    """FlashAttention over sequences packed one after the other.
 
     Args:
         query: `[S, heads, D]`; key and value: `[S, kv_heads, D]`, bf16 or fp16.
-        edges: int32 `[sequences + 1]`, their boundaries; longest: length of the longest sequence.
+        edges: int32 `[sequences + 1]`, the boundaries of the sequences.
+        longest: length of the longest sequence.
 
     Returns: `[S, heads, D]`.
     """
@@ -135,8 +142,8 @@ def packed(
         elif groups > 1:  # torch 2.11
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return attention(query, key, value, edges, edges, longest, longest, **options)
-    # transformers' `flash_attention_forward` takes the kernel's name from the module's
-    # configuration, where ours is registered; this function takes it as an argument.
+    # transformers' public `flash_attention_forward` takes the kernel from the module's
+    # configuration, which names our function; this one takes it as an argument.
     forward: Any = flash._flash_attention_forward
     out = forward(
         *(x[None] for x in (query, key, value)),
@@ -161,8 +168,8 @@ def dense(
     scale: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """Attention of `[B, heads, L, D]` without a mask, by torch's best kernel or by definition
-    (`eager`)."""
+    """Attention over `[B, heads, L, D]` without a mask: torch's fastest kernel, or the plain
+    formula (`eager`)."""
     grouped = query.shape[1] != key.shape[1]
     if backend != "eager":
         options: dict[str, Any] = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
@@ -189,14 +196,16 @@ def attend(
     backend: str = "sdpa",
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(q k' scale + mask) v with grouped queries and without a copy of keys or values per
-    query head.
+    """Attention function registered with transformers: softmax(q k' scale + mask) v.
 
-    Args: query: `[B, heads, L, D]`; key and value: `[B, kv_heads, K, D]`. attention_mask: `[B, 1,
-        L, K]`, boolean (True attends) or added to the scores; None is causal where L = K.
+    Query heads may share key/value heads, which are never repeated in memory.
 
-    Returns:
-        `[B, L, heads, D]` and None, as transformers expects.
+    Args:
+        query: `[B, heads, L, D]`; key and value: `[B, kv_heads, K, D]`.
+        attention_mask: `[B, 1, L, K]`, boolean (True attends) or added to the scores; None is
+            causal where L = K.
+
+    Returns: `[B, L, heads, D]` and None, as transformers expects.
     """
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
@@ -231,29 +240,29 @@ def vision_attention(
     segments: Sequence[Segments] = (),
     **_: Any,
 ) -> torch.Tensor:
-    """The stock vision attention over packed segments, one batched call per distinct segment
-    length, or one call where the backend takes packed segments.
+    """Vision attention over packed segments, in place of the stock modules' forward.
+
+    One call where the backend takes packed segments, else one batched call per distinct segment
+    length. The stock module calls sdpa once per segment: hundreds of calls per layer and batch.
 
     Args:
         hidden_states: `[S, H]`, segments one after the other.
-        cu_seqlens: their boundaries, int32.
-        segments: what the host knows of boundaries; without those of `cu_seqlens` the device is
-            asked for them.
-
-    The stock module calls sdpa once a segment: hundreds of calls a layer for a batch of videos.
+        cu_seqlens: int32, the boundaries of the segments.
+        segments: boundaries whose lengths the host knows; if `cu_seqlens` is not among them, its
+            lengths are fetched from the device.
     """
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
     size = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
     query, key = rotate(query, key, *position_embeddings)
-    known = next((part for part in segments if part.edges is cu_seqlens), None)
-    known = known or Segments.of(cu_seqlens)
+    own = next((each for each in segments if each.edges is cu_seqlens), None)
+    own = own or Segments.of(cu_seqlens)
     if backend not in ("sdpa", "eager"):
-        longest = max(known.lengths)
-        out = packed(backend, query, key, value, known.edges, longest, self.scaling, False)
+        longest = max(own.lengths)
+        out = packed(backend, query, key, value, own.edges, longest, self.scaling, False)
         return self.proj(out.reshape(size, -1))
-    out = torch.empty_like(query) if len(known.rows_by_length) > 1 else None
-    for length, rows in known.rows_by_length.items():
+    out = torch.empty_like(query) if len(own.rows_by_length) > 1 else None
+    for length, rows in own.rows_by_length.items():
         q, k, v = (
             (x if rows is None else x[rows])
             .view(-1, length, self.num_heads, x.shape[-1])
@@ -268,8 +277,8 @@ def vision_attention(
 
 def install(model: PreTrainedModel, text: str = "sdpa", vision: str = "sdpa") -> None:
     """Make `model` use `attend` in its language model and `vision_attention` in its vision tower,
-    on these backends."""
-    name = f"opd{BACKENDS.index(text)}"  # transformers takes a name with "flash" for its own
+    on the backends `text` and `vision`."""
+    name = f"opd{BACKENDS.index(text)}"  # transformers reserves names that contain "flash"
     AttentionInterface.register(name, partial(attend, backend=text))
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)

@@ -1,4 +1,4 @@
-"""Whether a teacher can score a student's tokens: told before any weight is loaded."""
+"""Compatibility of a student and a teacher, checked before any weight is loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,13 @@ from opd.errors import ModelError
 from opd.models.load import load_processor, require_family, resolve
 from opd.models.video_lm import end_token_ids
 
-IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-FRAMES = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+VIDEO_SETTINGS = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a checkpoint says of itself without its weights."""
+class Description:
+    """A checkpoint without its weights: model config, processor and end tokens."""
 
     spec: str
     config: Any
@@ -23,8 +23,8 @@ class Described:
     end_token_ids: frozenset[int]
 
     @classmethod
-    def of(cls, spec: str, key: str) -> "Described":
-        """Read it; ModelError, which names the key, where that fails."""
+    def of(cls, spec: str, key: str) -> "Description":
+        """Read the checkpoint that the configuration's `key` names; ModelError where that fails."""
         path = resolve(spec, key)
         try:
             config: Any = AutoConfig.from_pretrained(path)
@@ -32,7 +32,7 @@ class Described:
             processor = load_processor(spec)
             try:
                 generation = GenerationConfig.from_pretrained(path)
-            except OSError:  # a checkpoint need not have one
+            except OSError:  # the file is optional
                 generation = None
         except ModelError:
             raise
@@ -44,44 +44,55 @@ class Described:
 
 
 def check_pair(student: str, teacher: str) -> None:
-    """Raise ModelError, one line with what differs, unless the teacher reads and writes the
-    student's tokens: family, tokenizer, special tokens, chat template, end tokens, frames; the
-    padded sizes of the vocabulary may differ."""
+    """Raise ModelError, one line that says what differs, unless the teacher can score the student's
+    tokens.
+
+    Family, tokenizer, special and end tokens, chat template and video processor must agree; the
+    padded sizes of the vocabulary may differ.
+    """
     if student.startswith("tiny:") or teacher.startswith("tiny:"):
-        return  # fresh models, made alike
-    one = Described.of(student, "model.student")
-    two = Described.of(teacher, "model.teacher")
+        return  # fresh models share a tokenizer and a processor
+    ours = Description.of(student, "model.student")
+    theirs = Description.of(teacher, "model.teacher")
 
-    def require(what: str, first: Any, second: Any) -> None:
+    def require_equal(what: str, first: Any, second: Any) -> None:
         if first != second:
-            told = f"its {what} is {_short(second)}, the student's {_short(first)}"
-            raise ModelError(f"model.teacher={teacher}: {told} (model.student={student})")
+            difference = f"its {what} is {_short(second)}, the student's is {_short(first)}"
+            raise ModelError(f"model.teacher={teacher}: {difference} (model.student={student})")
 
-    require("family", one.config.model_type, two.config.model_type)
-    tokens, others = (described.processor.tokenizer for described in (one, two))
-    mine, theirs = tokens.get_vocab(), others.get_vocab()
-    if mine != theirs:
-        word = min(mine.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))[0]
-        require(f"token id of {word!r}", mine.get(word), theirs.get(word))
-    for name in IDS:
-        require(name, getattr(one.config, name, None), getattr(two.config, name, None))
-    require("pad token", tokens.pad_token_id, others.pad_token_id)
-    require("set of end tokens", sorted(one.end_token_ids), sorted(two.end_token_ids))
-    templates = (
-        d.processor.chat_template or d.processor.tokenizer.chat_template for d in (one, two)
-    )
-    if len(set(templates)) > 1:
-        raise ModelError(f"model.teacher={teacher}: its chat template is not that of {student}")
-    for name in FRAMES:
-        values = (getattr(d.processor.video_processor, name, None) for d in (one, two))
-        require(f"video processor's {name}", *values)
-    for key, described in (("student", one), ("teacher", two)):
-        rows = described.config.text_config.vocab_size
-        if rows < len(tokens):
-            told = f"{rows} rows of the vocabulary for {len(tokens)} tokens"
-            raise ModelError(f"model.{key}={described.spec}: {told}")
+    pair = ours, theirs
+    require_equal("family", *(each.config.model_type for each in pair))
+    tokenizers = [each.processor.tokenizer for each in pair]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    if vocabularies[0] != vocabularies[1]:
+        differing = vocabularies[0].items() ^ vocabularies[1].items()
+        word = min(differing, key=lambda item: (item[1], item[0]))[0]
+        require_equal(f"token id of {word!r}", *(ids.get(word) for ids in vocabularies))
+    for name in SPECIAL_IDS:
+        require_equal(name, *(getattr(each.config, name, None) for each in pair))
+    require_equal("pad token", *(tokenizer.pad_token_id for tokenizer in tokenizers))
+    require_equal("set of end tokens", *(sorted(each.end_token_ids) for each in pair))
+    templates = {
+        each.processor.chat_template or each.processor.tokenizer.chat_template for each in pair
+    }
+    if len(templates) > 1:
+        raise ModelError(
+            f"model.teacher={teacher}: its chat template differs from that of {student}"
+        )
+    for name in VIDEO_SETTINGS:
+        values = (getattr(each.processor.video_processor, name, None) for each in pair)
+        require_equal(f"video processor's {name}", *values)
+    num_tokens = len(tokenizers[0])
+    for key, description in zip(("student", "teacher"), pair, strict=True):
+        rows = description.config.text_config.vocab_size
+        if rows < num_tokens:
+            raise ModelError(
+                f"model.{key}={description.spec}: its vocabulary has {rows} rows, too few for the "
+                f"tokenizer's {num_tokens} tokens"
+            )
 
 
 def _short(value: Any) -> str:
+    """`repr` in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

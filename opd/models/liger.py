@@ -1,7 +1,7 @@
-"""Liger's RMSNorm, RoPE and SwiGLU (Triton) in the place of the stock modules' forwards, on CUDA.
+"""Liger's Triton kernels for RMSNorm, RoPE and SwiGLU in the layers of a language model, on CUDA.
 
-Bound to the modules one by one: the names in Liger's own patch functions follow other versions of
-transformers.
+They are bound to the modules one by one: Liger's own patch functions expect the module names of
+other versions of transformers.
 """
 
 import sys
@@ -14,33 +14,36 @@ import torch
 from opd.models.attention import announce
 
 
-def wanted(asked: str, device: torch.device) -> bool:
-    """Whether to use them: `auto` says yes where they can be imported and there is a GPU, and
-    announces a broken package. ValueError, one line, for `on` where they cannot be used."""
-    reason = None if asked == "off" else _unusable(device)
-    if asked == "on" and reason is not None:
+def is_enabled(setting: str, device: torch.device) -> bool:
+    """Whether `model.liger` (`on`, `off`, `auto`) selects Liger: `auto` does on a GPU where the
+    package imports, and announces a broken one.
+
+    Raises ValueError, one line, for `on` where Liger cannot be used.
+    """
+    reason = None if setting == "off" else _unusable(device)
+    if setting == "on" and reason is not None:
         raise ValueError(f"model.liger=on: {reason}")
     if reason is not None and reason.startswith("broken"):
         announce(f"model.liger=auto: liger-kernel is {reason}; using the stock modules")
-    return asked != "off" and reason is None
+    return setting != "off" and reason is None
 
 
 def _unusable(device: torch.device) -> str | None:
-    """The reason why Liger's modules cannot be used; None if they can."""
+    """Reason why Liger cannot be used on this device; None if it can."""
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
     if find_spec("liger_kernel") is None:
         return "not installed (pip install liger-kernel)"
     try:
         _modules()
-    except Exception as error:  # of a version for another Triton or transformers
+    except Exception as error:  # a version for another Triton or transformers raises anything
         first_line = (str(error).splitlines() or [""])[0]
         return f"broken: importing it raises {type(error).__name__}: {first_line}"
     return None
 
 
 def _modules() -> tuple[Any, Any, Any]:
-    """Liger's RMSNorm, SwiGLU and rotary embedding."""
+    """Liger's RMSNorm and SwiGLU classes, and its rotary embedding function."""
     from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
@@ -48,14 +51,14 @@ def _modules() -> tuple[Any, Any, Any]:
 
 
 def install(language_model: Any) -> None:
-    """Make the layers of a Qwen-VL language model use them."""
+    """Replace the norms, MLPs and rotary embedding of a Qwen-VL language model by Liger's."""
     rms_norm, swiglu, rotary = _modules()
-    # The layers look the function up in their module; it is for all models of the family.
+    # Layers look this function up in their Python module, so all models of the family get it.
     sys.modules[type(language_model).__module__].apply_rotary_pos_emb = rotary  # type: ignore[attr-defined]
     for name, module in language_model.named_modules():
         if name.endswith("norm"):
             module.offset, module.casting_mode = 0.0, "llama"
-            module.in_place, module.row_mode = False, None  # gradients that others may hold
+            module.in_place, module.row_mode = False, None  # others may hold the gradients
             module.forward = MethodType(rms_norm.forward, module)
         elif name.endswith(".mlp"):
             module.forward = MethodType(swiglu.forward, module)

@@ -1,48 +1,76 @@
-"""Position ids of a prompt, three mrope rows, per model family: a pure function of token ids and
-the video grid.
+"""Position ids of a prompt, three rows of multimodal rotary embedding (mrope): one rule per family.
 
-The models' own `rope_deltas` are left over from their last call and are never used. For Qwen2.5-VL
-the stock rule is wrong in transformers 5 (text after a video forgets how long the video is), so
-prompt and continuation would disagree.
+Each is a pure function of the prompt's token ids and the video's grid. The models' own
+`rope_deltas` are left over from their last call and are never used. For Qwen2.5-VL the stock rule
+is wrong in transformers 5: the position of text after a video ignores the video's length in time,
+so that prompt and continuation would disagree.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-Grid = tuple[int, int, int]  # frames pairs, rows, columns of vision tokens (after merging)
+Grid = tuple[int, int, int]  # frame pairs, rows, columns of vision tokens (after merging)
+# (input_ids [P], model config, grid, seconds per frame pair) -> position ids [3, P] and the
+# position of the first completion token.
+Rule = Callable[[torch.Tensor, Any, Grid, float], tuple[torch.Tensor, int]]
 
 
 def qwen3_vl_positions(
     input_ids: torch.Tensor, video_token_id: int, grid: Grid
 ) -> tuple[torch.Tensor, int]:
-    """Every frame pair is its own vision segment between text timestamps.
+    """Positions where every frame pair is a vision segment of its own, between text timestamps.
 
     A segment starting at s puts its token in row h, column w at (s, s + h, s + w); text resumes at
     s + max(rows, columns).
 
     Args:
-        input_ids: `[P]` of one unpadded prompt.
+        input_ids: int64 `[P]`, one unpadded prompt.
 
-    Returns:
-        int64 `[3, P]` and the position of the first completion token.
+    Returns: int64 `[3, P]` and the position of the first completion token.
     """
     return _positions(input_ids, video_token_id, (1, grid[1], grid[2]), 0.0)
 
 
 def qwen2_5_vl_positions(
-    input_ids: torch.Tensor, video_token_id: int, grid: Grid, seconds_per_position: float
+    input_ids: torch.Tensor, video_token_id: int, grid: Grid, positions_per_pair: float
 ) -> tuple[torch.Tensor, int]:
-    """The video is one segment with absolute time: frame pair t sits at s + floor(t *
-    seconds_per_position).
+    """Positions where the whole video is one segment with absolute time.
 
-    `seconds_per_position` is `tokens_per_second` (model) times the seconds that a frame pair
-    covers, fractions kept. Text resumes one past the largest position used in any row.
+    A segment starting at s puts frame pair t at s + floor(t * positions_per_pair), and rows and
+    columns as for Qwen3-VL; text resumes one past the largest position in any of the three rows.
+
+    Args:
+        input_ids: int64 `[P]`, one unpadded prompt.
+        positions_per_pair: the model's `tokens_per_second` times the seconds that a frame pair
+            covers, not rounded.
+
+    Returns: int64 `[3, P]` and the position of the first completion token.
     """
-    return _positions(input_ids, video_token_id, grid, seconds_per_position)
+    return _positions(input_ids, video_token_id, grid, positions_per_pair)
+
+
+def _qwen3_vl(
+    input_ids: torch.Tensor, config: Any, grid: Grid, _: float
+) -> tuple[torch.Tensor, int]:
+    return qwen3_vl_positions(input_ids, config.video_token_id, grid)
+
+
+def _qwen2_5_vl(
+    input_ids: torch.Tensor, config: Any, grid: Grid, seconds_per_pair: float
+) -> tuple[torch.Tensor, int]:
+    positions_per_pair = config.vision_config.tokens_per_second * seconds_per_pair
+    return qwen2_5_vl_positions(input_ids, config.video_token_id, grid, positions_per_pair)
+
+
+POSITIONS: dict[str, Rule] = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
 
 
 def _positions(
     input_ids: torch.Tensor, video_token_id: int, grid: Grid, time_step: float
 ) -> tuple[torch.Tensor, int]:
+    """Count text up by one in all rows; lay segments of `grid` over the runs of video tokens."""
     frames, rows, columns = grid
     t, h, w = (
         axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")

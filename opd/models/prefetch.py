@@ -1,10 +1,10 @@
-"""ZeRO-3 one layer ahead: while a layer computes, the weights of the next are gathered.
+"""Prefetching for ZeRO-3: while a layer computes, the weights of the next one are gathered.
 
 DeepSpeed prefetches along a trace of the modules, which only a forward of the top module completes.
-A step here calls the layers themselves, and how often depends on the answers, so the trace is never
-complete and every gather would block. The order of layers is known without a trace: upwards in a
-forward, downwards in a backward, recomputation included. DeepSpeed's own functions gather, wait and
-release, so that its books stay right.
+A step here calls the layers itself, and how often depends on the answers, so the trace is never
+complete and every gather would block. The order of layers needs no trace: upwards in a forward,
+downwards in a backward, recomputation included. Gathering, waiting and releasing use DeepSpeed's
+own functions, so that its bookkeeping stays right.
 """
 
 from collections import deque
@@ -16,16 +16,17 @@ from torch import nn
 
 from opd.models.video_lm import VideoLM
 
-HELD = "layer in use"  # among the users of a weight, which DeepSpeed keeps as long as there is one
+HELD = "layer in use"  # an active submodule of a weight; DeepSpeed keeps weights that have one
 
 
 class LayersAhead:
-    """Gathers the layers of a sharded model one ahead, the vision tower's too.
+    """Gathers each layer of a sharded model one layer ahead, in language model and vision tower.
 
-    At most two layers of a stack are whole or in flight at a time. On a GPU the memory of a third
-    is not free yet while its kernels still run.
+    At most two layers of a stack are gathered or in flight at a time. On a GPU the memory of a
+    third is still in use while its kernels run.
 
-    Args: offload: DeepSpeed's `DeepSpeedZeRoOffload` of the model.
+    Args:
+        offload: DeepSpeed's `DeepSpeedZeRoOffload` of the model.
     """
 
     def __init__(self, lm: VideoLM, offload: Any) -> None:
@@ -34,18 +35,21 @@ class LayersAhead:
         self.vision = _Stack(lm, offload, visual.blocks, visual.patch_embed)
 
     def start_backward(self) -> None:
-        """Start to gather the layer that a backward reaches first, while it is in the head."""
+        """Start gathering the last layer, which a backward reaches first after the head."""
         self.language.start(len(self.language.layers) - 1)
 
     def settle(self) -> None:
-        """Wait for what is in flight and release every layer. Before weights are gathered as a
-        whole or changed, and after a backward; an exception may have left layers behind."""
+        """Wait for gathers in flight and release every layer.
+
+        Called after a backward, and before weights are changed or gathered as a whole; an exception
+        may have left layers gathered.
+        """
         self.language.settle()
         self.vision.settle()
 
 
 class _Stack:
-    """Layers that run one after the other, behind a module `entry`."""
+    """Layers that run in order, after the module `entry`."""
 
     def __init__(
         self, lm: VideoLM, offload: Any, layers: Sequence[nn.Module], entry: nn.Module
@@ -61,9 +65,9 @@ class _Stack:
         self._stream = offload._DeepSpeedZeRoOffload__allgather_stream
         self._in_flight = lm.model.ds_inflight_param_registry
         self._held: set[int] = set()
-        self._left: deque[Any] = deque()  # on a GPU, events at the ends of layers
-        # Copies from the CPU's memory share a stream that every submodule waits for. They must come
-        # behind the kernels of the layer before, or these would wait for them.
+        self._left: deque[Any] = deque()  # on a GPU: an event at the end of each layer left
+        # Copies from CPU memory run on a stream that every submodule waits for. They are started
+        # after the current layer's kernels, which would otherwise wait for them.
         self.starts_late = _copied_from_cpu(self.layers, lm.device)
         entry.register_forward_pre_hook(lambda *_: self.start(0))
         for index, layer in enumerate(layers):
@@ -71,7 +75,7 @@ class _Stack:
             layer.register_forward_hook(lambda _m, _i, output, i=index: self._after(i, output))
 
     def _before(self, index: int) -> None:
-        if _in_backward():  # recomputed
+        if _in_backward():  # recomputation
             self._enter(index, index - 1)
         else:
             self._enter(index, None if self.starts_late else index + 1)
@@ -87,11 +91,11 @@ class _Stack:
             hidden.register_hook(lambda _: self._enter(index, index - 1))
 
     def _enter(self, index: int, following: int | None) -> None:
-        """Make a layer whole until another is entered or it is left, and start with `following`."""
+        """Gather a layer, keep it until it is left, and start gathering the `following` one."""
         if not self.lm.sharded:
             return
-        # In backward a layer is left here. DeepSpeed's own count of a module's inputs starts anew
-        # with each forward: of several forwards behind one backward, it releases one's weights.
+        # In backward a layer is left when the next is entered: DeepSpeed counts a module's inputs
+        # anew in each forward, so with several forwards before a backward it would release once.
         for other in self._held - {index}:
             self._leave(other)
         self.start(index)
@@ -104,24 +108,24 @@ class _Stack:
 
     @torch.no_grad()
     def start(self, index: int) -> None:
-        """Begin to gather a layer, if there is one of this number and it needs it."""
+        """Start gathering a layer, if the index is valid and the layer is not gathered yet."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         if not (self.lm.sharded and 0 <= index < len(self.layers)):
             return
         missing = [p for p in self.layers[index] if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
-            while len(self._left) > 1:  # else the host allocates many layers ahead of the GPU
+            while len(self._left) > 1:  # else the host would allocate many layers ahead of the GPU
                 self._left.popleft().synchronize()
             self._gather(missing, not _in_backward())
 
     @torch.no_grad()
     def _wait(self, index: int) -> None:
-        flying = [p for p in self.layers[index] if p in self._in_flight]
+        in_flight = [p for p in self.layers[index] if p in self._in_flight]
         with self.accelerator.stream(self._stream):
-            for parameter in flying:
+            for parameter in in_flight:
                 self._in_flight.pop(parameter).wait()
-        if flying and not self.accelerator.resolves_data_dependency():
+        if in_flight and not self.accelerator.resolves_data_dependency():
             self.accelerator.current_stream().wait_stream(self._stream)
 
     @torch.no_grad()
@@ -136,7 +140,7 @@ class _Stack:
         self._held.discard(index)
 
     def settle(self) -> None:
-        """Wait for what is in flight and release every layer."""
+        """Wait for gathers in flight and release every layer."""
         if self.lm.sharded:
             for index in range(len(self.layers)):
                 self._wait(index)
@@ -145,9 +149,11 @@ class _Stack:
 
 
 def _copied_from_cpu(layers: Sequence[Sequence[Any]], device: torch.device) -> bool:
-    places = {parameter.ds_tensor.device.type for layer in layers for parameter in layer}
-    return device.type != "cpu" and "cpu" in places
+    """Whether shards are in CPU memory while the model computes on a GPU."""
+    device_types = {parameter.ds_tensor.device.type for layer in layers for parameter in layer}
+    return device.type != "cpu" and "cpu" in device_types
 
 
 def _in_backward() -> bool:
+    """Whether autograd's engine is running on this thread."""
     return torch._C._current_graph_task_id() != -1

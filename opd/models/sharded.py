@@ -1,4 +1,4 @@
-"""Frozen models whose weights are spread over the ranks by ZeRO-3."""
+"""Frozen models, loaded as a replica per rank or with weights that ZeRO-3 shards or offloads."""
 
 import logging
 from collections.abc import Sequence
@@ -14,22 +14,12 @@ from opd.models.prefetch import LayersAhead
 from opd.models.video_lm import VideoLM
 
 
-def import_deepspeed() -> Any:
-    """The library, in a group of all ranks; not at the top, because importing it takes seconds."""
-    import deepspeed
-
-    distributed.start(alone_too=True)
-    # It warns of every optimizer that is not its own; ours is torch's.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
-
-
-def load_frozen(spec: str, config: Config, **where: Any) -> VideoLM:
-    """The frozen model, placed as `teacher.placement` says; `where` as for `load_model`."""
+def load_frozen(spec: str, config: Config, **options: Any) -> VideoLM:
+    """Load a frozen model, placed as `teacher.placement` says; `options` as for `load_model`."""
     placement = config.teacher.placement
     if placement in ("auto", "replica"):
-        return load_model(spec, seed=config.seed, **where)
-    return load_sharded(spec, config.engine, placement == "offload", **where)
+        return load_model(spec, seed=config.seed, **options)
+    return load_sharded(spec, config.engine, placement == "offload", **options)
 
 
 def load_sharded(
@@ -39,10 +29,12 @@ def load_sharded(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    **more: Any,
+    **options: Any,
 ) -> VideoLM:
-    """A frozen model whose weights ZeRO-3 spreads over the ranks as they are read, or keeps in the
-    CPU's memory, and gathers layer by layer."""
+    """Load a frozen model under ZeRO-3, which gathers its weights layer by layer.
+
+    The weights are sharded over the ranks as they are read, and with `offload` kept in CPU memory.
+    """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     deepspeed = import_deepspeed()  # before transformers partitions anything
@@ -58,7 +50,7 @@ def load_sharded(
     }
     _kept = HfDeepSpeedConfig(config)  # while it lives, transformers partitions what it loads
     try:
-        lm = load_model(spec, dtype=dtype, device=device, **more)
+        lm = load_model(spec, dtype=dtype, device=device, **options)
     finally:
         unset_hf_deepspeed_config()
     lm.model.requires_grad_(False)
@@ -69,5 +61,15 @@ def load_sharded(
 
 
 def gathered(parameters: Sequence[torch.Tensor]) -> Any:
-    """Context in which sharded parameters are whole on every rank."""
+    """Context in which sharded parameters are gathered on every rank."""
     return import_deepspeed().zero.GatheredParameters(list(parameters))
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed, which takes seconds, and start the process group that it needs."""
+    import deepspeed
+
+    distributed.start(alone_too=True)
+    # It warns of every optimizer that is not its own; ours is torch's.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

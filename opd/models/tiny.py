@@ -1,8 +1,8 @@
-"""The embedded models: real Qwen-VL architectures, tiny configurations, and a tokenizer trained on
-the embedded task.
+"""The embedded models: real Qwen-VL architectures with tiny configurations, and a tokenizer trained
+on the embedded task.
 
-`tiny:teacher` and `tiny:student` name fresh (random) models; what ships as `embedded:teacher` and
-`embedded:student` was made from them by `python -m opd.train configs/tiny_teacher.yaml` and
+`tiny:teacher` and `tiny:student` are freshly initialised models. The shipped `embedded:teacher` and
+`embedded:student` were trained from them by `python -m opd.train configs/tiny_teacher.yaml` and
 `configs/tiny_student.yaml`.
 """
 
@@ -39,7 +39,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Qwen-VL's form: role headers, and a vision item written as start, pad, end where it stands.
+# In Qwen-VL's format: role headers, and each vision item as start, pad and end tokens in its place.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
@@ -62,15 +62,18 @@ SIZES = {
     "teacher": (128, 6, 384, 4, 2, 64, 2),
     "student": (96, 6, 256, 3, 1, 48, 2),
 }
-INIT_STD = 0.08  # about 1 / sqrt(width): the usual 0.02 starts so small a model too quietly
-# Normalised queries and keys of 32 dimensions score at most 5.7: too little to pick 1 of 300 keys.
+INIT_STD = 0.08  # about 1 / sqrt(width); the usual 0.02 is too small for models of this width
+# Initial weight of query and key norms. At 1.0, scores of 32 normalised dimensions are at most 5.7:
+# too little to select one of 300 keys.
 QK_NORM = 2.0
-VOCABULARY = 384  # rows of the embedding; more than the tokenizer has, as in Qwen's checkpoints
+VOCABULARY = (
+    384  # rows of the embedding; more than the tokenizer's tokens, as in Qwen's checkpoints
+)
 
 
 @cache
 def tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE with Qwen's own pre-tokenizer, so that digits are always single tokens."""
+    """Byte-level BPE tokenizer with Qwen's pre-tokenizer, which keeps digits single tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -100,8 +103,8 @@ def tokenizer() -> Qwen2Tokenizer:
 
 
 def processor(family: str = "qwen3_vl") -> Qwen3VLProcessor | Qwen2_5_VLProcessor:
-    """The family's real processor for 64x64 clips: no resizing, 2-frame patches, 32-pixel
-    (28-pixel) vision tokens."""
+    """Processor of a family for clips of 64x64 pixels: patches of 2 frames, and vision tokens of 32
+    pixels (Qwen3-VL, without resizing) or 28 (Qwen2.5-VL, resized to 56x56)."""
     if family == "qwen3_vl":
         side: Any = {
             "patch_size": 16,
@@ -120,14 +123,19 @@ def processor(family: str = "qwen3_vl") -> Qwen3VLProcessor | Qwen2_5_VLProcesso
     )
 
 
-def _ids() -> dict[str, Any]:
+def _special_ids() -> dict[str, Any]:
+    """Special token ids, as the models' configurations name them."""
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     return {key: tokenizer().convert_tokens_to_ids(token) for key, token in names.items()}
 
 
 def build(size: str, seed: int, family: str = "qwen3_vl") -> Any:
-    """A random model of a named size in fp32; the same seed gives the same weights.
+    """Build a randomly initialised model in fp32; the same seed gives the same weights.
+
+    Args:
+        size: a key of `SIZES`.
+        family: qwen3_vl or qwen2_5_vl.
 
     Raises ValueError for an unknown size or family.
     """
@@ -166,7 +174,7 @@ def build(size: str, seed: int, family: str = "qwen3_vl") -> Any:
                     "deepstack_visual_indexes": [0],
                 },
                 tie_word_embeddings=False,
-                **_ids(),
+                **_special_ids(),
             )
             model = Qwen3VLForConditionalGeneration(config)
         elif family == "qwen2_5_vl":
@@ -185,7 +193,7 @@ def build(size: str, seed: int, family: str = "qwen3_vl") -> Any:
                     "tokens_per_second": 2,
                 },
                 tie_word_embeddings=False,
-                **_ids(),
+                **_special_ids(),
             )
             model = Qwen2_5_VLForConditionalGeneration(config)
         else:

@@ -1,7 +1,7 @@
-"""What a vision tower computes from the sizes of its videos, computed on the host.
+"""Arguments of a vision tower that depend only on the sizes of its videos, computed on the host.
 
 The stock towers derive positions, interpolation weights and segment boundaries from `grid_thw`, and
-on a GPU wait for the device a dozen times on the way. They also accept all of these as arguments.
+on a GPU wait for the device a dozen times to do so. They accept all of these as arguments, too.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ def tower_arguments(tower: Any, grid_thw: torch.Tensor, device: torch.device) ->
     """Keyword arguments for a Qwen-VL vision tower.
 
     Args:
-        grid_thw: int64 `[B, 3]`, the videos' sizes in patches, best on the host.
+        grid_thw: int64 `[B, 3]`, the videos' sizes in patches; on the host, or it is fetched.
 
-    Returns: `grid_thw` on the host and, on `device`, all that the tower would derive from it.
+    Returns: `grid_thw` on the host, and on `device` everything that the tower derives from it.
     """
     grid, config = fetch(grid_thw), tower.config
     merge = config.spatial_merge_size
@@ -60,23 +60,23 @@ def tower_arguments(tower: Any, grid_thw: torch.Tensor, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Segments:
-    """The boundaries of packed vision segments, `edges` int32 `[segments + 1]` on the device and
-    `lengths` on the host, where asking for them costs nothing."""
+    """Boundaries of packed vision segments: `edges` int32 `[segments + 1]` on the device, and
+    `lengths` on the host, where reading them does not wait for the device."""
 
     edges: torch.Tensor
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, edges: torch.Tensor, device: torch.device | None = None) -> "Segments":
-        """From boundaries on the host, sent to `device`, or on a device, which then has to answer
-        for the lengths."""
+        """Segments of boundaries on the host, which are sent to `device`, or of boundaries on the
+        device (`device` None), from which the lengths are fetched."""
         lengths = fetch(edges).diff().tolist()
         return cls(edges.int() if device is None else send(edges.int(), device), tuple(lengths))
 
     @cached_property
     def rows_by_length(self) -> dict[int, torch.Tensor | None]:
-        """The rows of all segments of each distinct length, one after the other; None for all
-        rows, where there is one length."""
+        """For each distinct length, the row indices of all segments of that length; None, for all
+        rows, where there is only one length."""
         distinct = sorted(set(self.lengths))
         if len(distinct) == 1:
             return {distinct[0]: None}

@@ -118,9 +118,9 @@ MISTAKES = {
     "tvgbench, nextgqa, mcq",
     "overwrite=true resume=auto": "overwrite=true: excludes resume=auto",
     "model.student=./nowhere": "model.student=./nowhere: "
-    "no checkpoint folder there (config.json is missing)",
+    "not a checkpoint folder (config.json is missing)",
     "model.teacher=runs/none/student": "model.teacher=runs/none/student: "
-    "no checkpoint folder there (config.json is missing)",
+    "not a checkpoint folder (config.json is missing)",
     "model.student=embedded:nobody": "model.student=embedded:nobody: no such shipped model",
     "data.train=none.json": "data.train: none.json: no such annotation file",
     "data.eval=none.json": "data.eval: none.json: no such annotation file",

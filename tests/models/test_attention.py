@@ -452,16 +452,16 @@ def test_masked_attention_never_reaches_cudnn(monkeypatch) -> None:
 
 def test_liger_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert not liger.wanted("auto", cpu) and not liger.wanted("off", gpu)
+    assert not liger.is_enabled("auto", cpu) and not liger.is_enabled("off", gpu)
     with pytest.raises(ModelError, match=r"^model.liger=on: needs a CUDA device, this is cpu$"):
         load_options(ModelConfig(liger="on"), cpu)
     monkeypatch.setattr(liger, "find_spec", lambda _: object())
     monkeypatch.setattr(liger, "_modules", lambda: None)
-    assert liger.wanted("auto", gpu) and liger.wanted("on", gpu)
+    assert liger.is_enabled("auto", gpu) and liger.is_enabled("on", gpu)
     monkeypatch.setattr(liger, "find_spec", lambda _: None)
-    assert not liger.wanted("auto", gpu)
+    assert not liger.is_enabled("auto", gpu)
     with pytest.raises(ValueError, match=r"not installed \(pip install liger-kernel\)$"):
-        liger.wanted("on", gpu)
+        liger.is_enabled("on", gpu)
 
 
 def test_a_broken_liger_is_named_with_its_error(monkeypatch, capsys) -> None:
@@ -471,9 +471,9 @@ def test_a_broken_liger_is_named_with_its_error(monkeypatch, capsys) -> None:
     announce.cache_clear()
     monkeypatch.setattr(liger, "find_spec", lambda _: object())
     monkeypatch.setattr(liger, "_modules", broken)
-    assert not liger.wanted("auto", GPU) and not liger.wanted("off", GPU)
+    assert not liger.is_enabled("auto", GPU) and not liger.is_enabled("off", GPU)
     reason = "broken: importing it raises ImportError: cannot import name 'x' from 'triton'"
     told = f"model.liger=auto: liger-kernel is {reason}; using the stock modules\n"
     assert capsys.readouterr().err == told
     with pytest.raises(ValueError, match=f"^model.liger=on: {reason}$"):
-        liger.wanted("on", GPU)
+        liger.is_enabled("on", GPU)
