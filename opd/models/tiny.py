@@ -66,9 +66,7 @@ INIT_STD = 0.08  # about 1 / sqrt(width); the usual 0.02 is too small for models
 # Initial weight of query and key norms. At 1.0, scores of 32 normalised dimensions are at most 5.7:
 # too little to select one of 300 keys.
 QK_NORM = 2.0
-VOCABULARY = (
-    384  # rows of the embedding; more than the tokenizer's tokens, as in Qwen's checkpoints
-)
+VOCABULARY = 384  # rows of the embedding; padded beyond the tokenizer, as in Qwen's checkpoints
 
 
 @cache

@@ -47,7 +47,7 @@ def test_only_the_language_model_is_trainable_by_default(family: str) -> None:
     ("spec", "words"),
     [
         ("embedded:giant", "embedded:giant: no such shipped model"),
-        ("./nowhere", "./nowhere: no checkpoint folder there"),
+        ("./nowhere", "./nowhere: not a checkpoint folder"),
     ],
 )
 def test_a_missing_checkpoint_is_named(spec: str, words: str) -> None:
@@ -63,7 +63,7 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "header"])
-def test_a_damaged_checkpoint_is_told_in_one_line(
+def test_a_damaged_checkpoint_is_reported_in_one_line(
     checked: bool, damage: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "student"
@@ -84,13 +84,15 @@ def test_a_damaged_checkpoint_is_told_in_one_line(
         path.write_bytes(content)
     if not checked:
         (folder / "checksums.json").unlink()
-        if damage == "flipped":  # nobody can know
+        if damage == "flipped":  # nothing to compare with
             load_model(str(folder), **PLACE)
             return
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), **PLACE)
-    told = str(caught.value)
-    assert told.startswith(str(folder)) and "\n" not in told
+    message = str(caught.value)
+    assert message.startswith(str(folder)) and "\n" not in message
     if checked:
-        what = "missing" if damage == "missing" else "not as checksums.json says: damaged"
-        assert told == f"{path}: {what}"
+        what = "missing, but listed in checksums.json"
+        if damage != "missing":
+            what = "damaged (its checksum is not that of checksums.json)"
+        assert message == f"{path}: {what}"

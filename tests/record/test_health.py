@@ -387,7 +387,7 @@ def test_an_evaluation_can_be_repeated(
     [
         ([], "usage: python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"),
         (["steps=3"], "usage: python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"),
-        (["./nowhere"], "./nowhere: no checkpoint folder there (config.json is missing)"),
+        (["./nowhere"], "./nowhere: not a checkpoint folder (config.json is missing)"),
     ],
 )
 def test_evaluate_names_a_mistake(
