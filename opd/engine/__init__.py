@@ -1,1 +1,1 @@
-"""Who holds the weights, accumulates gradients and steps."""
+"""Engines: hold the trained weights, accumulate gradients and update."""

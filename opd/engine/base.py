@@ -1,5 +1,7 @@
-"""The engine: who holds the weights, accumulates gradients and steps. Here plain torch, whole on
-every device; `opd.engine.zero` shards."""
+"""The engine interface, and the plain torch engine, with all weights on every device.
+
+An engine holds the trained weights, accumulates gradients and updates; `opd.engine.zero` shards.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,8 @@ from opd.config.optimisation import OptimConfig
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
-    """The rate at a step (from 0) as a share of `optim.lr`: a linear warm-up, then the schedule to
-    its floor."""
+    """Learning rate at a step (from 0) as a fraction of `optim.lr`: linear warm-up, then
+    `optim.schedule` down to `optim.min_lr_ratio`."""
     warmup = math.ceil(config.warmup * steps)
 
     def factor(step: int) -> float:
@@ -25,9 +27,10 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
             return (step + 1) / warmup
         if config.schedule == "constant":
             return 1.0
-        done = (step - warmup) / max(1, steps - warmup)
-        left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+        progress = (step - warmup) / max(1, steps - warmup)
+        linear, cosine = 1 - progress, (1 + math.cos(math.pi * progress)) / 2
+        decay = linear if config.schedule == "linear" else cosine
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
 
     return factor
 
@@ -35,77 +38,85 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
 def adamw(
     parameters: Sequence[torch.Tensor],
     config: OptimConfig,
-    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+    optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> Any:
-    """AdamW, or a class made from it: matrices decay, norms and biases do not."""
+    """AdamW, or a subclass, with weight decay for matrices but not for norms and biases."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
+    return optimizer_class(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
 
 
 class Engine:
-    """What every engine has: a schedule, and the four things that a step asks for."""
+    """Interface of an engine: the learning-rate schedule, and the calls of a training step."""
 
     optimizer: torch.optim.Optimizer
-    parameters: list[torch.nn.Parameter]  # those that are trained
-    lockstep = False  # whether all ranks must go through the same passes, as many times
+    parameters: list[torch.nn.Parameter]  # the trained ones
+    lockstep = False  # whether every rank must run the same number of forwards and backwards
 
     def __init__(self, config: OptimConfig, steps: int) -> None:
         self.config = config
         self._factor = lr_factor(config, steps)
 
     def _go_to(self, step: int) -> None:
+        """Set the number of steps done, and with it the learning rate."""
         self.steps_done = step
-        self.lr = self.config.lr * self._factor(step)  # of the next step
+        self.lr = self.config.lr * self._factor(step)  # for the next step
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
     @property
     def loss_factor(self) -> float:
-        """What every loss is multiplied by before `backward`, so that the gradients of the ranks
-        add up: the number of ranks where the engine takes their mean."""
+        """Factor that every loss must contain before `backward`, so that the ranks' gradients add
+        up: the number of ranks if the engine averages gradients, else 1."""
         return 1.0
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's loss, which has `loss_factor` in it. The loss itself
-        receives a gradient of exactly 1, or NaN where a sharding engine must refuse the step."""
+        """Accumulate the gradient of a micro-batch's loss, which contains `loss_factor`.
+
+        The loss receives a gradient of exactly 1, or NaN where a sharding engine must refuse the
+        step.
+        """
         raise NotImplementedError
 
     def step(self, gradient_scale: float = 1.0) -> float:
-        """Scale the accumulated gradient (by a denominator known only now), clip, update; returns
-        its norm before clipping. A gradient that is not finite updates nothing."""
+        """Scale the accumulated gradient, clip it, update the weights, and return its norm before
+        clipping. A gradient that is not finite changes no weight.
+
+        Args:
+            gradient_scale: 1 / denominator where that is only known after sampling.
+        """
         raise NotImplementedError
 
     def skip(self) -> None:
-        """Pass over a step that has nothing to learn from: neither weights nor optimizer change."""
+        """Count a step without tokens to train on; weights and optimizer do not change."""
         raise NotImplementedError
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """Inside, this rank has every weight (unless `engine.gather` is false), and may go its own
-        way; no gradients."""
+        """Context in which all weights are gathered (unless `engine.gather` is false), so that
+        ranks may run different numbers of forwards; without gradients."""
         yield
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The model's state dict; of a sharded one on the first rank alone, on the CPU."""
+        """State dict of the model; of a sharded one on the CPU, and on the first rank only."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write what a resumed run goes on from."""
+        """Write master weights, optimizer state and step number to a checkpoint folder."""
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Restore what `save` wrote."""
         raise NotImplementedError
 
 
 class TorchEngine(Engine):
     """AdamW with fp32 master weights and fp32 gradient accumulation, whatever the model's dtype.
 
-    A rate of 1e-6 vanishes in pure bf16. Where parameters are fp32 (or fp64) already they are their
-    own masters. Of several ranks each holds everything; gradients are summed over them.
+    In pure bf16 an update at a learning rate of 1e-6 would vanish. Parameters in fp32 or fp64 are
+    their own masters. Every rank holds everything; gradients are summed over the ranks.
     """
 
     def __init__(self, module: nn.Module, config: OptimConfig, steps: int) -> None:
@@ -124,6 +135,8 @@ class TorchEngine(Engine):
 
     @staticmethod
     def _accumulate_into(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """Hook that moves a parameter's gradient into its master's, in fp32, once it is complete."""
+
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             grad = parameter.grad.float()
@@ -138,7 +151,7 @@ class TorchEngine(Engine):
     def step(self, gradient_scale: float = 1.0) -> float:
         if distributed.world_size() > 1:
             for master in self.masters:
-                if master.grad is None:  # this rank had nothing to learn from; others had
+                if master.grad is None:  # this rank had no tokens to train on; others had
                     master.grad = torch.zeros_like(master)
                 dist.all_reduce(master.grad)
         if gradient_scale != 1.0:
@@ -164,7 +177,7 @@ class TorchEngine(Engine):
         return self.module.state_dict()
 
     def save(self, folder: Path) -> None:
-        if distributed.is_first():  # every rank has the same
+        if distributed.is_first():  # every rank holds the same state
             state = {
                 "masters": [master.detach() for master in self.masters],
                 "optimizer": self.optimizer.state_dict(),

@@ -19,8 +19,8 @@ TAG = "zero"  # folder of DeepSpeed's own files in a checkpoint
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can be told to do nothing, so that DeepSpeed clears a step's gradients its own
-    way."""
+    """AdamW that does nothing while `held`, so that DeepSpeed can finish a skipped step and clear
+    its gradients."""
 
     held = False
 
@@ -29,11 +29,10 @@ class _AdamW(torch.optim.AdamW):
 
 
 class ZeroEngine(Engine):
-    """A model under DeepSpeed ZeRO. Its configuration is made from ours alone: rates, batch sizes
-    and clipping have one source.
+    """A model under DeepSpeed ZeRO, configured from our configuration alone.
 
-    Every rank takes part in every pass (`lockstep`): stages 1 and 2 reduce gradients in backward,
-    and stage 3 gathers weights layer by layer.
+    Every rank must take part in every pass (`lockstep`): stages 1 and 2 reduce gradients in
+    backward, and stage 3 gathers weights layer by layer.
     """
 
     lockstep = True
@@ -65,22 +64,22 @@ class ZeroEngine(Engine):
         self._go_to(0)
 
     def _settle(self) -> None:
-        """Leave no layer whole or in flight."""
+        """Release every gathered layer, after waiting for those in flight."""
         if self.ahead is not None:
             self.ahead.settle()
 
     @property
     def loss_factor(self) -> float:
-        return float(distributed.world_size())  # DeepSpeed averages over the ranks
+        return float(distributed.world_size())  # DeepSpeed averages gradients over the ranks
 
     def backward(self, loss: torch.Tensor) -> None:
         self._backwards += 1
         self.engine.set_gradient_accumulation_boundary(self._backwards == self.micro_batches)
-        # A loss that is no number must not hide behind finite gradients: DeepSpeed looks at those
-        # alone when it decides whether to update.
+        # DeepSpeed checks only gradients before it updates; a loss that is not finite must turn
+        # them into NaN.
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.engine.optimizer.override_loss_scale(1.0)
-        # What DeepSpeed's own forward would do; ours goes to the layers past it.
+        # DeepSpeed's forward would do this; ours calls the layers directly.
         self.engine.optimizer.clear_backward_seen_flag()
         if self.ahead is not None:
             self.ahead.start_backward()
@@ -91,7 +90,7 @@ class ZeroEngine(Engine):
         assert self._backwards == self.micro_batches
         self._backwards = 0
         self._settle()
-        # Gradients are divided by it in fp32, before their norm is taken.
+        # DeepSpeed divides gradients by the loss scale in fp32, before it computes their norm.
         self.engine.optimizer.override_loss_scale(1 / gradient_scale)
         self.engine.step()
         self._go_to(self.steps_done + 1)
@@ -110,31 +109,31 @@ class ZeroEngine(Engine):
             yield
             return
         self._settle()
-        hooked = self.engine.optimizer.parameter_offload
+        offload = self.engine.optimizer.parameter_offload
         parameters = list(self.lm.model.parameters())
         with gathered(parameters):
-            # With its hooks on, every layer would give its weights away again after use.
+            # With DeepSpeed's hooks, every layer would release its weights after use.
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
-            hooked._remove_module_hooks()
-            hooked.forward_hooks, hooked.backward_hooks = [], []
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
             self.lm.model.is_sharded = False
             try:
                 yield
             finally:
                 self.lm.model.is_sharded = True
-                hooked._register_deepspeed_module(hooked.module)
+                offload._register_deepspeed_module(offload.module)
 
     def weights(self) -> dict[str, torch.Tensor]:
         if not self.lm.sharded:
             return self.lm.model.state_dict()
         self._settle()
-        found = {}
+        weights = {}
         for name, parameter in self.lm.model.named_parameters(remove_duplicate=False):
             with gathered([parameter]):
                 if distributed.is_first():
-                    found[name] = parameter.detach().cpu().clone()
-        return found
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
 
     def save(self, folder: Path) -> None:
         self._settle()
@@ -143,14 +142,14 @@ class ZeroEngine(Engine):
     def load(self, folder: Path) -> None:
         self._settle()
         options = {"load_lr_scheduler_states": False}
-        _, ours = self.engine.load_checkpoint(str(folder), TAG, **options)
-        self._go_to(ours["step"])
+        _, client_state = self.engine.load_checkpoint(str(folder), TAG, **options)
+        self._go_to(client_state["step"])
 
 
 def zero_settings(
     lm: VideoLM, optim: OptimConfig, settings: EngineConfig, micro_batches: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; nothing is left to a default of its own that changes a result."""
+    """DeepSpeed's configuration, with every setting that affects a result made explicit."""
     stage: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET}
     if settings.offload:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": lm.device.type == "cuda"}

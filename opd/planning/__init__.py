@@ -1,1 +1,1 @@
-"""What a run will need, from shapes alone."""
+"""Memory planning: the needs of a run, computed from shapes alone."""
