@@ -135,7 +135,7 @@ class TorchEngine(Engine):
 
     @staticmethod
     def _accumulate_into(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        """Hook that moves a parameter's gradient into its master's, in fp32, once it is complete."""
+        """Hook that adds a parameter's complete gradient to its master's, in fp32."""
 
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None

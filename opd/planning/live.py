@@ -1,7 +1,7 @@
-"""Memory without a device: which meta tensors are alive, and when the most.
+"""Memory accounting on the meta device: the bytes of live tensors, and their peak.
 
-`Live` counts tensors as they are made and freed. Attention and loss are stand-ins, which allocate
-what the fused kernels allocate.
+`Live` counts tensors as they are allocated and freed. Attention and loss are stand-ins that
+allocate what the fused kernels allocate.
 """
 
 import weakref
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 MASKS = "attention masks"
 JOINED = "keys and values, joined"
 GRADIENTS = "gradients in the model's dtype"
-# Logits and their gradient that a loss has alive at once, as `fused_kl.tiles` has it.
+# Bytes of logits and their gradient that a loss keeps at once, as in `fused_kl.tiles`.
 LOGIT_BYTES = {"cpu": 160_000_000, "cuda": 2_400_000_000}
-MASK_ALIGNMENT = 16  # columns that a mask's rows are padded to for the memory-efficient kernel
+MASK_ALIGNMENT = 16  # the memory-efficient kernel pads the rows of a mask to a multiple of it
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """What a call's arguments hold."""
+    """All values in nested tuples and lists."""
     for value in values:
         if isinstance(value, (tuple, list)):
             yield from _leaves(value)
@@ -34,18 +34,18 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _description(value: Any) -> Any:
-    """What decides the shape of a function's result."""
+    """What the shape of a function's result depends on: hashable, for a tensor its metadata."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device.type
     return type(value), value
 
 
 class Live(TorchDispatchMode):
-    """Context that counts the bytes of meta tensors made inside it, while they are alive.
+    """Context that counts the bytes of meta tensors allocated inside it, while they are alive.
 
-    `now` has them by label. `peaks` has, for each moment (`moment`), what was alive when the sum
-    was largest. A tensor's label is that of its moment, or of the context in which it was made
-    (`label`). Storages of `weights` are not counted.
+    `now` has the bytes by label. `peaks` has for each moment (`moment`) the bytes by label at the
+    time when their sum was largest. A tensor's label is that of the `label` context in which it was
+    allocated, or else that of the moment. Storages of `weights` are not counted.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor], device_type: str) -> None:
@@ -58,12 +58,12 @@ class Live(TorchDispatchMode):
         self._shapes = {tuple(sorted(weight.shape)) for weight in weights if weight.ndim > 1}
         self._alive: dict[int, tuple[str, int, Any]] = {}
         self._total = self._largest = 0
-        self._results: dict[Any, Any] = {}  # of functions, by what they are called with
+        self._results: dict[Any, Any] = {}  # of function calls: shape, stride and dtype
         self._moment = self._label = ""
 
     @contextmanager
     def moment(self, name: str, label: str = "") -> Iterator[None]:
-        """A part of the step, with a peak of its own; `label` is that of what is made in it."""
+        """Context of one part of a step, with a peak of its own; `label` is for new tensors."""
         self._moment, self._label = name, label
         self._largest = -1
         self.note(0)
@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
-        """Inside, new tensors are counted under this name."""
+        """Context in which new tensors are counted under this name."""
         before, self._label = self._label, name
         try:
             yield
@@ -80,7 +80,7 @@ class Live(TorchDispatchMode):
             self._label = before
 
     def note(self, scratch: int) -> None:
-        """Compare what is alive, and so many bytes of a kernel's own, with the moment's peak."""
+        """Update the moment's peak from the live tensors and a kernel's `scratch` bytes."""
         if self._moment and self._total + scratch > self._largest:
             self._largest = self._total + scratch
             self.peaks[self._moment] = dict(self.now)
@@ -88,7 +88,7 @@ class Live(TorchDispatchMode):
                 self.peaks[self._moment]["kernels' scratch"] = scratch
 
     def rename(self, tensor: torch.Tensor, label: str) -> None:
-        """Count a tensor under another name from now on."""
+        """Count a live tensor under another label from now on."""
         key = tensor.untyped_storage()._cdata
         before, size, reference = self._alive[key]
         self._alive[key] = label, size, reference
@@ -106,14 +106,17 @@ class Live(TorchDispatchMode):
         return out
 
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """The function's result. Layers are alike, and torch is slow in telling what shape comes
-        out: a result that shares no memory with the arguments is told once for all alike."""
+        """Result of a function, from the cache of earlier calls with the same shapes.
+
+        Layers repeat the same calls, and torch is slow in inferring shapes. Only results that are
+        new tensors, or the first argument changed in place, are cached.
+        """
         leaves = list(_leaves((*args, *kwargs.values())))
         key = (function, *(_description(leaf) for leaf in leaves))
         if key in self._results:
             result = self._results[key]
             if result is None:
-                return args[0]  # in place
+                return args[0]  # changed in place
             shape, stride, dtype = result
             return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         out = function(*args, **kwargs)
@@ -146,15 +149,18 @@ class Live(TorchDispatchMode):
 
 
 def current() -> Live:
-    """The innermost of the contexts."""
+    """The innermost active `Live` context."""
     live = _get_current_dispatch_mode()
     assert isinstance(live, Live)
     return live
 
 
 class FusedAttention(TorchFunctionMode):
-    """Puts `_Fused` in the place of torch's attention, with the mask in the form that its kernels
-    take: in the query's dtype, in rows padded for the memory-efficient kernel on a GPU."""
+    """Context that replaces torch's attention by `_Fused`.
+
+    A mask is converted to what the kernels take: the query's dtype, and on a GPU rows padded for
+    the memory-efficient kernel.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -173,8 +179,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps for backward what a fused attention keeps: its inputs, its output and one number a
-    row. On a GPU its backward sums in fp32, and grouped keys and values per query head."""
+    """Saves for backward what a fused attention saves: inputs, output and one number per row.
+
+    On a GPU, its backward accumulates in fp32, and keys and values once per query head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any) -> torch.Tensor:  # pyright: ignore
@@ -199,21 +207,23 @@ class _Fused(torch.autograd.Function):
 
 
 def logit_rows(tokens: int, vocab: int, hidden: int, heads: int, half: bool, device: str) -> int:
-    """How many tokens' logits a loss of `heads` models has alive at once (`fused_kl.tiles`), where
-    the head is trained; `half` where products take bf16 inputs as they are."""
-    each = 4 * heads + 2 * half
+    """Number of tokens whose logits a loss of `heads` models keeps at once (`fused_kl.tiles`).
+
+    `hidden` is 0 for a frozen head; `half` says that products take bf16 inputs without a copy.
+    """
+    bytes_per_logit = 4 * heads + 2 * half
     budget = LOGIT_BYTES[device]
     few = hidden * (2 if half else 4) // 4
-    if heads == 2 and tokens <= min(few, budget // (vocab * (each - 4))):
+    if heads == 2 and tokens <= min(few, budget // (vocab * (bytes_per_logit - 4))):
         return tokens
-    limit = max(1, budget // (vocab * each))
+    limit = max(1, budget // (vocab * bytes_per_logit))
     if tokens > limit > 128:
         return limit // 128 * 128
     return -(-tokens // -(-tokens // limit))
 
 
 class FusedLoss(torch.autograd.Function):
-    """Allocates what a fused loss does: logits of `heads` models block by block, and gradients in
+    """Allocates what a fused loss allocates: blocks of logits of `heads` models, and gradients in
     forward, which backward rounds to the model's dtype."""
 
     @staticmethod
@@ -236,10 +246,10 @@ class FusedLoss(torch.autograd.Function):
         single = rows >= tokens
         if single and heads == 2:
             del logits[1]
-        kind = torch.bfloat16 if half and single else torch.float32
+        head_dtype = torch.bfloat16 if half and single else torch.float32
         ctx.gradients = [make(tokens, size), None]
         with live.label("head's gradient (fp32)"):
-            ctx.gradients[1] = make(vocab, size, dtype=kind) if trained else None
+            ctx.gradients[1] = make(vocab, size, dtype=head_dtype) if trained else None
         ctx.dtype = weight.dtype
         return make()
 

@@ -1,7 +1,8 @@
-"""What a run will need in memory on each device, from shapes alone, and what `auto` chooses.
+"""Memory plan of a run: the bytes it needs on each device, from shapes alone, and what `auto`
+chooses.
 
-A plan has what is held throughout a step, and what is alive beside it in each moment of the step.
-The moment with the most decides: the others' needs never coincide with it, and are not added.
+A plan has what is held throughout a step, and what is alive besides in each moment of the step. The
+moment that needs most decides; the needs of the others never coincide with it and are not added.
 """
 
 import os
@@ -27,14 +28,14 @@ from opd.planning.shapes import (
 )
 
 TEXT = 64  # tokens of template and query, about
-STAMP = 10  # tokens around each frame pair of Qwen3-VL: its time and its marks
-FRAME_TOKENS = 768  # of a frame pair at most, in the processors' own budget
-UNKNOWN = 1.05  # allocator's rounding, the libraries' own buffers
-USABLE = 0.9  # of a device: what a plan may be wrong by, and the driver's own
+STAMP = 10  # tokens around each frame pair of Qwen3-VL: its timestamp and vision markers
+FRAME_TOKENS = 768  # maximum per frame pair in the processors' own budget
+UNKNOWN = 1.05  # factor for the allocator's rounding and the libraries' own buffers
+USABLE = 0.9  # share of a device to plan for; the rest covers the plan's error and the driver
 CONTEXT_BYTES = 2**29 + 2**25  # about: a CUDA context with its kernels, cuBLAS's workspace
-# About: up to 32 channels of a ring and a tree, some 6 MiB for each neighbour in each of them.
+# About: up to 32 channels of a ring and a tree, with some 6 MiB per neighbour in each.
 NCCL_BYTES = 2**30
-PLACEMENTS = ("replica", "shard", "offload")  # of the teacher, the fastest first
+PLACEMENTS = ("replica", "shard", "offload")  # of the teacher, fastest first
 SUB_GROUP = 1_000_000_000  # weights that ZeRO-3 updates at once, DeepSpeed's default
 
 
@@ -44,56 +45,59 @@ def _bytes(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each device by what holds them, and what was chosen.
+    """Bytes on each device by purpose, for one choice of recomputation and teacher placement.
 
-    `held` is there throughout a step; `moments` has what is alive beside it, moment by moment.
+    `held` is needed throughout a step; `moments` has what is alive besides in each moment.
     """
 
     held: dict[str, int]
     moments: dict[str, dict[str, int]]
     recompute: str
     placement: str
-    cpu: int = 0  # in the machine's memory, for each device
+    cpu: int = 0  # bytes of CPU memory per device
     sizes: dict[str, Size] = field(default_factory=dict)
 
     def total_at(self, moment: str) -> int:
-        """What a device holds then, with something for what nobody knows."""
-        both = sum(self.held.values()) + sum(self.moments[moment].values())
-        return int(UNKNOWN * both)
+        """Bytes on a device in this moment, with a margin for what cannot be planned."""
+        planned = sum(self.held.values()) + sum(self.moments[moment].values())
+        return int(UNKNOWN * planned)
 
     @property
     def peak(self) -> str:
-        """The moment that needs most."""
+        """Moment that needs most."""
         return max(self.moments, key=self.total_at)
 
     @property
     def parts(self) -> dict[str, int]:
-        """What adds up to the peak."""
+        """Bytes by purpose at the peak."""
         return self.held | self.moments[self.peak]
 
     @property
     def total(self) -> int:
+        """Bytes on a device at the peak."""
         return self.total_at(self.peak)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A run's models on the meta device, and the prompts that the plan is for."""
+    """A run's models on the meta device, and the prompt length to plan for."""
 
     config: Config
     dtype: torch.dtype
     student: VideoLM
     teacher: VideoLM | None
-    tokens: int
-    video_tokens: int
+    tokens: int  # of a prompt
+    video_tokens: int  # of them
     device_type: str
-    # Steps that were gone through, by what was asked of them.
+    # Results of `student_step` and `teacher_step`, by their arguments.
     _steps: dict[object, dict] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: Config, dtype: torch.dtype, device_type: str | None = None) -> "Shapes":
-        """For the longest prompt that the configuration allows. Without a `device_type` fp32 is
-        planned for a CPU where there is no GPU, and everything else for a GPU."""
+        """Shapes of a configuration, with the longest prompt that it allows.
+
+        Without a `device_type` the plan is for a GPU, except in fp32 on a machine without one.
+        """
         student, model, teacher = on_meta(config.model.student, dtype), config.model, None
         student.train_only(model.trainable)
         if model.lora_rank is not None:
@@ -109,31 +113,31 @@ class Shapes:
         return cls(config, dtype, student, teacher, video + stamps + TEXT, video, device_type)
 
     def prompts(self, ranks: int) -> int:
-        """In a micro-batch."""
+        """Prompts in a rank's micro-batch."""
         return self.config.micro_batch_size or max(1, self.config.batch_size // ranks)
 
     def work(self, ranks: int) -> Work:
-        """What a rank does in a micro-batch."""
+        """Work of a rank in a micro-batch."""
         config, prompts = self.config, self.prompts(ranks)
         whole = prompts, self.tokens, self.video_tokens, config.batch_size // ranks > prompts
         return Work.of(config, self.device_type, _bytes(self.dtype) >= 4, *whole)
 
     def plan(self, ranks: int, recompute: str, placement: str) -> Plan:
-        """Of one choice."""
+        """Plan for one choice of `prefix.recompute` and `teacher.placement`."""
         each, student = _bytes(self.dtype), self.student
         size, engine, work = size_of(student), self.config.engine, self.work(ranks)
         stage, cpu, gpu = engine.zero_stage, 0, self.device_type == "cuda"
         weights, gradients, states = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks)}.get(
             stage, (ranks,) * 3
         )
-        own_masters = each >= 4 and stage == 0  # fp32 weights of plain torch
+        own_masters = each >= 4 and stage == 0  # in plain torch, fp32 weights are their own masters
         optimizer = (12 - 4 * own_masters) * size.trained // states
         shard = 4 * size.trained // gradients  # fp32 gradients
         moments = {name: dict(parts) for name, parts in self._student_step(work, recompute).items()}
         moments["optimizer"] = {}
         held = {"student's weights": each * size.total // weights}
         if engine.offload:
-            cpu += optimizer + 2 * shard  # gradients, and a flat copy of them
+            cpu += optimizer + 2 * shard  # optimizer, gradients, and a flat copy of them
         else:
             held["optimizer's states, fp32 weights"] = optimizer
             moments["optimizer"]["AdamW's temporaries"] = self._temporaries(work, shard)
@@ -156,7 +160,7 @@ class Shapes:
         if gpu:
             held["CUDA's context, cuBLAS's workspace"] = CONTEXT_BYTES
             held["NCCL's buffers"] = NCCL_BYTES if ranks > 1 else 0
-        else:  # frames are where everything is: those of a step, and parts of a micro-batch
+        else:  # in the same memory: frames of a step, and copies in the parts of a micro-batch
             frames = max(1, self.config.batch_size // ranks) + work.prompts
             held["pixels of a step"] = frames * pixel_bytes(student, self.video_tokens)
         sizes = {"student": size}
@@ -174,13 +178,13 @@ class Shapes:
         return self._steps[key]
 
     def _temporaries(self, work: Work, shard: int) -> int:
-        """Of AdamW's update, which makes a root of every second moment at once; and of DeepSpeed's
-        copies of the gradients, in what stage 3 updates at once."""
+        """Bytes of temporaries in the optimizer's update: AdamW's square roots of all second
+        moments, and DeepSpeed's copies of the gradients."""
         stage = self.config.engine.zero_stage
-        if stage == 3:  # a flat copy, and the roots
+        if stage == 3:  # a flat copy and the square roots, of one sub-group at a time
             return 2 * min(shard, 4 * SUB_GROUP)
-        # Before the last micro-batch's gradients are added to those of the others they are there
-        # once in the model's dtype and once in fp32.
+        # The last micro-batch's gradients exist in the model's dtype and in fp32 before they are
+        # added to the others'.
         several = stage > 0 and work.several
         return shard + shard * _bytes(self.dtype) // 4 * several
 
@@ -192,7 +196,7 @@ class Shapes:
         held: dict[str, int],
         moments: dict[str, dict[str, int]],
     ) -> int:
-        """Put the teacher's parts into a plan; returns bytes in the machine's memory."""
+        """Add the teacher's parts to `held` and `moments`; returns its bytes of CPU memory."""
         assert self.teacher is not None
         each, size, head = _bytes(self.dtype), size_of(self.teacher), self.teacher.head.weight
         if "teacher" not in self._steps:
@@ -209,13 +213,15 @@ class Shapes:
         if placement == "replica":
             return 0
         held["teacher's head"] = each * head.numel()  # stays whole
-        moments["teacher"]["teacher: gathered layers"] = each * 2 * size.layer  # a layer ahead
+        moments["teacher"]["teacher: gathered layers"] = each * 2 * size.layer  # prefetched
         return each * size.total // ranks if placement == "offload" else 0
 
     def stages(self, ranks: int, capacity: int) -> dict[int, tuple[Plan, Plan]]:
-        """Of each engine (0 is plain torch) with this number of ranks: what `best` chooses, and a
-        plan that can be compared with the others': all layers recomputed, and the teacher where the
-        most demanding stage that fits needs it. The smallest of these needs least."""
+        """Two plans for plain torch (0) and for ZeRO stages 2 and 3.
+
+        The first is what `best` chooses. The second makes the stages comparable: all layers are
+        recomputed, and the teacher is placed as the most demanding stage that fits needs it.
+        """
         chosen: dict[int, tuple[Shapes, Plan]] = {}
         for stage in (0, 2, 3):
             kind = "deepspeed" if stage else "torch"
@@ -232,14 +238,14 @@ class Shapes:
         }
 
     def best(self, ranks: int, capacity: int) -> Plan:
-        """What `auto` chooses: the first placement, and of it the fewest recomputed layers, that
-        fits in `USABLE` of `capacity` bytes; else the one that needs least."""
+        """Plan that `auto` chooses: the fastest placement, with the fewest recomputed layers, that
+        fits in `USABLE` of `capacity` bytes; if none fits, the plan that needs least."""
         capacity = int(USABLE * capacity)
         config = self.config
         placements = PLACEMENTS if self.teacher else PLACEMENTS[:1]
         if config.teacher.placement != "auto":
             placements = (config.teacher.placement,)
-        found: list[Plan] = []
+        rejected: list[Plan] = []
         for placement in placements:
             modes: Sequence[str] = (config.prefix.recompute,)
             if config.prefix.recompute == "auto":
@@ -248,12 +254,15 @@ class Shapes:
                 plan = self.plan(ranks, mode, placement)
                 if plan.total <= capacity:
                     return plan
-                found.append(plan)
-        return min(found, key=lambda plan: plan.total)
+                rejected.append(plan)
+        return min(rejected, key=lambda plan: plan.total)
 
     def _modes(self, ranks: int, placement: str, capacity: int) -> list[str]:
-        """What to try for `prefix.recompute`: in each moment a recomputed layer saves about as much
-        as the next, so two plans tell how many it takes."""
+        """Values of `prefix.recompute` to try, fewest layers first.
+
+        Each recomputed layer saves about the same in every moment, so that the plans for none and
+        for all give the number of layers needed.
+        """
         few, most = (self.plan(ranks, mode, placement) for mode in ("none", "all"))
         layers = len(self.student.language_model.layers)
         number = 0
@@ -262,19 +271,19 @@ class Shapes:
             saved = (few.total_at(moment) - most.total_at(moment)) / layers
             if missing > 0:
                 number = max(number, -int(-missing // saved) if saved > 0 else layers)
-        tried = [str(n) if n else "none" for n in (number, number + 1) if n < layers]
-        return [*tried, "all"]
+        modes = [str(n) if n else "none" for n in (number, number + 1) if n < layers]
+        return [*modes, "all"]
 
 
 def capacity_of(device: torch.device) -> int:
-    """Bytes that a rank may use: of its GPU, or its part of the machine's memory."""
+    """Memory of a rank in bytes: its GPU's, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.world_size()
 
 
 def too_little(plan: Plan, capacity: int) -> ConfigError:
-    """The line for a plan that does not fit."""
+    """Error for a plan that does not fit."""
     need, room = plan.total / 2**30, capacity / 2**30
-    ways = "prefix.recompute=auto, more ranks, a higher engine.zero_stage, engine.offload=true"
-    return ConfigError(f"{need:.1f} GiB planned of {room:.1f} on each device: try {ways}")
+    remedies = "prefix.recompute=auto, more ranks, a higher engine.zero_stage, engine.offload=true"
+    return ConfigError(f"{need:.1f} GiB needed, {room:.1f} on each device: try {remedies}")

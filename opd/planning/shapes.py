@@ -1,12 +1,12 @@
-"""Models on the meta device: shapes without weights, and the memory that a step of them takes.
+"""Models on the meta device, and the memory that a training step of them takes.
 
-A step is gone through with the trainer's own functions (`prefill`, `Decoder`, `extend`, backward).
-`Live` counts which tensors are alive and remembers, for each moment of the step, the largest sum.
-Attention, vision tower and loss are stand-ins that allocate what the real ones allocate.
+A step runs the trainer's own functions (`prefill`, `Decoder`, `extend`, backward) on meta tensors.
+`Live` counts the live tensors and their peak in each moment of the step. Attention, vision tower
+and loss are stand-ins that allocate what the real ones allocate.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,8 @@ from opd.models.load import prepare, resolve
 from opd.models.video_lm import Video, VideoLM
 from opd.planning.live import FusedAttention, FusedLoss, Live
 
-MOMENTS = {  # of a step, and how one says when they are
-    "vision": "while the student sees",
+MOMENTS = {  # of a step, and how messages refer to them
+    "vision": "in the student's vision tower",
     "prefill": "in the prompts' forward",
     "sample": "while sampling",
     "teacher": "while the teacher scores",
@@ -44,7 +44,7 @@ ATTENTION = "opd-shapes"
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of weights."""
+    """Numbers of weights of a model."""
 
     language: int  # layers, embedding and norm
     head: int  # 0 where it is tied to the embedding
@@ -58,7 +58,7 @@ class Size:
 
 
 def on_meta(spec: str, dtype: torch.dtype) -> VideoLM:
-    """A model of the right shapes without weights."""
+    """Build the model of a spec on the meta device: shapes without weights."""
     with torch.device("meta"):
         if spec.startswith("tiny:"):
             model = tiny.build(spec.removeprefix("tiny:"), 0)
@@ -73,22 +73,24 @@ def on_meta(spec: str, dtype: torch.dtype) -> VideoLM:
     return lm
 
 
-def size_of(lm: VideoLM) -> Size:
-    def count(parameters: Any) -> int:
-        return sum({id(p): p.numel() for p in parameters}.values())
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    return sum({id(p): p.numel() for p in parameters}.values())
 
+
+def size_of(lm: VideoLM) -> Size:
+    """Count the weights of a model."""
     tied = lm.head.weight is lm.language_model.embed_tokens.weight
     return Size(
-        language=count(lm.language_model.parameters()),
+        language=_count(lm.language_model.parameters()),
         head=0 if tied else lm.head.weight.numel(),
-        vision=count(lm.visual.parameters()),
-        trained=count(p for p in lm.model.parameters() if p.requires_grad),
-        layer=max(count(layer.parameters()) for layer in lm.language_model.layers),
+        vision=_count(lm.visual.parameters()),
+        trained=_count(p for p in lm.model.parameters() if p.requires_grad),
+        layer=max(_count(layer.parameters()) for layer in lm.language_model.layers),
     )
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:
-    """The language model's attention on stand-ins of torch's kernels."""
+    """The language model's attention, with a stand-in for torch's kernels."""
     with FusedAttention():
         return attend(*args, **kwargs)
 
@@ -96,7 +98,7 @@ def _attend(*args: Any, **kwargs: Any) -> Any:
 def _vision_attention(
     self: Any, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any
 ) -> torch.Tensor:
-    """The vision attention's tensors; its segments change none of their sizes."""
+    """Vision attention without segments, which do not change the sizes of its tensors."""
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
     size = len(hidden_states)
     query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
@@ -108,7 +110,7 @@ def _vision_attention(
 
 
 def pixel_bytes(lm: VideoLM, video_tokens: int) -> int:
-    """Of one video's patches, in the dtype of the tower."""
+    """Bytes of one video's patches in the dtype of the vision tower."""
     config = lm.model.config.vision_config
     patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
     patches = video_tokens * config.spatial_merge_size**2
@@ -116,7 +118,7 @@ def pixel_bytes(lm: VideoLM, video_tokens: int) -> int:
 
 
 def see(lm: VideoLM, live: Live, video_tokens: int) -> Video:
-    """One video through the vision tower: what `encode` returns for it."""
+    """Run one video through the vision tower, as `encode` does."""
     visual, config = lm.visual, lm.model.config.vision_config
     patches = video_tokens * config.spatial_merge_size**2
     dtype = lm.head.weight.dtype
@@ -138,14 +140,14 @@ def see(lm: VideoLM, live: Live, video_tokens: int) -> Video:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Stands for a prompt of these tokens, on the host."""
+    """Stand-in for a `Prompt`, with its tokens on the host."""
 
     input_ids: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a rank does in a micro-batch of a step."""
+    """Work of a rank in a micro-batch of a step."""
 
     device_type: str  # cpu or cuda
     prompts: int
@@ -153,11 +155,11 @@ class Work:
     video_tokens: int  # of them
     rollouts: int
     length: int  # of a completion
-    sampled: bool  # completions, instead of reference answers
-    losses: tuple[int, ...]  # of each loss that is trained on, how many heads have logits
-    several: bool  # micro-batches in a step
-    fp32_gradients: bool  # each is copied to fp32 when it is complete
-    kept_gradients: bool  # they stay, because no earlier micro-batch has left any to add them to
+    sampled: bool  # completions are sampled, not reference answers
+    losses: tuple[int, ...]  # for each loss, the number of heads whose logits it needs
+    several: bool  # a step has more than one micro-batch
+    fp32_gradients: bool  # each gradient is copied to fp32 when it is complete
+    kept_gradients: bool  # they stay: there are none of an earlier micro-batch to add them to
 
     @classmethod
     def of(
@@ -170,8 +172,7 @@ class Work:
         video_tokens: int,
         several: bool,
     ) -> "Work":
-        """That of a configuration; `wide` says that weights are fp32 already, `several` that a
-        step has more than one micro-batch."""
+        """Work under a configuration; `wide` says that weights are fp32 already."""
         torch_engine = config.engine.kind == "torch"
         losses = (2,) if config.method == "opd" and config.objective != "constant" else (1,)
         return cls(
@@ -190,12 +191,12 @@ class Work:
 
     @property
     def completion_tokens(self) -> int:
+        """Tokens of all completions, padding included."""
         return self.prompts * self.rollouts * self.length
 
 
 def one_prompt(lm: VideoLM, work: Work) -> PromptBatch:
-    """Of the planned length. Prompts of a micro-batch hardly ever have the same length, so each
-    is a part of its own."""
+    """Batch of one prompt: prompts rarely have the same length, so each is a part of its own."""
     meta: dict[str, Any] = {"device": "meta"}
     ids = torch.zeros(work.tokens, dtype=torch.long)
     ids[: work.video_tokens] = lm.model.config.video_token_id
@@ -217,14 +218,14 @@ def completions(work: Work) -> torch.Tensor:
 
 
 def rows_of(hidden: torch.Tensor) -> torch.Tensor:
-    """The tokens of the loss `[N, H]` among `[B, R, T, H]`: all of them."""
+    """Select the tokens in the loss, here all: `[B, R, T, H]` become `[N, H]`."""
     flat = hidden.flatten(0, 2)
     return flat.index_select(0, torch.empty(len(flat), dtype=torch.long, device="meta"))
 
 
 @contextmanager
 def taken_gradients(lm: VideoLM, live: Live, work: Work) -> Iterator[None]:
-    """Inside, the gradient of a weight goes where the engine puts it as soon as it is complete."""
+    """Context in which a weight's complete gradient is moved to where the engine keeps it."""
     kept = []
 
     def take(parameter: torch.Tensor) -> None:
@@ -248,7 +249,7 @@ def taken_gradients(lm: VideoLM, live: Live, work: Work) -> Iterator[None]:
 
 
 def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
-    """The last token of a decode, when the cache is full: `rollout.sample`."""
+    """Sample the last token of a completion, when the cache is full, as `sample` does."""
     with live.label("decode cache"):
         decoder = Decoder(lm, prefix, work.rollouts, work.length - 1)
     size = work.prompts, work.rollouts
@@ -263,8 +264,8 @@ def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
 
 
 def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str, int]]:
-    """For each moment of a micro-batch what is alive of the student's when most is, in bytes by
-    name; weights are left out. `teacher` is what stays while the teacher works."""
+    """Bytes of the student's live tensors, by label, at the peak of each moment of a micro-batch.
+    Weights are left out; `teacher` has what the student keeps while the teacher scores."""
     live = Live(lm.model.parameters(), work.device_type)
     with torch.enable_grad(), live:
         with live.moment("vision", "vision tower's activations, tokens"):
@@ -296,7 +297,7 @@ def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str,
 
 
 def teacher_step(lm: VideoLM, work: Work) -> dict[str, int]:
-    """What is alive of the teacher's when most is, in bytes by name; weights are left out."""
+    """Bytes of the teacher's live tensors at their peak, by label; weights are left out."""
     live = Live(lm.model.parameters(), work.device_type)
     with torch.no_grad(), live, live.moment("teacher", "activations, cache"):
         prefix = Prefix.join(

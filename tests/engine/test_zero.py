@@ -175,5 +175,7 @@ def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_deepspeed_gets_wrong_is_refused() -> None:
     keys = ["engine.kind=deepspeed", "engine.zero_stage=1", "model.dtype=bfloat16"]
-    with pytest.raises(ConfigError, match=r"^engine.zero_stage=1: DeepSpeed's gradients are wrong in bf"):
+    with pytest.raises(
+        ConfigError, match=r"^engine.zero_stage=1: DeepSpeed's gradients are wrong in bf"
+    ):
         resolve_auto(load_config(keys), torch.device("cpu"))

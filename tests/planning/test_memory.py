@@ -364,7 +364,7 @@ def test_the_command_says_what_fits(
     assert ended.value.code == 2
     out = capsys.readouterr()
     assert out.out.splitlines()[-1].startswith("prefix.recompute=all teacher.placement=offload")
-    assert "GiB planned of 80.0 on each device: try prefix.recompute=auto, more ranks" in out.err
+    assert "GiB needed, 80.0 on each device: try prefix.recompute=auto, more ranks" in out.err
 
 
 def test_auto_says_what_it_chose_and_what_cannot_fit(
@@ -381,7 +381,7 @@ def test_auto_says_what_it_chose_and_what_cannot_fit(
     assert told.startswith("auto: ") and "recompute: none" in told
     assert told.endswith(" of 80.0 GiB planned for each device)\n")
     monkeypatch.setattr("opd.planning.auto.capacity_of", lambda _: 20 * GIB)
-    with pytest.raises(ConfigError, match=r"^3\d\.\d GiB planned of 20.0 on each device: try "):
+    with pytest.raises(ConfigError, match=r"^3\d\.\d GiB needed, 20.0 on each device: try "):
         resolve_auto(config, cpu)
 
 
