@@ -1,4 +1,4 @@
-"""What tests on fake "cuda" tensors share."""
+"""Helpers for tests on fake "cuda" tensors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The engine: the rate by hand, fp32 masters and accumulation, scale before clip, decay."""
+"""The torch engine: learning rates by hand, fp32 masters and accumulation, scale, clip, decay."""
 
 import math
 
@@ -11,7 +11,7 @@ from opd.engine.base import TorchEngine, lr_factor
 
 
 def engine_of(module: nn.Module, steps: int = 1000, **options) -> TorchEngine:
-    """A constant rate without warm-up and a clip that never bites, unless said otherwise."""
+    """An engine with a constant rate, no warm-up and no clipping, unless options say otherwise."""
     plain = {"schedule": "constant", "warmup": 0.0, "max_grad_norm": 1e9, "lr": 0.1}
     return TorchEngine(module, OptimConfig(**(plain | options)), steps)
 
@@ -25,20 +25,20 @@ def factors(steps: int, **options) -> list[float]:
 
 
 def test_constant_by_hand():
-    found = factors(10, schedule="constant", warmup=0.15, min_lr_ratio=0.1)
-    assert found == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    rates = factors(10, schedule="constant", warmup=0.15, min_lr_ratio=0.1)
+    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_linear_by_hand():
-    found = factors(10, schedule="linear", warmup=0.15, min_lr_ratio=0.1)
+    rates = factors(10, schedule="linear", warmup=0.15, min_lr_ratio=0.1)
     by_hand = [0.5, 1.0, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125]
-    assert found == pytest.approx(by_hand, abs=1e-12)
+    assert rates == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_cosine_by_hand():
-    found = factors(10, schedule="cosine", warmup=0.15, min_lr_ratio=0.1)
+    rates = factors(10, schedule="cosine", warmup=0.15, min_lr_ratio=0.1)
     by_hand = [0.5, 1.0, 1.0, 0.965746, 0.868198, 0.722208, 0.55, 0.377792, 0.231802, 0.134254]
-    assert found == pytest.approx(by_hand, abs=1e-6)
+    assert rates == pytest.approx(by_hand, abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -61,7 +61,7 @@ def test_the_engine_follows_the_schedule():
 
 
 class Weights(nn.Module):
-    """Parameters by name; the loss is their product with given slopes, so slopes are gradients."""
+    """Named parameters; the loss is their product with slopes, which are thus the gradients."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, **values: list) -> None:
         super().__init__()

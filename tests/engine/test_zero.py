@@ -1,5 +1,5 @@
-"""Several ranks: each configuration's steps under plain data parallelism and under ZeRO 1, 2 and 3
-are those of one process at the same global batch."""
+"""Several ranks: steps under plain data parallelism and under ZeRO 1, 2 and 3 equal those of one
+process at the same global batch, for each configuration."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from opd.planning.auto import resolve_auto
 from tests.engine.zero_worker import CASES
 
 ROOT = Path(__file__).parents[2]
-SAME = {  # cases whose steps are those of another
+SAME = {  # cases whose steps equal those of another case
     "offloaded": "plain",
     "layer_by_layer": "plain",
     "interrupted": "plain",
@@ -30,8 +30,8 @@ GATHERS = ("gathers", "gathers_recomputed")  # cases whose gathers are counted
 ALL = [name for name in CASES if name not in SAME and name not in GATHERS]
 # Of three ranks, what one of them does differently from two.
 FEW = ("plain", "accumulated", "tied", "routed", "nothing_routed", "grpo")
-# What shards optimizer and gradients alone meets little of what a case changes: every case under
-# stages 1 and 2 too with OPD_EVERY_CASE=1.
+# Stages 1 and 2 shard only optimizer and gradients, which few cases affect; OPD_EVERY_CASE=1 runs
+# every case under them, too.
 SOME = (
     ALL if os.environ.get("OPD_EVERY_CASE") else ("accumulated", "tied", "nothing_routed", "lora")
 )
@@ -48,7 +48,7 @@ LAUNCHES = {  # ranks: cases and stages
     ],
     3: [f"{name}:{stage}" for name in FEW for stage in (0, 3)],
 }
-BLOCKING = {  # what gathers a layer ahead: the same without it, in every bit
+BLOCKING = {  # runs that prefetch layers: bit-identical to runs without it
     **{f"{name}:3": f"{name}:blocking" for name in ("tied", "recomputed", "lora")},
     **dict.fromkeys(
         ("plain:3", "layer_by_layer:3", "persistent:3", "interrupted:3"), "plain:blocking"
@@ -62,7 +62,7 @@ AHEAD = sorted(AHEAD - set(LAUNCHES[2]))  # two ranks run them too
 
 
 def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """A program on so many ranks, as a user starts it."""
+    """Run a program on this many ranks, as a user would."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -86,15 +86,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 *LAUNCHES[ranks],
             ]
             command += AHEAD if ranks == 2 else []
-            told = torchrun(ranks, *command)
-            assert told.returncode == 0, told.stderr[-3000:]
+            process = torchrun(ranks, *command)
+            assert process.returncode == 0, process.stderr[-3000:]
         return torch.load(out / f"{ranks}_{case.replace(':', '_')}.pt")
 
     return result
 
 
 def length(weights: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> float:
-    """Of all weights, or of the way between two sets of them."""
+    """Norm of all weights, or of the difference between two sets of them."""
     assert others is None or weights.keys() == others.keys()
     parts = [w - others[n] if others else w for n, w in weights.items()]
     return float(torch.cat([part.flatten().double() for part in parts]).norm())
@@ -105,30 +105,30 @@ def length(weights: dict[str, Tensor], others: dict[str, Tensor] | None = None) 
 )
 def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
     name = case.split(":")[0]
-    found = results(ranks, case)
+    actual = results(ranks, case)
     expected = results(1, f"{SAME.get(name, name)}:0")
-    assert found["rollouts"] == expected["rollouts"]
-    lengths = {len(answer) for answers in found["rollouts"].values() for answer in answers}
+    assert actual["rollouts"] == expected["rollouts"]
+    lengths = {len(answer) for answers in actual["rollouts"].values() for answer in answers}
     assert len(lengths) > 1 or name == "sft"
-    assert found["tokens"] == expected["tokens"]
+    assert actual["tokens"] == expected["tokens"]
     rounding = 1e-3 if name == "bf16" else 3e-5
-    for row, truth in zip(found["rows"], expected["rows"], strict=True):
+    for row, truth in zip(actual["rows"], expected["rows"], strict=True):
         for key in ("loss", "grad_norm", "kl"):
             close = truth[key] if truth[key] is None else pytest.approx(truth[key], rel=rounding)
             assert row[key] == close, key
         for key in ("lr", "completion_length", "trained_share"):
             assert row[key] == truth[key], key
-    # Exactly 1, so that a fused loss has nothing left to multiply its gradients by.
-    if name != "no_number" and (found["incoming"] or name != "nothing_routed"):
-        assert found["incoming"] == [1.0]
+    # Exactly 1, so that a fused loss need not scale its gradients.
+    if name != "no_number" and (actual["incoming"] or name != "nothing_routed"):
+        assert actual["incoming"] == [1.0]
     moved = length(expected["weights"], expected["before"])
-    assert length(found["before"], expected["before"]) == 0
-    assert length(found["weights"], expected["weights"]) <= 1e-5 * length(expected["weights"])
+    assert length(actual["before"], expected["before"]) == 0
+    assert length(actual["weights"], expected["weights"]) <= 1e-5 * length(expected["weights"])
     if name in ("nothing_routed", "no_number"):
-        assert moved == 0 and length(found["weights"], found["before"]) == 0
+        assert moved == 0 and length(actual["weights"], actual["before"]) == 0
     else:
         share = 0.1 if name == "bf16" else 1e-2
-        assert length(found["weights"], expected["weights"]) <= share * moved
+        assert length(actual["weights"], expected["weights"]) <= share * moved
 
 
 @pytest.mark.parametrize("case", BLOCKING)
@@ -161,12 +161,12 @@ def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> No
     assert blocking["most_layers"]["backward"] == layers  # DeepSpeed alone keeps them all
 
 
-def test_what_cannot_be_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unequal_shares_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"^batch_size=16: must be a multiple of the 3 ranks$"):
         micro_batches(load_config([]))
-    told = r"^micro_batch_size=3: must divide batch_size=12/3 ranks$"
-    with pytest.raises(ConfigError, match=told):
+    message = r"^micro_batch_size=3: must divide batch_size=12/3 ranks$"
+    with pytest.raises(ConfigError, match=message):
         micro_batches(load_config(["batch_size=12", "micro_batch_size=3"]))
     monkeypatch.setenv("RANK", "1")
     shares = micro_batches(load_config(["batch_size=12", "micro_batch_size=2"]))

@@ -1,5 +1,5 @@
-"""Steps of many configurations, on as many ranks as it is started with: `torchrun zero_worker.py
-OUT CASE ...` leaves what they did in OUT; `tests/engine/test_zero.py` compares."""
+"""Worker of `tests/engine/test_zero.py`: `torchrun zero_worker.py OUT CASE ...` runs steps of many
+configurations on all ranks and writes the results to the folder OUT."""
 
 import sys
 from collections.abc import Iterator
@@ -78,43 +78,45 @@ WATCHED = ("prefill", "teacher", "extend", "backward")  # phases in which layers
 
 
 def model(size: str, seed: int, tied: bool = False, layers: int = 2) -> VideoLM:
-    made = build(size, seed=seed, layers=layers).to(torch.float32)
+    built = build(size, seed=seed, layers=layers).to(torch.float32)
     if tied:
-        made.lm_head.weight = made.model.language_model.embed_tokens.weight
-        made.config.tie_word_embeddings = made.config.text_config.tie_word_embeddings = True
-    return prepare(made)
+        built.lm_head.weight = built.model.language_model.embed_tokens.weight
+        built.config.tie_word_embeddings = built.config.text_config.tie_word_embeddings = True
+    return prepare(built)
 
 
 class Watched(Trainer):
-    """Remembers rollouts by step and prompt."""
+    """Trainer that records rollouts by step and prompt."""
 
     seen: dict[str, list[list[int]]]
 
     def rollouts(self, batch: Any, prefix: Any, step: int) -> Rollouts:
-        made = super().rollouts(batch, prefix, step)
+        rollouts = super().rollouts(batch, prefix, step)
         for row, example in enumerate(batch.examples):
-            ids, masks = made.completion_ids[row], made.completion_mask[row]
-            told = [i[m].tolist() for i, m in zip(ids, masks, strict=True)]
-            self.seen[f"{step}/{example.id}"] = told
-        return made
+            ids, masks = rollouts.completion_ids[row], rollouts.completion_mask[row]
+            answers = [i[m].tolist() for i, m in zip(ids, masks, strict=True)]
+            self.seen[f"{step}/{example.id}"] = answers
+        return rollouts
 
 
 def grades(case: str) -> Any:
-    """Rewards 0 or 1, in the place of `grade`. One answer to a and one to d is wrong: of two ranks,
-    and of three, some have nothing to learn from. In case `nothing_routed` none has."""
+    """Replacement for `grade` with rewards 0 or 1: one answer to a and one to d is wrong.
 
-    def grade(made: Rollouts, examples: list[Example], *_: Any) -> Rollouts:
-        rewards = torch.ones(made.truncated.shape)
+    So some of two or three ranks have nothing to learn from; in case `nothing_routed`, all.
+    """
+
+    def grade(rollouts: Rollouts, examples: list[Example], *_: Any) -> Rollouts:
+        rewards = torch.ones(rollouts.truncated.shape)
         for row, example in enumerate(examples):
             if case != "nothing_routed" and example.id in "ad":
                 rewards[row, 0] = 0.0
-        return replace(made, rewards=rewards)
+        return replace(rollouts, rewards=rewards)
 
     return grade
 
 
 def carry_out(case: str, config: Config) -> dict[str, Any]:
-    """Two steps; what a test compares."""
+    """Run two steps and return what the test compares."""
     torch.manual_seed(0)
     layers = 6 if case.startswith("gathers") else 2
     student, teacher = model("student", 1, case == "tied", layers), model("teacher", 2)
@@ -144,7 +146,7 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     prompts = [make_prompt(student, name, pairs=1 + i % 3) for i, name in enumerate("abcdef")]
     prompts = [replace(p, pixel_values=p.pixel_values.float()) for p in prompts]
     if case == "no_number":
-        prompts[1].pixel_values[0] = torch.nan  # of one rank alone
+        prompts[1].pixel_values[0] = torch.nan  # on one rank only
     if case == "interrupted":
         interrupt(trainer, [prompts[i] for i in micro_batches(config)[0]])
     before, rows, gathers = weights_of(trainer), [], Gathers(trainer)
@@ -173,13 +175,15 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
 
 
 class Gathers:
-    """The gathers of whole decoder layers in a trainer's steps, by phase. One overlaps with
-    computation if matrix products run between its start and its wait."""
+    """Records the gathers of whole decoder layers by phase.
+
+    A gather overlaps with computation if matrix products run between its start and its wait.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.of_layers = dict.fromkeys(WATCHED, 0)
         self.overlapping = dict.fromkeys(WATCHED, 0)
-        self.most_layers = dict.fromkeys(WATCHED, 0.0)  # whole or in flight at once
+        self.most_layers = dict.fromkeys(WATCHED, 0.0)  # gathered or in flight at once
         self._trainer, self._phase, self._products = trainer, "", 0
         teacher = trainer.teacher
         self._models = {name: trainer.student for name in WATCHED}
@@ -230,7 +234,7 @@ class Gathers:
             yield
 
     def _layer_elements(self) -> int:
-        """Of one decoder layer's gathered weights, padding included."""
+        """Number of one decoder layer's gathered weights, padding included."""
         if self._phase not in WATCHED:
             return -1
         (layer, *_) = self._models[self._phase].language_model.layers
@@ -246,8 +250,8 @@ class Gathers:
 
 
 def watch_backward(trainer: Trainer) -> tuple[list[float], list[int]]:
-    """Filled with the gradient that each micro-batch's loss receives in backward, and with the
-    number of the layers' weights that are whole or in flight after it."""
+    """Two lists that each backward extends: the gradient that the micro-batch's loss receives, and
+    the number of layer weights that are gathered or in flight afterwards."""
     gradients: list[float] = []
     whole: list[int] = []
     backward = trainer.engine.backward
@@ -264,7 +268,7 @@ def watch_backward(trainer: Trainer) -> tuple[list[float], list[int]]:
 
 
 def interrupt(trainer: Trainer, prompts: list[Prompt]) -> None:
-    """A step that ends with an exception while one layer is whole and another in flight."""
+    """Interrupt a step by an exception while one layer is gathered and another in flight."""
 
     def fail(*_: Any) -> None:
         raise InterruptedError
@@ -276,13 +280,16 @@ def interrupt(trainer: Trainer, prompts: list[Prompt]) -> None:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """As a checkpoint would have them; on the first rank."""
+    """Weights as in a checkpoint; on the first rank."""
     return {name: weight.clone() for name, weight in trainer.engine.weights().items()}
 
 
 def main(out: str, cases: list[str]) -> None:
-    """CASE is name:stage. Stage `blocking` is 3 with every weight gathered when it is needed;
-    `late` is 3 with a layer's gather started behind the layer before, as for copies to a GPU."""
+    """Run cases, each written as name:stage.
+
+    Stage `blocking` is ZeRO-3 without prefetching; in stage `late` a layer's gather starts after
+    the layer before, as for weights copied from CPU memory to a GPU.
+    """
     variants = {
         "blocking": mock.patch("opd.engine.zero.LayersAhead"),
         "late": mock.patch("opd.models.prefetch._copied_from_cpu", return_value=True),
@@ -295,10 +302,10 @@ def main(out: str, cases: list[str]) -> None:
         engine = ["engine.kind=deepspeed", f"engine.zero_stage={number}"] if number else []
         config = load_config([*COMMON, *CASES[name], *engine])
         with variants.get(stage, nullcontext()):
-            found = carry_out(name, config)
+            outcome = carry_out(name, config)
         if distributed.is_first():
-            torch.save(found, Path(out) / f"{distributed.world_size()}_{name}_{stage}.pt")
-            print(case, found["rows"][0], flush=True)
+            torch.save(outcome, Path(out) / f"{distributed.world_size()}_{name}_{stage}.pt")
+            print(case, outcome["rows"][0], flush=True)
 
 
 if __name__ == "__main__":

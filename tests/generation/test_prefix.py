@@ -1,4 +1,4 @@
-"""The single pass: loss and every gradient are those of the full forward, at the cost it claims."""
+"""The single pass: loss and every gradient equal the full forward's, with one prompt forward."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,7 +40,7 @@ EXACT = 1e-12
 
 
 def many_ends(policy: Policy) -> Policy:
-    """The same policy, where one token in six ends a completion, so that lengths differ."""
+    """The same policy with one token in six as an end token, so that lengths differ."""
     return replace(policy, eos_token_ids=tuple(range(0, 350, 6)))
 
 
@@ -53,7 +53,7 @@ def compare(
     trainable: str = "language",
     temperature: float = 1.0,
 ) -> Gap:
-    """A step (prefill, sample, extend, loss, backward) against stock models on what it sampled."""
+    """Compare a step (prefill, sample, extend, loss, backward) with stock models on its samples."""
     lm, model = (make("student", family, trainable=trainable) for make in (ours, stock))
     teacher = Teacher(ours("teacher", family, seed=5))
     stock_teacher = stock("teacher", family, seed=5).requires_grad_(False)
@@ -61,12 +61,12 @@ def compare(
     batch = batch_of(prompts)
     policy = many_ends(policy_of(lm, temperature))
     draws = uniforms(0, 2, [p.example.id for p in prompts], num_rollouts, 6)
-    made: list[Rollouts] = []
+    sampled: list[Rollouts] = []
 
     def step() -> Tensor:
         prefix = prefill_of(lm, batch, recompute)
-        made.append(sample(lm, prefix.detach(), policy, 6, draws))
-        ids, mask = made[0].completion_ids, made[0].completion_mask
+        sampled.append(sample(lm, prefix.detach(), policy, 6, draws))
+        ids, mask = sampled[0].completion_ids, sampled[0].completion_mask
         targets = Targets(
             ids[mask],
             policy,
@@ -76,18 +76,18 @@ def compare(
         hidden = extend(lm, prefix, ids)[mask]
         return lm.head(hidden, loss=partial(OBJECTIVES[objective], targets)).loss
 
-    found = backward(lm.model, step)
-    mask = made[0].completion_mask
+    actual = backward(lm.model, step)
+    mask = sampled[0].completion_mask
     lengths = mask.sum(-1)
     assert not batch.mask.all() and lengths.min() < lengths.max()
-    completions = made[0].completion_ids, mask
+    completions = sampled[0].completion_ids, mask
     expected = backward(
         model, lambda: stock_loss(model, stock_teacher, prompts, completions, policy, objective)
     )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert found[1].keys() == trained
+    assert actual[1].keys() == trained
     assert any("visual" in name for name in trained) == (trainable == "all")
-    return gap(found, expected)
+    return gap(actual, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,11 +122,11 @@ def test_stock_norms_and_rotary_in_fp32(family, trainable):
     assert result.loss < 1e-6 and result.gradient < 1e-6, result
 
 
-# What must not matter: padding, order, company.
+# Invariance to padding, order and batching.
 
 
-def difference(found: tuple, expected: tuple) -> float:
-    result = gap(found, expected)
+def difference(actual: tuple, expected: tuple) -> float:
+    result = gap(actual, expected)
     return max(result.loss, result.gradient)
 
 
@@ -147,8 +147,8 @@ def test_more_padding_changes_nothing(case):
     longer = torch.nn.functional.pad(ids, (0, 3), value=7), torch.nn.functional.pad(mask, (0, 3))
     batch = batch_of(prompts, extra_padding=4)
     assert batch.input_ids.shape[1] == batch_of(prompts).input_ids.shape[1] + 4
-    found = backward(lm.model, lambda: single_pass(lm, teacher, batch, longer, policy).loss)
-    assert difference(found, expected) < EXACT
+    actual = backward(lm.model, lambda: single_pass(lm, teacher, batch, longer, policy).loss)
+    assert difference(actual, expected) < EXACT
 
 
 @pytest.mark.usefixtures("exact_modules")
@@ -182,7 +182,7 @@ def test_a_batch_is_the_sum_of_its_prompts(case):
     assert difference(apart, together) < EXACT
 
 
-# What it costs.
+# Cost.
 
 
 @pytest.mark.parametrize("recompute", ["none", "1", "all"])
@@ -192,11 +192,13 @@ def test_a_prompt_is_forwarded_once(recompute):
     counter = LayerCounter().attach(lm)
     layers = counter.num_layers
     parts = batch.parts()
-    made = [prefill(lm, part, encode(lm, part), recompute, counter) for part in parts]
-    prefix = Prefix.join(made)
+    prefixes = [prefill(lm, part, encode(lm, part), recompute, counter) for part in parts]
+    prefix = Prefix.join(prefixes)
     policy = replace(policy_of(lm), eos_token_ids=())
-    made = sample(lm, prefix.detach(), policy, 4, uniforms(0, 0, ["a", "b", "c"], 2, 4), counter)
-    extend(lm, prefix, made.completion_ids, counter).sum().backward()
+    rollouts = sample(
+        lm, prefix.detach(), policy, 4, uniforms(0, 0, ["a", "b", "c"], 2, 4), counter
+    )
+    extend(lm, prefix, rollouts.completion_ids, counter).sum().backward()
     again = {"none": 0, "1": 1, "all": layers}[recompute]
     expected = {
         "prompt": layers * batch.num_tokens,
@@ -211,7 +213,7 @@ def test_a_prompt_is_forwarded_once(recompute):
 
 
 def kept_by_graph(lm: VideoLM, forward) -> tuple[int, Tensor]:
-    """Bytes of distinct storages saved for backward, weights aside; and the result."""
+    """Bytes of distinct storages saved for backward, without weights; and the result."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -237,7 +239,7 @@ def test_recompute_drops_the_prompts_activations():
 
 
 class Allocations(TorchDispatchMode):
-    """Records the largest storage that any operation returns, weights aside."""
+    """Records the largest storage that any operation returns, without weights."""
 
     def __init__(self, lm: VideoLM) -> None:
         super().__init__()
@@ -282,7 +284,7 @@ def test_the_prompts_cache_is_never_expanded(family):
     assert kept[8] - kept[1] < cache  # 7 more rollouts, less than one more prompt
 
 
-# The pieces.
+# Prefix, decoder and extend by themselves.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -297,9 +299,9 @@ def test_decoder_equals_extend(family, num_rollouts):
     assert expected.shape == (3, num_rollouts, 6, prefix.last_hidden.shape[-1])
     decoder = Decoder(lm, prefix.detach(), num_rollouts, 5)
     for step in range(5):
-        found = decoder.step(ids[:, :, step])
-        assert not found.requires_grad
-        assert relative(found, expected[:, :, step + 1]) < 1e-12
+        actual = decoder.step(ids[:, :, step])
+        assert not actual.requires_grad
+        assert relative(actual, expected[:, :, step + 1]) < 1e-12
 
 
 @pytest.mark.usefixtures("exact_modules")

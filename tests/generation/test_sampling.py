@@ -1,4 +1,4 @@
-"""Rollouts: what may be drawn and how, and that a rollout depends on its own prompt alone."""
+"""Sampling: the policy, the random numbers, and that a rollout depends only on its own prompt."""
 
 from dataclasses import replace
 
@@ -80,10 +80,10 @@ def test_the_policy_of_a_checkpoint():
 def test_policy_log_probs_by_definition():
     policy = replace(policy_of(ours("student", layers=1)), temperature=1.7)
     logits = torch.randn(5, len(policy.allowed_columns), dtype=F64) * 4
-    found = policy.log_probs(logits)
+    actual = policy.log_probs(logits)
     expected = dense_log_probs(logits, torch.eye(logits.shape[1]).double(), policy)
-    assert relative(found[:, policy.allowed_columns].double(), expected) < 1e-6
-    assert (found[:, ~policy.allowed_columns] == -torch.inf).all()
+    assert relative(actual[:, policy.allowed_columns].double(), expected) < 1e-6
+    assert (actual[:, ~policy.allowed_columns] == -torch.inf).all()
 
 
 def favour(lm: VideoLM, prompts: list[Prompt], columns: Tensor, logit: float) -> None:
@@ -104,12 +104,12 @@ def test_what_is_not_allowed_is_never_drawn(family, greedy):
     last = prefill_of(lm, batch_of(prompts)).last_hidden
     assert (lm.head(last).softmax(-1)[:, ~policy.allowed_columns].sum(-1) > 0.9).all()
     if greedy:
-        made = sample(lm, prefill_of(lm, batch_of(prompts)).detach(), policy, 12, None)
+        rollouts = sample(lm, prefill_of(lm, batch_of(prompts)).detach(), policy, 12, None)
     else:
-        made = rollouts_of(lm, prompts, policy, num_rollouts=32, length=12)
-    assert made.completion_mask.all()
-    assert policy.allowed_columns[made.completion_ids].all()
-    assert made.rollout_logprobs.isfinite().all()
+        rollouts = rollouts_of(lm, prompts, policy, num_rollouts=32, length=12)
+    assert rollouts.completion_mask.all()
+    assert policy.allowed_columns[rollouts.completion_ids].all()
+    assert rollouts.rollout_logprobs.isfinite().all()
 
 
 # Inverting the cumulative distribution.
@@ -148,7 +148,7 @@ def test_choose_draws_the_distribution():
     assert (counts[probs == 0] == 0).all()
 
 
-# One number per token.
+# Random numbers.
 
 
 def test_uniforms_are_a_function_of_seed_step_prompt_rollout_and_position():
@@ -175,7 +175,7 @@ def test_uniforms_are_uniform():
     assert (numbers - steps).abs().max() < 1.63 / len(numbers) ** 0.5  # Kolmogorov-Smirnov, 1%
 
 
-# A rollout and its company.
+# Batching.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,14 +190,14 @@ def test_batching_padding_and_order_do_not_change_a_rollout(family):
     assert together.truncated.any() and not together.truncated.all()
     assert together.completion_ids[:, 0].ne(together.completion_ids[:, 1]).any()
 
-    def assert_same(found: Rollouts, row: int, rollout: int, expected_row: int) -> None:
+    def assert_same(actual: Rollouts, row: int, rollout: int, expected_row: int) -> None:
         valid = together.completion_mask[expected_row, rollout]
         steps = int(valid.sum())
         ids = together.completion_ids[expected_row, rollout, :steps]
-        assert int(found.completion_mask[row, rollout].sum()) == steps
-        assert torch.equal(found.completion_ids[row, rollout, :steps], ids)
+        assert int(actual.completion_mask[row, rollout].sum()) == steps
+        assert torch.equal(actual.completion_ids[row, rollout, :steps], ids)
         truth = together.rollout_logprobs[expected_row, rollout, :steps]
-        assert (found.rollout_logprobs[row, rollout, :steps] - truth).abs().max() < 1e-5
+        assert (actual.rollout_logprobs[row, rollout, :steps] - truth).abs().max() < 1e-5
 
     for index, prompt in enumerate(prompts):
         alone = rollouts_of(lm, [prompt], policy)
@@ -218,18 +218,18 @@ def test_sampling_equals_sampling_from_the_full_forward(family):
     prompts = unequal_prompts(lm)[:2]
     policy = replace(with_ends(policy_of(lm)), temperature=1.3)
     draws = uniforms(3, 0, ["a", "b"], 2, 5)
-    made = rollouts_of(lm, prompts, policy, length=5)
+    rollouts = rollouts_of(lm, prompts, policy, length=5)
     allowed = policy.allowed_columns.nonzero().flatten()
     for row, prompt in enumerate(prompts):
         for rollout in range(2):
-            completion = made.completion_ids[row, rollout]
+            completion = rollouts.completion_ids[row, rollout]
             with torch.no_grad():
                 hidden = stock_hidden(model, prompt, completion)
             probs = dense_log_probs(hidden, model.lm_head.weight.detach(), policy).exp()
             above = probs.cumsum(-1) > draws[row, rollout][:, None]
             assert torch.equal(allowed[above.int().argmax(-1)], completion)
             chosen = probs.gather(-1, torch.searchsorted(allowed, completion)[:, None])[:, 0].log()
-            assert (made.rollout_logprobs[row, rollout] - chosen).abs().max() < 1e-4
+            assert (rollouts.rollout_logprobs[row, rollout] - chosen).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,8 +237,8 @@ def test_greedy_is_the_argmax_of_the_full_forward(family):
     lm, model = ours("student", family), stock("student", family)
     prompts = unequal_prompts(lm)
     policy = with_ends(policy_of(lm))
-    made = sample(lm, prefill_of(lm, batch_of(prompts)).detach(), policy, 5, None)
-    assert made.completion_ids.shape == (3, 1, 5)
+    rollouts = sample(lm, prefill_of(lm, batch_of(prompts)).detach(), policy, 5, None)
+    assert rollouts.completion_ids.shape == (3, 1, 5)
     for row, prompt in enumerate(prompts):
         completion = torch.empty(0, dtype=torch.long)
         for _ in range(5):
@@ -249,10 +249,10 @@ def test_greedy_is_the_argmax_of_the_full_forward(family):
                 ~policy.allowed_columns, -torch.inf
             )
             completion = torch.cat([completion, logits.argmax(-1, keepdim=True)])
-        assert torch.equal(made.completion_ids[row, 0], completion)
+        assert torch.equal(rollouts.completion_ids[row, 0], completion)
 
 
-# Where a completion ends.
+# End of a completion.
 
 
 @pytest.mark.parametrize("ends", [(), (PAD, END), tuple(range(0, 350, 6)), (PAD, *range(200))])
@@ -261,8 +261,8 @@ def test_the_first_end_token_counts_and_nothing_after(ends):
     prompts = [make_prompt(lm, name, pairs=1) for name in "abc"]
     favour(lm, prompts, torch.tensor([PAD]), 10.0)
     policy = with_ends(policy_of(lm), *ends)
-    made = rollouts_of(lm, prompts, policy, num_rollouts=6, length=5)
-    ids, mask = made.completion_ids, made.completion_mask
+    rollouts = rollouts_of(lm, prompts, policy, num_rollouts=6, length=5)
+    ids, mask = rollouts.completion_ids, rollouts.completion_mask
     for row in range(3):
         for rollout in range(6):
             tokens = ids[row, rollout].tolist()
@@ -270,21 +270,21 @@ def test_the_first_end_token_counts_and_nothing_after(ends):
             length = len(tokens) if first is None else first + 1
             assert mask[row, rollout].tolist() == [i < length for i in range(len(tokens))]
             assert tokens[length:] == [PAD] * (len(tokens) - length)
-            assert (made.rollout_logprobs[row, rollout, :length] < 0).all()
-            assert (made.rollout_logprobs[row, rollout, length:] == 0).all()
-            assert bool(made.truncated[row, rollout]) == (first is None)
-    assert ids.shape[2] == 5 or not made.truncated.any()
+            assert (rollouts.rollout_logprobs[row, rollout, :length] < 0).all()
+            assert (rollouts.rollout_logprobs[row, rollout, length:] == 0).all()
+            assert bool(rollouts.truncated[row, rollout]) == (first is None)
+    assert ids.shape[2] == 5 or not rollouts.truncated.any()
     if PAD in ends:
         assert ((ids == PAD) & mask).any(), "an end token that is also the padding is still counted"
-    assert made.truncated.all() == (ends == ())
+    assert rollouts.truncated.all() == (ends == ())
 
 
 def test_sampling_stops_when_every_rollout_has_ended():
     lm = ours("student", layers=2)
     prompts = [make_prompt(lm, "a", pairs=1)]
-    made = rollouts_of(lm, prompts, with_ends(policy_of(lm), *range(384)), length=9)
-    assert made.completion_ids.shape == (1, 2, 1)
-    assert made.completion_mask.all() and not made.truncated.any()
+    rollouts = rollouts_of(lm, prompts, with_ends(policy_of(lm), *range(384)), length=9)
+    assert rollouts.completion_ids.shape == (1, 2, 1)
+    assert rollouts.completion_mask.all() and not rollouts.truncated.any()
 
 
 @pytest.mark.parametrize("every", [2, 3, 5, 100])
@@ -294,10 +294,10 @@ def test_how_often_is_asked_changes_nothing(every, monkeypatch):
         policy = with_ends(policy_of(lm), *ends)
         truth = rollouts_of(lm, unequal_prompts(lm), policy, length=9)
         monkeypatch.setitem(CHECK_EVERY, "cpu", every)
-        found = rollouts_of(lm, unequal_prompts(lm), policy, length=9)
+        actual = rollouts_of(lm, unequal_prompts(lm), policy, length=9)
         monkeypatch.undo()
         for name in ("completion_ids", "completion_mask", "rollout_logprobs", "truncated"):
-            assert torch.equal(getattr(found, name), getattr(truth, name)), (name, ends)
+            assert torch.equal(getattr(actual, name), getattr(truth, name)), (name, ends)
 
 
 def test_an_end_token_in_the_last_place_is_not_truncated():
@@ -317,10 +317,10 @@ def test_rollout_logprobs_are_the_policys():
     lm = ours("student")
     prompts = unequal_prompts(lm)
     policy = replace(policy_of(lm), temperature=0.8)
-    made = rollouts_of(lm, prompts, policy)
+    rollouts = rollouts_of(lm, prompts, policy)
     with torch.no_grad():
-        hidden = extend(lm, prefill_of(lm, batch_of(prompts)), made.completion_ids)
+        hidden = extend(lm, prefill_of(lm, batch_of(prompts)), rollouts.completion_ids)
     log_probs = policy.log_probs(lm.head(hidden))
-    expected = log_probs.gather(-1, made.completion_ids[..., None])[..., 0]
-    mask = made.completion_mask
-    assert (made.rollout_logprobs - expected)[mask].abs().max() < 1e-5
+    expected = log_probs.gather(-1, rollouts.completion_ids[..., None])[..., 0]
+    mask = rollouts.completion_mask
+    assert (rollouts.rollout_logprobs - expected)[mask].abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""All queries of one video behind one forward: the same answers at the cost it claims."""
+"""One forward of a video for all its queries: the same answers at the expected cost."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +55,11 @@ def batch_of(prompts: Prompts, lm: VideoLM) -> PromptBatch:
 
 
 def test_a_processed_video_serves_the_next_query(videos: Path, lm: VideoLM) -> None:
-    # No token spans the end of a video: the rest, by itself, is what the whole text would give.
+    # No token spans the end of the video, so the rest can be tokenized by itself.
     for template in (VIDEO_FIRST, "Look: {query}. When?{video}", "{query} {video} {query}"):
         prompts = pool(videos, lm, template)
         for index in [*range(0, 10, 2), *range(1, 10, 2)]:
-            made, text = prompts[index], prompts.text(prompts.examples[index])
+            prompt, text = prompts[index], prompts.text(prompts.examples[index])
             decoded = prompts.frames(index)
             inputs = prompts.processor(
                 text=[text],
@@ -68,9 +68,9 @@ def test_a_processed_video_serves_the_next_query(videos: Path, lm: VideoLM) -> N
                 do_sample_frames=False,
                 return_tensors="pt",
             )
-            assert made.input_ids.tolist() == inputs["input_ids"][0].tolist()
-            assert made.pixel_values is not None
-            assert torch.equal(made.pixel_values, inputs["pixel_values_videos"])
+            assert prompt.input_ids.tolist() == inputs["input_ids"][0].tolist()
+            assert prompt.pixel_values is not None
+            assert torch.equal(prompt.pixel_values, inputs["pixel_values_videos"])
 
 
 def test_answers_are_those_of_one_forward_a_query(videos: Path, lm: VideoLM) -> None:
@@ -79,19 +79,19 @@ def test_answers_are_those_of_one_forward_a_query(videos: Path, lm: VideoLM) -> 
     shared = [(n, len(group)) for n, group in groups_of(batch, lm.model.config.video_token_id)]
     assert sorted(count for _, count in shared) == [1, 5, 5]
     with counter.label("shared"):
-        found = forward_by_video(lm, batch)
+        actual = forward_by_video(lm, batch)
     expected = forward(lm, batch)
-    assert torch.equal(found.mask, expected.mask)
-    assert torch.equal(found.next_position, expected.next_position)
-    torch.testing.assert_close(found.last_hidden, expected.last_hidden, rtol=1e-12, atol=1e-12)
+    assert torch.equal(actual.mask, expected.mask)
+    assert torch.equal(actual.next_position, expected.next_position)
+    torch.testing.assert_close(actual.last_hidden, expected.last_hidden, rtol=1e-12, atol=1e-12)
     kept = expected.mask[:, None, :, None]
     for name in ("keys", "values"):
-        for mine, one in zip(getattr(found, name), getattr(expected, name), strict=True):
+        for mine, one in zip(getattr(actual, name), getattr(expected, name), strict=True):
             torch.testing.assert_close(mine * kept, one * kept, rtol=1e-12, atol=1e-12)
     policy = policy_of(lm)
-    greedy = [sample(lm, prefix, policy, 8, None).completion_ids for prefix in (found, expected)]
+    greedy = [sample(lm, prefix, policy, 8, None).completion_ids for prefix in (actual, expected)]
     assert torch.equal(*greedy)
-    # The tokens before the query once a video, each query's own once a query.
+    # Tokens before the query once per video, and the query's own once per query.
     own = sum(len(p.input_ids) for p in batch.prompts)
     own -= sum((count - 1) * length for length, count in shared)
     assert counter.passes("shared", 1) == own
@@ -114,8 +114,8 @@ def test_a_template_with_the_query_first_shares_nothing(videos: Path, lm: VideoL
     prompts = pool(videos, lm, "{query}. When?{video}")
     batch = batch_of(prompts, lm)
     assert not any(n for n, _ in groups_of(batch, lm.model.config.video_token_id))
-    found, expected = forward_by_video(lm, batch), forward(lm, batch)
-    assert all(map(torch.equal, found.keys, expected.keys))
+    actual, expected = forward_by_video(lm, batch), forward(lm, batch)
+    assert all(map(torch.equal, actual.keys, expected.keys))
 
 
 def test_only_what_is_the_same_is_shared(videos: Path, lm: VideoLM) -> None:
@@ -151,6 +151,6 @@ def test_rows_keep_the_order_of_the_pool(videos: Path, lm: VideoLM) -> None:
 def test_a_prefix_of_one_is_as_before(videos: Path, lm: VideoLM) -> None:
     prompts = pool(videos, lm, VIDEO_FIRST)
     batch = collate([prompts[10]], PAD)
-    found = forward_by_video(lm, batch)
+    actual = forward_by_video(lm, batch)
     expected = prefill(lm, batch, encode(lm, batch))
-    assert all(map(torch.equal, found.keys, expected.keys))
+    assert all(map(torch.equal, actual.keys, expected.keys))

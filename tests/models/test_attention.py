@@ -1,4 +1,4 @@
-"""Attention: the two functions against the definition and against the stock modules, in fp64."""
+"""Both attention functions against the definition and against the stock modules, in fp64."""
 
 import re
 import sys
@@ -44,7 +44,7 @@ WITHIN = 1e-13
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """`[B, L, heads, D]` by definition: every head by itself, masked scores, softmax."""
+    """Attention `[B, L, heads, D]` by definition, head by head."""
     groups = query.shape[1] // key.shape[1]
     heads = []
     for head in range(query.shape[1]):
@@ -62,7 +62,7 @@ def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 
 
 def inputs(length: int, keys: int, heads: int, kv_heads: int) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value with grad, and what multiplies the output for a backward."""
+    """Query, key and value that require grad, and a cotangent of the output."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(heads: int, length: int) -> Tensor:
@@ -75,13 +75,13 @@ def inputs(length: int, keys: int, heads: int, kv_heads: int) -> tuple[list[Tens
 def check(
     leaves: list[Tensor], cotangent: Tensor, mask: Tensor | None, expected_mask: Tensor | None
 ) -> None:
-    found, weights = attend(nn.Module(), *leaves, mask, scaling=0.7)
+    actual, weights = attend(nn.Module(), *leaves, mask, scaling=0.7)
     expected = naive(*leaves, expected_mask, 0.7)
     assert weights is None
-    assert found.is_contiguous()
-    assert relative(found, expected) < WITHIN
+    assert actual.is_contiguous()
+    assert relative(actual, expected) < WITHIN
     for grad, truth in zip(
-        torch.autograd.grad(found, leaves, cotangent),
+        torch.autograd.grad(actual, leaves, cotangent),
         torch.autograd.grad(expected, leaves, cotangent),
         strict=True,
     ):
@@ -144,15 +144,15 @@ def test_vision_attention_equals_the_stock_module(family, lengths):
     rotary = angles.cos(), angles.sin()
     cotangent = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
     expected = attention(hidden, cu_seqlens=segments(*lengths), position_embeddings=rotary)
-    found = vision_attention(attention, hidden, segments(*lengths), rotary)
-    assert relative(found, expected) < WITHIN
+    actual = vision_attention(attention, hidden, segments(*lengths), rotary)
+    assert relative(actual, expected) < WITHIN
     leaves = [hidden, *attention.parameters()]
     for grad, truth in zip(
-        torch.autograd.grad(found, leaves, cotangent),
+        torch.autograd.grad(actual, leaves, cotangent),
         torch.autograd.grad(expected, leaves, cotangent),
         strict=True,
     ):
-        # In a segment of one token queries and keys get no gradient: nothing to be relative to.
+        # In segments of one token, queries and keys get no gradient to compare with.
         assert float((grad - truth).abs().max()) < WITHIN * max(1.0, float(truth.abs().max()))
 
 
@@ -223,12 +223,12 @@ def test_backends_without_a_mask_are_the_definition(
     backend: str, heads: int, kv_heads: int, length: int
 ) -> None:
     leaves, cotangent = inputs(length, length, heads, kv_heads)
-    found, _ = attend(nn.Module(), *leaves, None, scaling=0.7, backend=backend)
+    actual, _ = attend(nn.Module(), *leaves, None, scaling=0.7, backend=backend)
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     expected = naive(*leaves, causal, 0.7)
-    assert relative(found, expected) < WITHIN
+    assert relative(actual, expected) < WITHIN
     for grad, truth in zip(
-        torch.autograd.grad(found, leaves, cotangent),
+        torch.autograd.grad(actual, leaves, cotangent),
         torch.autograd.grad(expected, leaves, cotangent),
         strict=True,
     ):
@@ -282,7 +282,7 @@ CALLS: list[tuple[str, bool]] = []  # of the stand-ins: function, whether causal
 def flash_attn_func(
     q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False
 ) -> Tensor:
-    """Of the package: `[B, L, heads, D]`."""
+    """The package's function for batches `[B, L, heads, D]`."""
     CALLS.append(("dense", causal))
     rows = q.shape[1]
     mask = torch.ones(rows, k.shape[1], dtype=torch.bool)
@@ -303,7 +303,7 @@ def flash_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Of the package: `[S, heads, D]`; refuses what the CUDA kernel would."""
+    """The package's function for packed `[S, heads, D]`; rejects what the CUDA kernel rejects."""
     CALLS.append(("varlen", causal))
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert type(max_seqlen_q) is type(max_seqlen_k) is int
@@ -317,7 +317,7 @@ def flash_attn_varlen_func(
 
 
 def stand_in(name: str) -> ModuleType:
-    """A module of a FlashAttention package."""
+    """Stand-in for a module of a FlashAttention package."""
     module = ModuleType(name)
     for function in (flash_attn_func, flash_attn_varlen_func):
         setattr(module, function.__name__, function)
@@ -358,14 +358,14 @@ def test_the_reason_for_an_unusable_backend_is_named(installed) -> None:
 
 
 def test_a_broken_package_is_named_with_its_error(installed, monkeypatch, capsys) -> None:
-    """Installed, but built for another torch: `auto` says so and falls back."""
+    """Installed, but built for another torch: `auto` reports it and falls back."""
     installed("flash_attention_2")
     monkeypatch.delitem(sys.modules, "flash_attn.bert_padding")
     broken = r"flash_attention_2 is broken: flash-attn 9.9 raises ModuleNotFoundError: No module"
     for _ in range(2):
         assert choose("model.attention", "auto", GPU, BF16) == "varlen"
-    told = capsys.readouterr().err
-    assert re.match(rf"^model.attention=auto: {broken} .*; using varlen\n$", told)
+    message = capsys.readouterr().err
+    assert re.match(rf"^model.attention=auto: {broken} .*; using varlen\n$", message)
     with pytest.raises(ValueError, match=r"^model.attention=flash_attention_2: broken: flash-attn"):
         choose("model.attention", "flash_attention_2", GPU, BF16)
 
@@ -383,7 +383,7 @@ def test_a_package_that_transformers_refuses_is_named(installed, monkeypatch, ca
 def test_flash_attention_through_the_dispatch_of_transformers(
     backend: str, family: str, installed
 ) -> None:
-    """Prompts and videos on each FlashAttention backend are those of sdpa, gradients too."""
+    """Each FlashAttention backend equals sdpa on prompts and videos, gradients included."""
     installed(backend)
     CALLS.clear()
     plain = ours("student", family, trainable="all")
@@ -392,9 +392,9 @@ def test_flash_attention_through_the_dispatch_of_transformers(
     packed.train_only("all")
     prefixes = [prefill_of(lm, batch) for lm in (packed, plain)]
     assert set(CALLS) == {("varlen", True), ("varlen", False)}
-    found, expected = prefixes
-    assert relative(found.last_hidden, expected.last_hidden) < 1e-11
-    assert relative(found.keys[-1], expected.keys[-1]) < 1e-11
+    actual, expected = prefixes
+    assert relative(actual.last_hidden, expected.last_hidden) < 1e-11
+    assert relative(actual.keys[-1], expected.keys[-1]) < 1e-11
     for prefix in prefixes:
         (prefix.last_hidden.square().sum() + prefix.keys[-1].square().sum()).backward()
     expected_grads = gradients(plain.model)
@@ -425,14 +425,14 @@ def test_torchs_packed_attention(takes_groups: bool, family: str, monkeypatch) -
     expected = prefill_of(plain, batch)
     packed = prepare(build("student", family), "varlen", "varlen")
     packed.train_only("language")
-    found = prefill_of(packed, batch)
+    actual = prefill_of(packed, batch)
     assert set(calls) == {True, False}
-    assert relative(found.last_hidden, expected.last_hidden) < 1e-11
-    assert relative(found.keys[-1], expected.keys[-1]) < 1e-11
+    assert relative(actual.last_hidden, expected.last_hidden) < 1e-11
+    assert relative(actual.keys[-1], expected.keys[-1]) < 1e-11
 
 
 def test_masked_attention_never_reaches_cudnn(monkeypatch) -> None:
-    """On a GPU cuDNN would make a plan for every key length of a decode loop."""
+    """cuDNN would build a plan for every key length of a decode loop."""
     enabled = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -473,7 +473,7 @@ def test_a_broken_liger_is_named_with_its_error(monkeypatch, capsys) -> None:
     monkeypatch.setattr(liger, "_modules", broken)
     assert not liger.is_enabled("auto", GPU) and not liger.is_enabled("off", GPU)
     reason = "broken: importing it raises ImportError: cannot import name 'x' from 'triton'"
-    told = f"model.liger=auto: liger-kernel is {reason}; using the stock modules\n"
-    assert capsys.readouterr().err == told
+    message = f"model.liger=auto: liger-kernel is {reason}; using the stock modules\n"
+    assert capsys.readouterr().err == message
     with pytest.raises(ValueError, match=f"^model.liger=on: {reason}$"):
         liger.is_enabled("on", GPU)

@@ -1,5 +1,5 @@
-"""A teacher that cannot score the student's tokens, and a checkpoint that is not whole, are told in
-one line."""
+"""A teacher that cannot score the student's tokens, or an incomplete checkpoint, is reported in one
+line."""
 
 import json
 import shutil
@@ -89,15 +89,15 @@ def test_padded_sizes_may_differ(teacher: Path) -> None:
     check_pair(str(teacher), "embedded:teacher")
 
 
-def test_the_command_says_so_before_it_loads(
+def test_the_command_reports_it_before_loading(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(teacher / "generation_config.json", lambda r: r.update(eos_token_id=[358]))
     (teacher / "model.safetensors").unlink()
     with pytest.raises(SystemExit) as error:
         main([f"model.teacher={teacher}", f"run_dir={tmp_path / 'run'}"])
-    told = capsys.readouterr().err
-    assert error.value.code == 2 and told.count("\n") == 1 and "set of end tokens" in told
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and "set of end tokens" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -45,8 +45,8 @@ def test_a_prompt_on_every_backend(backend: str, family: str) -> None:
     for name in ("eager", backend):
         lm = prepare(build("student", family).to(DEVICE, torch.bfloat16), name, name)
         lm.train_only("language")
-        found = prefill_of(lm, to_device(batch, DEVICE))
-        errors.append(relative(found.last_hidden.double().cpu(), expected.last_hidden))
+        actual = prefill_of(lm, to_device(batch, DEVICE))
+        errors.append(relative(actual.last_hidden.double().cpu(), expected.last_hidden))
     assert errors[1] < 2 * errors[0] + 1e-3
 
 
@@ -65,11 +65,11 @@ def test_masked_attention(keys: int, dtype: torch.dtype) -> None:
     cotangent = torch.randn(expected.shape, generator=generator)
     leaves = [x.to(DEVICE).requires_grad_() for x in sides]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        found, _ = attend(torch.nn.Module(), *leaves, mask.to(DEVICE))
-        found.backward(cotangent.to(DEVICE, dtype))
+        actual, _ = attend(torch.nn.Module(), *leaves, mask.to(DEVICE))
+        actual.backward(cotangent.to(DEVICE, dtype))
     names = [event.key for event in profile.key_averages()]
     assert names and not any("cudnn" in name.lower() for name in names), names
-    assert relative(found.double().cpu(), expected) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert relative(actual.double().cpu(), expected) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
@@ -84,13 +84,13 @@ def test_ligers_modules_are_the_stock_ones(family: str, monkeypatch: pytest.Monk
 
     def forward_and_backward() -> tuple[Tensor, dict[str, Tensor]]:
         lm.model.zero_grad()
-        found = prefill_of(lm, batch)
-        (found.last_hidden.square().sum() + found.keys[-1].square().sum()).backward()
-        return found.last_hidden.detach(), gradients(lm.model)
+        actual = prefill_of(lm, batch)
+        (actual.last_hidden.square().sum() + actual.keys[-1].square().sum()).backward()
+        return actual.last_hidden.detach(), gradients(lm.model)
 
     expected, truths = forward_and_backward()
     liger.install(lm.language_model)
-    found, grads = forward_and_backward()
-    assert not torch.equal(found, expected), "nothing was replaced"
-    assert relative(found, expected) < 1e-4
+    actual, grads = forward_and_backward()
+    assert not torch.equal(actual, expected), "nothing was replaced"
+    assert relative(actual, expected) < 1e-4
     assert all(relative(grads[name], truth) < 1e-3 for name, truth in truths.items())

@@ -1,4 +1,4 @@
-"""Loading: what a spec names, what ships, what is frozen, and how a mistake is told."""
+"""Loading: model specs, the shipped models, frozen weights, and error messages."""
 
 from pathlib import Path
 

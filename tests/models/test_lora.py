@@ -1,4 +1,4 @@
-"""LoRA: adapters alone are trained, and what is saved is what was evaluated."""
+"""LoRA: only adapters are trained, and the saved checkpoint equals the evaluated model."""
 
 from pathlib import Path
 
@@ -50,11 +50,11 @@ def test_an_adapter_is_its_product_added_to_the_weight(family: str) -> None:
             with torch.no_grad():
                 weights[place] += 2.0 * parameters[other] @ parameters[name]
     truth = extend(plain, prefill_of(plain, batch), ids)[mask]
-    found = extend(lm, prefill_of(lm, batch), ids)[mask]
-    assert relative(found, truth) < 1e-12 and relative(before, truth) > 1e-2
-    found = merged(lm.model.state_dict(), 2.0)
-    assert found.keys() == plain.model.state_dict().keys()
-    assert all(relative(found[name], weight) < 1e-12 for name, weight in weights.items())
+    actual = extend(lm, prefill_of(lm, batch), ids)[mask]
+    assert relative(actual, truth) < 1e-12 and relative(before, truth) > 1e-2
+    actual = merged(lm.model.state_dict(), 2.0)
+    assert actual.keys() == plain.model.state_dict().keys()
+    assert all(relative(actual[name], weight) < 1e-12 for name, weight in weights.items())
 
 
 def test_a_run_with_adapters(videos: Path, tmp_path: Path) -> None:

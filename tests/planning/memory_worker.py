@@ -1,5 +1,5 @@
-"""Two real steps of a model large enough to be seen; prints the process's peak memory beyond what
-it had before the models, in bytes: `python memory_worker.py FOLDER [key=value ...]`.
+"""Two real steps of a model large enough to measure; prints the process's peak memory, less what it
+used before the models, in bytes: `python memory_worker.py FOLDER [key=value ...]`.
 
 Completions never end before their limit, and prompts differ in length by a token or two.
 """
@@ -36,7 +36,7 @@ VOCABULARY = 32_000
 
 
 def write(folder: Path) -> None:
-    """Configurations without weights, as a checkpoint folder has them."""
+    """Write checkpoint folders without weights: configurations only."""
     for name, (hidden, wide, layers, heads, kv_heads) in SIZES.items():
         config: Any = tiny.build("student", 0).config
         text = config.text_config
@@ -48,7 +48,7 @@ def write(folder: Path) -> None:
 
 
 def memory(name: str) -> int:
-    """This process's `VmRSS` (now) or `VmHWM` (at most since `forget_peak`), in bytes."""
+    """This process's `VmRSS` (now) or `VmHWM` (peak since `forget_peak`), in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{name}:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]
 

@@ -1,5 +1,5 @@
-"""The memory plan: what autograd keeps, counted on shapes and on real tensors; peaks of real runs;
-full-size models on the meta device."""
+"""The memory plan against tensors that autograd keeps and against peaks of real runs; full-size
+models on the meta device."""
 
 import re
 from dataclasses import replace
@@ -50,7 +50,7 @@ def work_of(prompt_tokens: int, video_tokens: int, **changes: Any) -> Work:
 
 
 def kept_bytes(lm: VideoLM, batch: PromptBatch, recompute: str) -> int:
-    """What autograd keeps of a real forward, and its keys and values; weights left out."""
+    """Bytes that autograd keeps of a real forward, with its keys and values, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -102,7 +102,7 @@ def test_tensors_count_while_they_are_alive() -> None:
             mask = torch.empty(4, 1, dtype=torch.bool, device="meta")
             del product
             torch.empty(4, 8, device="meta").masked_fill(mask, 0)
-            live.note(1000)  # a kernel's own
+            live.note(1000)  # scratch of a kernel
     assert live.peaks["first"] == {"a": 8000}
     # Both of the second moment's tensors, then the kernel beside what is left.
     assert live.peaks["second"] == {
@@ -299,9 +299,9 @@ def test_the_plan_is_near_the_measured_peak(case: str, folder: Path) -> None:
     ranks, keys = CASES[case]
     usual = ("model.dtype=float32", "sample.max_completion_length=8")
     keys = [*COMMON, *(k for k in usual if k.split("=")[0] not in " ".join(keys)), *keys]
-    told = torchrun(ranks, WORKER, str(folder), *keys)
-    assert told.returncode == 0, told.stderr[-2000:]
-    tokens, measured = next(ln for ln in told.stdout.splitlines() if ln[:1].isdigit()).split()
+    process = torchrun(ranks, WORKER, str(folder), *keys)
+    assert process.returncode == 0, process.stderr[-2000:]
+    tokens, measured = next(ln for ln in process.stdout.splitlines() if ln[:1].isdigit()).split()
     names = [f"model.{name}={folder / name}" for name in ("student", "teacher")]
     config = load_config([*names, *keys])
     shapes = Shapes.of(config, getattr(torch, config.model.dtype), "cpu")
@@ -337,9 +337,9 @@ def test_a_full_size_step_on_the_meta_device(
     mask = torch.ones(prompts, tokens, dtype=torch.bool, device=meta)
     prefix = Prefix(keys, keys, mask, hidden, torch.zeros(prompts, dtype=torch.long, device=meta))
     ids = torch.zeros(prompts, rollouts, length, dtype=torch.long, device=meta)
-    found = extend(lm, prefix, ids)
-    assert found.shape == (prompts, rollouts, length, config.hidden_size)
-    assert lm.head(found).shape == (prompts, rollouts, length, config.vocab_size)
+    hidden = extend(lm, prefix, ids)
+    assert hidden.shape == (prompts, rollouts, length, config.hidden_size)
+    assert lm.head(hidden).shape == (prompts, rollouts, length, config.vocab_size)
     assert Cost.of(lm).per_token == pytest.approx(
         2 * (size.language - config.vocab_size * config.hidden_size), rel=0.001
     )
@@ -355,10 +355,10 @@ def test_the_command_says_what_fits(
     keys = ["data.video_tokens=8192", "batch_size=32", "micro_batch_size=1"]
     zero = ["engine.kind=deepspeed", "engine.zero_stage=3", "prefix.recompute=auto"]
     main([*models, *keys, *zero, "--ranks=8", "--memory-gib=80"])
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "8 devices of 80 GiB, engine deepspeed, ZeRO stage 3, bfloat16"
-    assert told[2] == "student: 8.77B weights (0.58B vision, 8.19B trained)"
-    assert told[-1].endswith("teacher.placement=shard: fits")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "8 devices of 80 GiB, engine deepspeed, ZeRO stage 3, bfloat16"
+    assert lines[2] == "student: 8.77B weights (0.58B vision, 8.19B trained)"
+    assert lines[-1].endswith("teacher.placement=shard: fits")
     with pytest.raises(SystemExit) as ended:
         main([*models, *keys, "prefix.recompute=auto", "--ranks=8", "--memory-gib=80"])
     assert ended.value.code == 2
@@ -367,7 +367,7 @@ def test_the_command_says_what_fits(
     assert "GiB needed, 80.0 on each device: try prefix.recompute=auto, more ranks" in out.err
 
 
-def test_auto_says_what_it_chose_and_what_cannot_fit(
+def test_auto_prints_its_choice_and_reports_what_cannot_fit(
     published: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = f"model.student={published['Qwen/Qwen3-VL-2B-Instruct']}"
@@ -377,9 +377,9 @@ def test_auto_says_what_it_chose_and_what_cannot_fit(
     chosen = resolve_auto(config, cpu)
     assert (chosen.prefix.recompute, chosen.teacher.placement) == ("none", "replica")
     assert (chosen.model.attention, chosen.model.dtype) == ("sdpa", "float32")
-    told = capsys.readouterr().err
-    assert told.startswith("auto: ") and "recompute: none" in told
-    assert told.endswith(" of 80.0 GiB planned for each device)\n")
+    message = capsys.readouterr().err
+    assert message.startswith("auto: ") and "recompute: none" in message
+    assert message.endswith(" of 80.0 GiB planned for each device)\n")
     monkeypatch.setattr("opd.planning.auto.capacity_of", lambda _: 20 * GIB)
     with pytest.raises(ConfigError, match=r"^3\d\.\d GiB needed, 20.0 on each device: try "):
         resolve_auto(config, cpu)
@@ -420,11 +420,11 @@ def test_shipped_recipes_fit_the_devices_that_they_name(
     path: Path, published: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks, gib = re.search(r"# Devices: (\d+) x (\d+) GiB", path.read_text()).groups()  # type: ignore[union-attr]
-    known = published | {"runs/grpo_32b/student": published["Qwen/Qwen3-VL-32B-Instruct"]}
+    folders = published | {"runs/grpo_32b/student": published["Qwen/Qwen3-VL-32B-Instruct"]}
     config = load_config([str(path)])
-    keys = [f"model.student={known[config.model.student]}"]
+    keys = [f"model.student={folders[config.model.student]}"]
     if config.method == "opd":
-        keys.append(f"model.teacher={known[config.model.teacher]}")
+        keys.append(f"model.teacher={folders[config.model.teacher]}")
     main([str(path), *keys, f"--ranks={ranks}", f"--memory-gib={gib}"])
     assert capsys.readouterr().out.endswith(": fits\n")
     assert config.batch_size % int(ranks) == 0
