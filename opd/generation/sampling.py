@@ -1,4 +1,10 @@
-"""Rollouts: completions sampled from a prefix, under the policy that the loss uses, too."""
+"""Sampling completions from a prefix.
+
+Policy    the distribution of a token, shared by the sampler and every loss
+Rollouts  sampled completions, and which of their tokens are in the loss
+uniforms  random numbers, one per token, independent of batching and world size
+sample    the decoding loop
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -72,7 +78,7 @@ class Rollouts:
 
         lengths    tokens of each completion, its first end token included
         truncated  whether the length limit was reached before an end token
-        rewards    of completions; None unless they are compared or routed by it
+        rewards    reward of each completion; None where none is needed
         trained    whether a completion takes part in the loss; None if all do
 
     `horizon` is the number of leading tokens of each completion that are in the loss; None for all.
@@ -203,17 +209,6 @@ def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     return ids.clamp_max(log_probs.shape[-1] - 1)
 
 
-def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
-    """Text of each completion without special tokens: R answers for each of the B prompts."""
-    answers = []
-    for ids, lengths in zip(
-        fetch(rollouts.completion_ids).tolist(), rollouts.lengths.tolist(), strict=True
-    ):
-        kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        answers.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
-    return answers
-
-
 @torch.no_grad()
 def sample(
     lm: VideoLM,
@@ -261,3 +256,14 @@ def sample(
         torch.stack(values, 2)[..., :longest] for values in (ids, logprobs)
     )
     return Rollouts(completion_ids, lengths, rollout_logprobs, truncated=ended == 0)
+
+
+def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
+    """Text of each completion without special tokens: R answers for each of the B prompts."""
+    answers = []
+    for ids, lengths in zip(
+        fetch(rollouts.completion_ids).tolist(), rollouts.lengths.tolist(), strict=True
+    ):
+        kept = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        answers.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
+    return answers
