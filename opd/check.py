@@ -1,11 +1,10 @@
-"""Will it work? Data looked through, and what a configuration needs in memory, before any weight is
-loaded:
+"""Check data and memory before a run, without loading any weight:
 
 python -m opd.check DATA [dotted.key=value ...]
 python -m opd.check [CONFIG.yaml] [dotted.key=value ...] [--ranks 8] [--memory-gib 80] [--stages]
 
-DATA is what `data.train` could be. A configuration's own data is looked through, too, where it is
-there.
+The first form inspects DATA, any value of `data.train`. The second predicts the memory that a
+configuration needs, and inspects its data where the files exist.
 """
 
 import argparse
@@ -33,34 +32,34 @@ KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")  # what a dotted argument begins with
 
 
 def _parts(title: str, parts: dict[str, int]) -> list[str]:
-    """The larger parts first, those below 0.01 GiB left out."""
-    known = sorted(parts.items(), key=lambda part: -part[1])
+    """Lines of the parts, the largest first; those below 0.005 GiB are left out."""
+    ranked = sorted(parts.items(), key=lambda part: -part[1])
     return [title] + [
-        f"  {name:40}{number / GIB:9.2f} GiB" for name, number in known if number >= 0.005 * GIB
+        f"  {name:40}{number / GIB:9.2f} GiB" for name, number in ranked if number >= 0.005 * GIB
     ]
 
 
 def stage_lines(shapes: Shapes, ranks: int, capacity: int) -> list[str]:
-    """What each ZeRO stage needs with so many ranks, a line each, and which needs least."""
+    """Memory of each ZeRO stage on so many ranks, one line each, and the stage that needs least."""
     plans = shapes.stages(ranks, capacity)
-    told = [
+    report = [
         "ZeRO stages (0: plain torch), each as it would be chosen and with every layer recomputed:"
     ]
     for stage, (chosen, least) in plans.items():
         fits = "" if chosen.total <= USABLE * capacity else ", does not fit"
-        told.append(
+        report.append(
             f"  {stage}: {chosen.total / GIB:7.2f} GiB with prefix.recompute={chosen.recompute}"
             f"{fits}; {least.total / GIB:7.2f} GiB {MOMENTS[least.peak]}"
         )
     least_stage = min(plans, key=lambda stage: plans[stage][1].total)
-    return [*told, f"  stage {least_stage} needs least"]
+    return [*report, f"  stage {least_stage} needs least"]
 
 
 def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
-    """What the command prints."""
+    """Describe a memory plan, line by line."""
     config = shapes.config
     engine = f"engine {config.engine.kind}, ZeRO stage {config.engine.zero_stage}"
-    told = [
+    report = [
         f"{ranks} devices of {capacity / GIB:.0f} GiB, {engine}, {shapes.dtype}".replace(
             "torch.", ""
         ),
@@ -70,68 +69,73 @@ def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
     for name, size in plan.sizes.items():
         vision, trained = size.vision / 1e9, size.trained / 1e9
         more = f", {trained:.3g}B trained" if name == "student" else ", frozen"
-        told.append(f"{name}: {size.total / 1e9:.3g}B weights ({vision:.2g}B vision{more})")
-    told += _parts("held throughout a step:", plan.held)
-    told += _parts(f"beside them {MOMENTS[plan.peak]}, the peak:", plan.moments[plan.peak])
-    told.append(f"{'in all, with 5% for the allocator':42}{plan.total / GIB:9.2f} GiB")
+        report.append(f"{name}: {size.total / 1e9:.3g}B weights ({vision:.2g}B vision{more})")
+    report += _parts("held throughout a step:", plan.held)
+    report += _parts(f"beside them {MOMENTS[plan.peak]}, the peak:", plan.moments[plan.peak])
+    report.append(f"{'in all, with 5% for the allocator':42}{plan.total / GIB:9.2f} GiB")
     others = (
         f"{plan.total_at(moment) / GIB:.1f} {MOMENTS[moment]}"
         for moment in plan.moments
         if moment != plan.peak
     )
-    told.append(f"less at other moments, GiB: {', '.join(others)}")
+    report.append(f"less at other moments, GiB: {', '.join(others)}")
     if plan.cpu:
-        told.append(f"{'in the machine, for each device':42}{plan.cpu / GIB:9.2f} GiB")
+        report.append(f"{'in the machine, for each device':42}{plan.cpu / GIB:9.2f} GiB")
     choice = f"prefix.recompute={plan.recompute}"
     if shapes.teacher is not None:
         choice += f" teacher.placement={plan.placement}"
     fits = "fits" if plan.total <= USABLE * capacity else f"more than {USABLE:.0%}: does not fit"
-    return [*told, f"{choice}: {fits}"]
+    return [*report, f"{choice}: {fits}"]
 
 
 def check_data(texts: dict[str, str], config: Config) -> list[str]:
-    """Look through the sources of each key; what was found, line by line. Beside each annotation
-    file is left what training is to know of its videos (`.checked.jsonl`) and a picture.
+    """Inspect the sources of each key; returns a report, line by line.
 
-    Raises DataError where an annotation file cannot be read, where nothing of it can be used and
-    where evaluation's videos are trained on.
+    Next to each annotation file two files are written: `.checked.jsonl`, from which training learns
+    which videos to leave out, and a plot, `.checked.png`.
+
+    Raises DataError where an annotation file cannot be read, where none of its examples can be used
+    and where a video is in both splits.
     """
-    told: list[str] = []
+    report: list[str] = []
     examples: dict[str, list[Example]] = {}
     processor = None
     try:
         processor = load_processor(config.model.student).video_processor
     except (ModelError, OSError) as error:
-        told.append(f"vision tokens are not counted: {str(error).splitlines()[0]}")
+        report.append(f"vision tokens are not counted: {str(error).splitlines()[0]}")
     for key, text in texts.items():
         for source in sources_of(text, config.data):
             with progress_bar(desc=f"check {key}", unit="video") as bar:
 
-                def looked(videos: int, total: int, bar: Any = bar) -> None:
+                def inspected(num_videos: int, total: int, bar: Any = bar) -> None:
                     bar.total = total
-                    bar.update(videos)
+                    bar.update(num_videos)
 
-                found = inspect(source, config.data, looked)
-            tokens = found.tokens(config.data, processor) if processor else []
-            told += describe(found, tokens)
-            picture = Path(f"{found.annotations}.checked.png")
-            plot(found, tokens, picture)
-            told.append(f"  what training leaves out: {found.write()}; picture: {picture}")
-            examples.setdefault(key, []).extend(found.usable)
-            if not found.usable:
-                raise DataError("\n".join([*told, f"{found.annotations}: nothing can be used"]))
+                inspection = inspect(source, config.data, inspected)
+            tokens = inspection.tokens(config.data, processor) if processor else []
+            report += describe(inspection, tokens)
+            picture = Path(f"{inspection.annotations}.checked.png")
+            plot(inspection, tokens, picture)
+            report.append(f"  left out of training: {inspection.write()}; plot: {picture}")
+            examples.setdefault(key, []).extend(inspection.usable)
+            if not inspection.usable:
+                reason = f"{inspection.annotations}: no example can be used"
+                raise DataError("\n".join([*report, reason]))
     if {"data.train", "data.eval"} <= examples.keys():
         check_leak(examples["data.train"], examples["data.eval"], config.data)
-    return told
+    return report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit code 2 where data cannot be used and where nothing fits."""
+    """Run the command; exit code 2 if the data cannot be used or no plan fits into memory."""
     parser = argparse.ArgumentParser(prog="opd.check", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=distributed.world_size(), help="devices")
-    parser.add_argument("--memory-gib", type=float, help="of a device; default: of this machine's")
-    parser.add_argument("--stages", action="store_true", help="compare the ZeRO stages, too")
-    given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    parser.add_argument(
+        "--ranks", type=int, default=distributed.world_size(), help="number of devices"
+    )
+    parser.add_argument("--memory-gib", type=float, help="memory of a device; default: this one's")
+    parser.add_argument("--stages", action="store_true", help="also compare the ZeRO stages")
+    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     try:
         if rest and not rest[0].endswith((".yaml", ".yml")) and not KEY.match(rest[0]):
             config = load_config([f"data.eval={rest[0]}", *rest[1:]])
@@ -143,10 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
             try:
                 check_sources(config.data)
             except DataError as error:
-                print(f"data not looked through: {error}")
+                print(f"data not inspected: {error}")
             else:
                 print("\n".join(check_data(texts, config)))
-        check_memory(config, given.ranks, given.memory_gib, given.stages)
+        check_memory(config, options.ranks, options.memory_gib, options.stages)
     except UserError as error:
         fail(error)
 
@@ -154,8 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check_memory(
     config: Config, ranks: int, memory_gib: float | None, stages: bool = False
 ) -> None:
-    """Print the plan for so many devices, `stages` those of other ZeRO stages, too; ConfigError
-    where it does not fit."""
+    """Print the memory plan for `ranks` devices, and with `stages` a comparison of ZeRO stages.
+    Raises ConfigError if the plan does not fit. `memory_gib` None means this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = load_options(config.model, device)["dtype"]
     if memory_gib is not None and config.model.dtype == "auto":

@@ -1,10 +1,10 @@
-"""Runs side by side: scores against what they had cost.
+"""Compare runs by their scores at equal steps and at equal device time:
 
     python -m opd.report RUN [RUN ...]
 
-What is compared are the evaluations of a run on its way (`eval.every`), between which scores are
-interpolated. Device time is that of training: decode-wait to optimizer, the teacher's scoring and
-the curriculum's included, evaluations and checkpoints left out.
+Compared are the evaluations during each run (`eval.every`); scores between them are interpolated.
+Device time is the time of training, from decode-wait to optimizer, teacher and curriculum included;
+evaluations and checkpoints are left out.
 """
 
 import json
@@ -18,20 +18,20 @@ from opd.record.curve import SCORES, Curve, plot, shared
 
 
 def read(run: Path) -> Curve:
-    """The curve of a finished run; ConfigError where there is none."""
+    """Read the curve of a finished run; ConfigError where there is none."""
     path = run / "summary.json"
     try:
         points = json.loads(path.read_text())["curve"]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is {run} a finished run?") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not the summary of a run") from error
+        raise ConfigError(f"{path}: not a summary with a curve") from error
     return Curve(points)
 
 
 def table(curves: Mapping[str, Curve]) -> str:
-    """A row a run: its scores at the end, at the fewest steps of all and at the least device time
-    of all."""
+    """One row per run and score: at the start, at the end, at the steps of the shortest run, and at
+    the device time of the cheapest run."""
     steps = min(curve.along("step")[-1] for curve in curves.values())
     seconds = min(curve.along("device_s")[-1] for curve in curves.values())
     width = max(map(len, [*curves, *SCORES.values()]))
@@ -51,7 +51,7 @@ def table(curves: Mapping[str, Curve]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: a table, and the plot `report.png` in the first run's folder."""
+    """Run the command: print the table, and plot `report.png` into the first run's folder."""
     runs = [Path(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     try:
         if not runs or runs[0].name in ("-h", "--help"):

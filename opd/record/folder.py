@@ -1,4 +1,4 @@
-"""The folder that a run writes."""
+"""The folder of a run: its configuration, metrics, samples, curve, saved states and summary."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ from opd.files import read_rows, write_rows
 from opd.record.checkpoint import Checkpoints
 from opd.record.environment import environment
 
-WRITTEN = (  # by a run, into its folder, beside config.yaml
+WRITTEN = (  # what a run writes into its folder besides config.yaml
     "environment.jsonl",
     "left_out.txt",
     "metrics.jsonl",
@@ -27,7 +27,7 @@ WRITTEN = (  # by a run, into its folder, beside config.yaml
     "best",
     "best.part",
     "adapter",
-    "curriculum/round_*.jsonl",  # scores stay: they are stored by what they are scores of
+    "curriculum/round_*.jsonl",  # but not curriculum/scores, which later runs may reuse
     "checkpoints",
     "curve.png",
     "summary.json",
@@ -36,7 +36,10 @@ WRITTEN = (  # by a run, into its folder, beside config.yaml
 
 
 class RunFolder:
-    """What a run writes, and where; the first rank's alone. Nothing is touched before `open`."""
+    """Files of a run, written by the first rank only. Nothing is changed before `open`.
+
+    Raises ConfigError for a folder that cannot be used, or that belongs to another run.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.run_dir)
@@ -44,8 +47,8 @@ class RunFolder:
         self.resumed, self.finished = distributed.from_first(self._check)
 
     def _check(self) -> tuple[bool, bool]:
-        """Whether a stopped run goes on here, or has come to its end; ConfigError for a folder
-        that cannot be used."""
+        """Whether the run resumes from a saved state, and whether it has finished already;
+        ConfigError for a folder that cannot be used."""
         config = self.config
         try:
             resumed = config.resume == "auto" and bool(self.states.steps())
@@ -54,20 +57,22 @@ class RunFolder:
             raise ConfigError(f"run_dir={self.path}: {error.strerror}") from error
         above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise ConfigError(f"run_dir={self.path}: {above} is no folder that can be written")
+            raise ConfigError(f"run_dir={self.path}: {above} is not a writable folder")
         ours = (self.path / "config.yaml").is_file()
         if ours:
             self._claim().close()
-        known = ours and config.resume == "auto"  # even if it was stopped before its first state
-        finished = known and (self.path / "summary.json").exists()
+        resumable = ours and config.resume == "auto"  # also before the first state was saved
+        finished = resumable and (self.path / "summary.json").exists()
         if resumed or finished:
             self._same_run()
-        elif used and not config.overwrite and not known:
-            told = f"run_dir={self.path}: not empty"
-            raise ConfigError(f"{told}; choose another or say overwrite=true")
+        elif used and not config.overwrite and not resumable:
+            raise ConfigError(
+                f"run_dir={self.path}: not empty; choose another folder or set overwrite=true"
+            )
         return resumed, finished
 
     def _same_run(self) -> None:
+        """Raise ConfigError where the run in the folder has another configuration."""
         before = to_yaml(load_config([str(self.path / "config.yaml")])).splitlines()
         for old, new in zip(before, to_yaml(self.config).splitlines(), strict=True):
             if old != new and new.partition(":")[0] not in ("resume", "overwrite", "run_dir"):
@@ -76,8 +81,8 @@ class RunFolder:
                 )
 
     def _claim(self) -> IO[str]:
-        """`config.yaml`, locked until it is closed: the rows of two runs would mix. ConfigError
-        where another run has it."""
+        """Open and lock `config.yaml`, so that no other run writes into the folder until it is
+        closed. Raises ConfigError where another run holds the lock."""
         held = (self.path / "config.yaml").open("a")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,8 +92,8 @@ class RunFolder:
         return held
 
     def open(self, first_step: int) -> None:
-        """Make the folder, or go on in it from a step: later rows are dropped. What no run wrote
-        stays."""
+        """Create the folder, or continue in it from `first_step` and drop later rows. Files that no
+        run wrote are kept."""
         if not distributed.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(to_yaml(self.config))
         if first_step < self.config.steps:
             (self.path / "eval_after.jsonl").unlink(missing_ok=True)
-        environments = self.path / "environment.jsonl"  # a line for each time it was started
+        environments = self.path / "environment.jsonl"  # one line per start
         with environments.open("a") as file:
             file.write(json.dumps(environment()) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -114,9 +119,10 @@ class RunFolder:
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step or None)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Steps' rows of metrics, and the samples that they hold."""
+        """Append the rows of ended steps to `metrics.jsonl` and TensorBoard, and their samples to
+        `samples.jsonl`."""
         for row in rows if distributed.is_first() else ():
-            if "step" not in row:  # what was spent between steps
+            if "step" not in row:  # spent between steps
                 continue
             sample = row.pop("sample")
             if sample is not None:
@@ -128,20 +134,21 @@ class RunFolder:
                 self._board.add_scalar(key, value, row["step"])
 
     def add_to_curve(self, point: dict[str, Any]) -> None:
-        """Keep an evaluation and what it had cost until then, unless it is there already."""
+        """Append an evaluation and the cost until then, unless its step is on the curve already."""
         path = self.path / "curve.jsonl"
         points = read_rows(path)
         if distributed.is_first() and all(row["step"] != point["step"] for row in points):
             write_rows(path, [*points, point])
 
     def write_left_out(self, left_out: dict[str, list[str]]) -> None:
-        """Name every example that could not be used; no file where all could."""
-        lines = [f"{split}: {line}\n" for split, found in left_out.items() for line in found]
+        """Write one line per example that cannot be used; no file if all can."""
+        lines = [f"{split}: {line}\n" for split, of_split in left_out.items() for line in of_split]
         if lines and distributed.is_first():
             (self.path / "left_out.txt").write_text("".join(lines))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The summary is written last, whole or not at all: where it is, the run is finished."""
+        """Write the summary, last and atomically, as it marks the run as finished; remove the saved
+        states."""
         if distributed.is_first():
             part = self.path / "summary.part"
             part.write_text(json.dumps(summary, indent=2) + "\n")
@@ -149,11 +156,11 @@ class RunFolder:
             self.states.clear()
 
     def summary(self) -> dict[str, Any]:
-        """Of a finished run."""
+        """The summary of a finished run."""
         return json.loads((self.path / "summary.json").read_text())
 
     def close(self) -> None:
-        """Close the files that grow."""
+        """Close all open files."""
         if distributed.is_first():
             self._metrics.close()
             self._samples.close()

@@ -1,4 +1,4 @@
-"""The ledger: what a run spends. Seconds of every phase, tokens, and FLOPs from shapes."""
+"""The ledger of a run: device seconds of every phase, tokens, and FLOPs computed from shapes."""
 
 import time
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ PHASES: tuple[str, ...] = (
 
 @dataclass
 class _Passage:
-    """One pass through a phase: seconds on the clock, device seconds, or the events that know."""
+    """One pass through a phase. On a GPU `device_s` is None until it is read from `events`."""
 
     name: str
     wall_s: float
@@ -41,7 +41,7 @@ class _Passage:
         return self.events is None or self.events[1].query()
 
     def seconds(self) -> float:
-        """Device seconds; on a GPU the events must have happened."""
+        """Device seconds; on a GPU only once `done`."""
         if self.device_s is None:
             assert self.events is not None
             self.device_s = self.events[0].elapsed_time(self.events[1]) / 1000
@@ -49,12 +49,12 @@ class _Passage:
 
 
 class Ledger:
-    """Adds up phases, FLOPs and tokens, by step and for the run.
+    """Sums of device seconds by phase, FLOPs and tokens, per step and for the whole run.
 
-    Device time is process CPU seconds on a CPU, and on a GPU time between CUDA events. Events are
-    read when they have happened, steps later if need be: timing never synchronises a step.
-    Prefetching runs beside the phases: its CPU seconds fall into whichever phase was running. What
-    lies between phases is `idle`.
+    Device seconds are process CPU seconds on a CPU and the time between CUDA events on a GPU.
+    Events are read once they are complete, if necessary steps later, so that timing never
+    synchronises a step. Prefetching runs in parallel: its CPU seconds count for whichever phase was
+    running. Time between phases is `idle`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge what runs inside to a phase; phases do not nest."""
+        """Charge the time inside the context to a phase; phases do not nest."""
         events = None
         if self.on_gpu:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -85,15 +85,15 @@ class Ledger:
             self._open.append(_Passage(name, wall_s, None if events else device_s, events))
 
     def count(self, tokens: int, flops: dict[str, float]) -> None:
-        """Charge tokens (of prompts and completions) and FLOPs, by who spent them."""
+        """Add tokens of prompts and completions, and FLOPs by the names of `FLOPS`."""
         self.tokens += tokens
         for name, number in flops.items():
             self.flops[name] += number
 
     def close_step(self, row: dict[str, Any] | None = None) -> None:
-        """End a step: `row` gets what was spent since the last one, `tokens` and `flops` now and
-        `seconds` by phase (on the clock on a CPU, between events on a GPU) once they are known; see
-        `closed`."""
+        """End a step, and add what was spent since the last one to its row of metrics: `tokens` and
+        `flops` at once; `seconds` by phase (wall clock on a CPU, between events on a GPU) when
+        `closed` returns the row."""
         row = {} if row is None else row
         spent = self.tokens, sum(self.flops.values())
         row["tokens"], row["flops"] = (a - b for a, b in zip(spent, self._closed, strict=True))
@@ -102,7 +102,8 @@ class Ledger:
         self._open = []
 
     def closed(self, wait: bool = False) -> list[dict[str, Any]]:
-        """The rows of the steps whose seconds are known by now, in order; with `wait`, of all."""
+        """Rows of the ended steps whose timings are complete, in order; with `wait`, of all ended
+        steps. Each row is returned once."""
         rows = []
         while self._steps and (wait or all(p.done() for p in self._steps[0][0])):
             passages, row = self._steps.pop(0)
@@ -118,8 +119,8 @@ class Ledger:
         return rows
 
     def totals(self) -> dict[str, float]:
-        """Device seconds by phase so far, idle included; waits for what runs."""
-        assert not self._steps, "rows of closed steps are still to be read"
+        """Device seconds by phase so far, idle included; waits for the device."""
+        assert not self._steps, "rows of ended steps must be read first"
         self.close_step()
         self.closed(wait=True)
         busy = sum(seconds for name, seconds in self._device.items() if name != "idle")
@@ -131,25 +132,25 @@ class Ledger:
         return dict(zip(mine, distributed.all_sum(list(mine.values())), strict=True))
 
     def shares(self) -> str:
-        """The three largest phases of the steps so far, for a progress bar."""
+        """The three largest phases of training so far with their shares, for a progress bar."""
         names = [name for name in PHASES if name not in ("evaluate", "checkpoint", "idle")]
         total = sum(self._device[name] for name in names) or 1.0
         largest = sorted(names, key=lambda name: -self._device[name])[:3]
         return " ".join(f"{name} {self._device[name] / total:.0%}" for name in largest)
 
     def device_hours(self) -> dict[str, float]:
-        """`total` and one entry a phase."""
+        """Device hours of all ranks: `total`, and one entry per phase."""
         totals = self.everywhere()
         return {"total": sum(totals.values()) / 3600} | {
             name: s / 3600 for name, s in totals.items()
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """State from which a resumed run continues."""
         return {"device": self.totals(), "flops": dict(self.flops), "tokens": self.tokens}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; what was spent since this ledger began is added to it."""
+        """Continue from a saved state; what this ledger has spent already is added to it."""
         self._start -= sum(state["device"].values())
         for name, seconds in state["device"].items():
             self._device[name] += seconds

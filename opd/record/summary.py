@@ -1,4 +1,4 @@
-"""What a run shows a person: its health signals, its summary, the table at its end, its curves."""
+"""Summary of a finished run, as `summary.json`, as a table on stdout and as a plot."""
 
 import resource
 from pathlib import Path
@@ -29,7 +29,13 @@ COLUMNS = (
 def summarise(
     trainer: Any, evaluations: dict[str, Evaluation | None], left_out: dict[str, int]
 ) -> dict[str, Any]:
-    """What a finished run comes to."""
+    """Summary of a finished run; the keys are those of `summary.json`.
+
+    Args:
+        trainer: the run's `Trainer`.
+        evaluations: `before`, `after` and `teacher`; None where an evaluation was not made.
+        left_out: number of examples that could not be used, by split.
+    """
     config, ledger, progress = trainer.config, trainer.ledger, trainer.progress
     before, after, teacher = (evaluations[name] for name in ("before", "after", "teacher"))
     assert after is not None
@@ -45,7 +51,7 @@ def summarise(
         "objective": config.objective if config.method == "opd" else None,
         "seed": config.seed,
         "steps": config.steps,
-        **{name: found.summary if found else None for name, found in evaluations.items()},
+        **{name: e.summary if e else None for name, e in evaluations.items()},
         **comparison(before, after, teacher),
         "ceiling": after.ceiling,
         "best_constant": after.constant,
@@ -75,8 +81,8 @@ def summarise(
 def comparison(
     before: Evaluation | None, after: Evaluation, teacher: Evaluation | None
 ) -> dict[str, Any]:
-    """Gains with their paired 95% intervals over the queries, and the share of the gap to the
-    teacher that was closed."""
+    """Gains with paired 95% bootstrap intervals over the queries, and the share of the gap between
+    student and teacher that training closed."""
     if before is None:
         return {}
     result: dict[str, Any] = {"gain": {}, "gap_closed": {}}
@@ -92,9 +98,9 @@ def comparison(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The evaluations side by side, then where the time went."""
-    found = [summary[name] for name in ("before", "after", "teacher") if summary[name]]
-    columns = [c for c in COLUMNS if any(scores.get(c) is not None for scores in found)]
+    """Table of the evaluations, followed by gains, device time and what was left out."""
+    evaluations = [summary[name] for name in ("before", "after", "teacher") if summary[name]]
+    columns = [c for c in COLUMNS if any(scores.get(c) is not None for scores in evaluations)]
     lines = [" " * 9 + "".join(f"{c:>15}" for c in columns)]
     for name in ("before", "after", "teacher"):
         if summary[name]:
@@ -136,18 +142,18 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"left out of {split}: {number} examples, named in left_out.txt")
     if summary["equal_groups"]:
         lines.append(
-            f"groups left out because all their answers had one reward: {summary['equal_groups']} "
-            f"in {summary['steps']} steps"
+            f"groups left out because all their answers had the same reward: "
+            f"{summary['equal_groups']} in {summary['steps']} steps"
         )
     if summary["skipped_steps"]:
         lines.append(
-            f"steps skipped for a loss or gradient that is no number: {summary['skipped_steps']}"
+            f"steps skipped because loss or gradient was not finite: {summary['skipped_steps']}"
         )
     return "\n".join(lines)
 
 
 def plot_curves(run_dir: Path, summary: dict[str, Any]) -> Path:
-    """Draw loss, KL, entropy, length, evaluations and phase shares into `curve.png`."""
+    """Plot loss, KL, entropy, completion length, scores and device time into `curve.png`."""
     import matplotlib
 
     matplotlib.use("Agg")

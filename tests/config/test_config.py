@@ -127,7 +127,7 @@ MISTAKES = {
     "data.train=synthetic:none": "data.train: synthetic:none: no such split "
     "(known: train, eval, tune, mixed, mixed_eval, mixed_tune, mixed_first, names, words, short, "
     "teacher, student)",
-    "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is no folder that can be written",
+    "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is not a writable folder",
     "missing.yaml": "missing.yaml: no such configuration file",
     "steps": "steps: no such configuration file (to set the key, write steps=VALUE)",
     "a.yaml b.yaml": "b.yaml: only one configuration file can be given",

@@ -81,7 +81,7 @@ def test_a_configuration_is_inspected_and_leaks_are_reported(data, capsys):
     assert out.count("usable examples of") == 2 and "1 devices of" in out
     main([f"data.train={data}.gone", *arguments[1:]])
     line = capsys.readouterr().out.splitlines()[0]
-    assert line == f"data not looked through: data.train: {data}.gone: no such annotation file"
+    assert line == f"data not inspected: data.train: {data}.gone: no such annotation file"
 
 
 def test_a_variable_frame_rate_is_reported(tmp_path):
@@ -114,7 +114,7 @@ def test_a_source_without_usable_examples_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main([f"charades:{tmp_path}/a.txt", f"data.video_root={tmp_path}"])
     assert caught.value.code == 2
-    assert f"{tmp_path}/a.txt: nothing can be used" in capsys.readouterr().err
+    assert f"{tmp_path}/a.txt: no example can be used" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main([f"{tmp_path}/b.txt"])
     assert caught.value.code == 2

@@ -345,7 +345,7 @@ def test_a_run_folder_is_replaced_only_when_told_and_nothing_else_in_it(
         with pytest.raises(SystemExit) as caught:
             main([f"run_dir={run_dir}", *options])
         assert caught.value.code == 2
-        told = f"error: run_dir={run_dir}: not empty; choose another or say overwrite=true\n"
+        told = f"error: run_dir={run_dir}: not empty; choose another folder or set overwrite=true\n"
         assert capsys.readouterr().err == told
     (run_dir / "eval_before.jsonl").write_text("of another run")
     brief(videos, run_dir, "steps=1", "overwrite=true")

@@ -170,7 +170,7 @@ def test_resuming_asks_for_the_same_run(
     with pytest.raises(ConfigError) as caught:
         run(videos, run_dir, *SHORT, "resume=auto", "seed=1")
     assert str(caught.value) == f"resume=auto: 'seed: 1' here, 'seed: 0' in {run_dir}/config.yaml"
-    with pytest.raises(ConfigError, match="not empty; choose another or say overwrite=true"):
+    with pytest.raises(ConfigError, match="not empty; choose another folder or set overwrite=true"):
         run(videos, run_dir, *SHORT)
     assert list((run_dir / "checkpoints").glob("step_*"))
     run(videos, run_dir, *SHORT, "resume=auto")
