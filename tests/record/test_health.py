@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import opd.train
 from opd import evaluate
 from opd.config.run import Config
-from opd.data import loader
+from opd.data.batch import Prompt
+from opd.data.prompts import Prompts
 from opd.errors import Stopped
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.prefix import encode, extend
@@ -23,8 +24,7 @@ from opd.method.health import signals
 from opd.method.objectives import Loss
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
-from opd.record import ledger
-from opd.record.flops import Cost
+from opd.record.flops import Cost, mfu, step_flops
 from opd.record.folder import WRITTEN
 from opd.record.ledger import Ledger
 from opd.record.summary import table
@@ -135,7 +135,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
     where: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[dict[str, Any], bool]] = []
-    step, extend_teacher, make = Trainer.step, Teacher.extend, loader.Prompts._make
+    step, extend_teacher, make = Trainer.step, Teacher.extend, Prompts._make
     calls = [0]
 
     def watched(self: Trainer, *arguments: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
             hidden[0, 0, 0, 0] = math.nan
         return hidden
 
-    def frame(self: loader.Prompts, *arguments: Any, **options: Any) -> loader.Prompt:
+    def frame(self: Prompts, *arguments: Any, **options: Any) -> Prompt:
         prompt = make(self, *arguments, **options)
         if prompt.example.id == bad:
             assert prompt.pixel_values is not None
@@ -164,7 +164,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(
     if where == "teacher":
         monkeypatch.setattr(Teacher, "extend", teacher)
     else:
-        monkeypatch.setattr(loader.Prompts, "_make", frame)
+        monkeypatch.setattr(Prompts, "_make", frame)
     summary = brief(videos, tmp_path / "run", "steps=4")
     skipped = [bool(row["skipped"]) for row, _ in seen]
     assert [same for _, same in seen] == skipped
@@ -232,16 +232,16 @@ def test_a_step_is_charged_what_it_did() -> None:
         return vision, cost.prompt(size, length), extension, cost.per_head
 
     vision, prompt, extension, head = parts(student)
-    found = ledger.step_flops(costs, [batch], mask, [batch], mask, costs[student].num_layers)
+    found = step_flops(costs, [batch], mask, [batch], mask, costs[student].num_layers)
     student.train_only("language")
-    frozen = ledger.step_flops(costs, [batch], mask, [batch], mask, 0)
+    frozen = step_flops(costs, [batch], mask, [batch], mask, 0)
     trained = 3 * (prompt + extension + head * valid) + extension + head * 4 * longest
     assert frozen["student"] == pytest.approx(trained + vision)
     assert found["student"] == pytest.approx(trained + 3 * vision)
     assert (frozen["recompute"], found["recompute"]) == (0, pytest.approx(prompt))
     vision, prompt, extension, head = parts(teacher)
     assert frozen["teacher"] == pytest.approx(vision + prompt + extension + head * valid)
-    references = ledger.step_flops({student: costs[student]}, [batch], None, [batch], mask, 0)
+    references = step_flops({student: costs[student]}, [batch], None, [batch], mask, 0)
     assert references["teacher"] == 0 and references["student"] < frozen["student"]
 
 
@@ -312,7 +312,7 @@ def test_mfu_needs_a_device_whose_peak_is_known(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, share in (("NVIDIA H200", 0.5), ("NVIDIA GeForce GT 710", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert ledger.mfu(spent, 2.0) == (None if share is None else pytest.approx(share))
+        assert mfu(spent, 2.0) == (None if share is None else pytest.approx(share))
 
 
 # The run folder and the commands.
