@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -284,6 +285,13 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in trainer.engine.weights().items()}
 
 
+@contextmanager
+def without_prefetching() -> Iterator[None]:
+    """Leave every gather of student and sharded teacher to DeepSpeed."""
+    with mock.patch("opd.engine.zero.LayersAhead"), mock.patch("opd.models.sharded.LayersAhead"):
+        yield
+
+
 def main(out: str, cases: list[str]) -> None:
     """Run cases, each written as name:stage.
 
@@ -291,8 +299,8 @@ def main(out: str, cases: list[str]) -> None:
     the layer before, as for weights copied from CPU memory to a GPU.
     """
     variants = {
-        "blocking": mock.patch("opd.engine.zero.LayersAhead"),
-        "late": mock.patch("opd.models.prefetch._copied_from_cpu", return_value=True),
+        "blocking": without_prefetching,
+        "late": partial(mock.patch, "opd.models.prefetch._copied_from_cpu", return_value=True),
     }
     set_up(1, 0)
     distributed.start(alone_too=True)
@@ -301,7 +309,7 @@ def main(out: str, cases: list[str]) -> None:
         number = 3 if stage in variants else int(stage)
         engine = ["engine.kind=deepspeed", f"engine.zero_stage={number}"] if number else []
         config = load_config([*COMMON, *CASES[name], *engine])
-        with variants.get(stage, nullcontext()):
+        with variants.get(stage, nullcontext)():
             outcome = carry_out(name, config)
         if distributed.is_first():
             torch.save(outcome, Path(out) / f"{distributed.world_size()}_{name}_{stage}.pt")
