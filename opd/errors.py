@@ -40,3 +40,9 @@ def printable(value: object) -> str:
     text = "null" if value is None else str(value)
     text = text if text.isprintable() and text else repr(text)
     return text if len(text) <= 80 or isinstance(value, Path) else f"{text[:77]}..."
+
+
+def raised(error: Exception) -> str:
+    """Type and first line of an exception, for a message that quotes it."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from opd import distributed
 from opd.config.models import BACKENDS
+from opd.errors import raised
 from opd.models.tower import Segments
 
 PACKAGES = {
@@ -72,8 +73,7 @@ def not_importable(backend: str) -> str | None:
     try:
         flash.lazy_import_flash_attention(backend)
     except Exception as error:  # a package compiled for another torch raises almost anything
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"broken: {package} {version} raises {type(error).__name__}: {first_line}"
+        return f"broken: {package} {version} raises {raised(error)}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from opd.errors import raised
 from opd.models.attention import announce
 
 
@@ -37,8 +38,7 @@ def _unusable(device: torch.device) -> str | None:
     try:
         _modules()
     except Exception as error:  # a version for another Triton or transformers raises anything
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"broken: importing it raises {type(error).__name__}: {first_line}"
+        return f"broken: importing it raises {raised(error)}"
     return None
 
 
