@@ -93,7 +93,9 @@ def main(folder: Path, keys: list[str]) -> None:
     trainer = Trainer(config, processor, student, teacher, policy)
     for step in range(2):
         trainer.step([collate([prompts[i] for i in p], PAD) for p in micro_batches(config)], step)
-    print(len(prompts[0].input_ids), distributed.all_max(memory("VmHWM") - before), flush=True)
+    peak = distributed.all_max(memory("VmHWM") - before)
+    if distributed.rank() == 0:  # lines of several ranks would run into each other
+        print(len(prompts[0].input_ids), peak, flush=True)
 
 
 if __name__ == "__main__":

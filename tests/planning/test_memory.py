@@ -337,7 +337,8 @@ def test_a_full_size_step_on_the_meta_device(
     mask = torch.ones(prompts, tokens, dtype=torch.bool, device=meta)
     prefix = Prefix(keys, keys, mask, hidden, torch.zeros(prompts, dtype=torch.long, device=meta))
     ids = torch.zeros(prompts, rollouts, length, dtype=torch.long, device=meta)
-    hidden = extend(lm, prefix, ids)
+    with Live(lm.model.parameters(), "cuda"):
+        hidden = extend(lm, prefix, ids)
     assert hidden.shape == (prompts, rollouts, length, config.hidden_size)
     assert lm.head(hidden).shape == (prompts, rollouts, length, config.vocab_size)
     assert Cost.of(lm).per_token == pytest.approx(
