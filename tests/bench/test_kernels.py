@@ -4,6 +4,8 @@ slower is told so, and who runs out of memory does not stop the others."""
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,16 +86,31 @@ def test_some_tokens_of_the_policy_loss_are_clipped() -> None:
     assert max(relative_errors(problem, exact).values()) < 1e-4
 
 
-def test_a_slow_provider_is_told_slower() -> None:
-    def slow(problem: Problem) -> torch.Tensor:
-        time.sleep(0.01)
-        return providers.fast(problem)
+def test_a_slow_provider_is_told_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the calls themselves advance, so that a busy machine changes nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    rows = measured(found_of(fast=providers.fast, slow=slow, same=providers.fast))
-    assert rows["slow"]["over_fast_interval"][0] > 1 < rows["slow"]["over_fast"]
-    assert rows["slow"]["ratio"] > rows["fast"]["ratio"] > 0
-    assert rows["gemms"]["ratio"] == 1 == rows["fast"]["over_fast"]
-    assert rows["slow"]["tflops"] < rows["fast"]["tflops"] < rows["gemms"]["tflops"] * 1.5
+    def taking(seconds: float, call: Callable[[Problem], Any]) -> Callable[[Problem], Any]:
+        def timed(problem: Problem) -> Any:
+            clock[0] += seconds
+            return call(problem)
+
+        return timed
+
+    task = replace(REVERSE_KL, gemms=taking(1.0, REVERSE_KL.gemms))
+    slow, fast = taking(5.0, providers.fast), taking(2.0, providers.fast)
+    found = found_of(fast=fast, slow=slow, same=fast)
+    rows = kernels.measure(task, found, SMALL, dict.fromkeys(found, 0), {}, 7)
+    assert {name: row["ratio"] for name, row in rows.items()} == {
+        "gemms": 1,
+        "fast": 2,
+        "slow": 5,
+        "same": 2,
+    }
+    assert rows["slow"]["over_fast_interval"] == [2.5, 2.5]
+    assert rows["same"]["over_fast"] == rows["fast"]["over_fast"] == 1
+    assert rows["gemms"]["tflops"] == pytest.approx(5 * rows["slow"]["tflops"])
     assert rows["same"]["gradient_error"] == rows["fast"]["gradient_error"] < 1e-3
 
 

@@ -25,6 +25,7 @@ from opd.data.video.worker import HEADER, READY
 from opd.data.video.worker_process import Worker
 from opd.errors import DataError
 from opd.models.tiny import processor
+from tests.processes import is_gone
 from tests.videos import decoded_numbers, real_video_folder, write_coded, write_zoo
 
 ROOT = Path(__file__).parents[3]
@@ -97,15 +98,6 @@ def named(path: Path, name: str) -> Path:
 
 def pids(decoders: Decoders) -> set[int]:
     return {worker._process.pid for worker in decoders._live}
-
-
-def is_gone(pid: int, within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
