@@ -1,6 +1,6 @@
 """Settings of the methods: rollouts, objectives, rewards and curricula."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from opd.config.options import check_values, option
 from opd.errors import require
@@ -101,10 +101,16 @@ class RewardConfig:
     """
 
     tiou: float = option(
-        1.0, "Weight of the temporal IoU with the best matching true span.", least=0
+        1.0,
+        "Weight of the temporal IoU with the best matching true span.",
+        least=0,
+        needs=("spans",),
     )
     threshold: float = option(
-        0.0, "Weight of a term that is 1 if the tIoU reaches threshold_at.", least=0
+        0.0,
+        "Weight of a term that is 1 if the tIoU reaches threshold_at.",
+        least=0,
+        needs=("spans",),
     )
     threshold_at: float = option(
         0.5, "The tIoU at which the threshold term becomes 1.", above=0, most=1
@@ -113,18 +119,37 @@ class RewardConfig:
         0.0,
         "Weight of the tIoU discounted by the distance of both boundaries (Time-R1).",
         least=0,
+        needs=("spans",),
     )
     format: float = option(
-        0.0, "Weight of a term that is 1 if the answer has the form data.prompt asks for.", least=0
+        0.0,
+        "Weight of a term that is 1 if the answer has the form data.prompt asks for.",
+        least=0,
+        needs=("spans",),
     )
     choice: float = option(
-        0.0, "Weight of a term that is 1 if the right option of a question is chosen.", least=0
+        0.0,
+        "Weight of a term that is 1 if the right option of a question is chosen.",
+        least=0,
+        needs=("options",),
     )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term of `opd.scoring.judge.TERMS`, by its name."""
+        return {e.name: getattr(self, e.name) for e in fields(self) if e.metadata["needs"]}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of which an example must have at least one to get a reward."""
+        needs = {e.name: e.metadata["needs"] for e in fields(self)}
+        used = (needs[name] for name, weight in self.weights.items() if weight)
+        return tuple(dict.fromkeys(field for names in used for field in names))
 
     def __post_init__(self) -> None:
         check_values(self, "reward")
         require(
-            any((self.tiou, self.threshold, self.boundary, self.format, self.choice)),
+            any(self.weights.values()),
             "reward: every weight is 0, so all answers have the same reward; set one above 0",
         )
 

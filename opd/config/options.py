@@ -26,6 +26,7 @@ def option(
     above: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
+    needs: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field for a key.
 
@@ -34,9 +35,11 @@ def option(
         doc: plain sentence that says what the key does, with its unit.
         choices: possible values of a text; empty where any text is possible.
         least, above, most, below: limits of a number, the first and third included.
+        needs: for the weight of a reward term, the fields of which an example must have one.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
-    return field(default=default, metadata={"doc": doc, "choices": choices, **limits})
+    metadata = {"doc": doc, "choices": choices, "needs": needs, **limits}
+    return field(default=default, metadata=metadata)
 
 
 def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:

@@ -121,9 +121,7 @@ class Config:
         if self.on_references:
             return "spans", "answer"
         if self.compares or self.routes:
-            reward = self.reward
-            timed = reward.tiou or reward.threshold or reward.boundary or reward.format
-            return ("spans",) * bool(timed) + ("options",) * bool(reward.choice)
+            return self.reward.needs
         kind = self.curriculum.kind
         if kind == "variance":
             return "spans", "options"

@@ -4,8 +4,13 @@ Pure functions of text and annotation.
 A reward is a weighted sum of terms in [0, 1], with the weights `reward.*` of the configuration.
 Terms about time need a true span, `choice` needs options. A term that does not apply to an example
 is left out of its sum, so that grounding, VideoQA and grounded QA mix in one run (the dual reward
-of Temporal-R1, arXiv 2506.01908).
+of Temporal-R1, arXiv 2506.01908). To add a term, write a function with the signature of `Term`,
+name it in `TERMS`, and give `RewardConfig` a weight of that name.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from opd.config.method import RewardConfig
 from opd.data.examples import Example
@@ -48,6 +53,74 @@ def readable(answer: str, example: Example, form: str | None = None) -> bool:
     return not example.spans or named_span(answer, example, form) is not None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An answer to an example, with what the terms of a reward judge it by.
+
+    Attributes:
+        answer: decoded completion.
+        example: the example that it answers.
+        config: for parameters of terms, such as `threshold_at`.
+        template: the prompt template; the term `format` is about the form that it asks for.
+        form: the only accepted form, as in `is_right`.
+    """
+
+    answer: str
+    example: Example
+    config: RewardConfig = field(default_factory=RewardConfig)
+    template: Template = DEFAULT
+    form: str | None = None
+
+    @cached_property
+    def predicted(self) -> Span | None:
+        """The span that the answer names, in seconds; None where it names none."""
+        return named_span(self.answer, self.example, self.form)
+
+
+def _tiou(judged: Judged) -> float | None:
+    spans = judged.example.spans
+    return best_tiou(judged.predicted, spans) if spans else None
+
+
+def _threshold(judged: Judged) -> float | None:
+    overlap = _tiou(judged)
+    return None if overlap is None else float(overlap >= judged.config.threshold_at)
+
+
+def _boundary(judged: Judged) -> float | None:
+    spans, duration_s = judged.example.spans, judged.example.duration_s
+    if not spans or duration_s is None:
+        return None
+    return boundary_tiou(judged.predicted, spans, duration_s)
+
+
+def _format(judged: Judged) -> float | None:
+    example, template = judged.example, judged.template
+    if not example.spans:
+        return None
+    options = example.options or ()
+    return float(has_form(judged.answer, template.form, template.thinking, options))
+
+
+def _choice(judged: Judged) -> float | None:
+    if not judged.example.options:
+        return None
+    return float(is_right(judged.answer, judged.example, judged.form))
+
+
+# A value in [0, 1], or None where the example has no such term.
+Term = Callable[[Judged], float | None]
+
+TERMS: dict[str, Term] = {
+    "tiou": _tiou,
+    "threshold": _threshold,
+    "boundary": _boundary,
+    "format": _format,
+    "choice": _choice,
+}
+"""The terms of a reward; the weight of each is the field of `RewardConfig` with its name."""
+
+
 def reward(
     answer: str,
     example: Example,
@@ -57,19 +130,9 @@ def reward(
 ) -> float:
     """Weighted sum of the terms that apply to the example; never raises, whatever the answer.
 
-    The term `format` is 1 for an answer in the form that `template` asks for.
+    Arguments are the attributes of `Judged`.
     """
-    terms: dict[str, float] = {}
-    if example.spans:
-        predicted = named_span(answer, example, form)
-        overlap = best_tiou(predicted, example.spans)
-        terms["tiou"] = overlap
-        terms["threshold"] = float(overlap >= config.threshold_at)
-        if example.duration_s is not None:
-            terms["boundary"] = boundary_tiou(predicted, example.spans, example.duration_s)
-        terms["format"] = float(
-            has_form(answer, template.form, template.thinking, example.options or ())
-        )
-    if example.options:
-        terms["choice"] = float(is_right(answer, example, form))
-    return sum(getattr(config, name) * value for name, value in terms.items())
+    judged = Judged(answer, example, config, template, form)
+    used = {name: weight for name, weight in config.weights.items() if weight}
+    values = ((weight, TERMS[name](judged)) for name, weight in used.items())
+    return sum((weight * value for weight, value in values if value is not None), 0.0)

@@ -1,7 +1,7 @@
 """Objectives: what they compute, one policy for sampler and loss, one denominator for a step."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -39,6 +39,12 @@ from tests.helpers import (
 
 EXACT = 1e-12
 F64 = torch.float64
+
+
+def test_every_objective_can_be_configured():
+    names = {e.name: e.metadata["choices"] for e in fields(Config) if e.metadata}
+    methods = set(names["method"]) - {"opd"}
+    assert set(OBJECTIVES) == {*names["objective"], *methods}
 
 
 # One distribution.

@@ -1,6 +1,7 @@
 """Rewards and group advantages, by hand."""
 
 import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.config.method import RewardConfig
+from opd.config.options import option
 from opd.data.examples import Example
 from opd.method.advantages import advantages, all_equal
-from opd.scoring.judge import boundary_tiou, reward
+from opd.scoring.judge import TERMS, Judged, boundary_tiou, reward
 from opd.text.answers import parse_choice
 from opd.text.templates import load_template
 
@@ -95,6 +97,37 @@ def test_an_answer_in_the_form_that_the_prompt_asks_for(answer, prompt, expected
     assert (strictly > 0) == bool(expected) or not thought
 
 
+def test_every_term_has_a_weight_and_needs_what_its_weight_says():
+    assert list(TERMS) == list(RewardConfig().weights)
+    question = {"options": OPTIONS, "answer": "a blue square"}
+    examples = {
+        (): example(spans=()),
+        ("spans",): example(),
+        ("options",): example(spans=(), **question),
+        ("spans", "options"): example(**question),
+    }
+    needs = {entry.name: set(entry.metadata["needs"]) for entry in fields(RewardConfig)}
+    for name, term in TERMS.items():
+        for has, each in examples.items():
+            value = term(Judged("B. From 2.0 to 4.0 seconds.", each))
+            assert (value is not None) == bool(needs[name] & set(has)), (name, has)
+            assert value is None or 0 <= value <= 1
+        assert RewardConfig(**(dict.fromkeys(TERMS, 0.0) | {name: 0.5})).needs
+    assert only(format=0.5, choice=0.5).needs == ("spans", "options")
+    assert only(choice=1.0).needs == ("options",)
+
+
+def test_a_term_is_one_function_and_one_weight(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Extended(RewardConfig):
+        brief: float = option(0.0, "Weight of brevity.", least=0, needs=("answer",))
+
+    monkeypatch.setitem(TERMS, "brief", lambda judged: 1 / len(judged.answer))
+    config = Extended(tiou=0.5, brief=2.0)
+    assert config.needs == ("spans", "answer")
+    assert reward("2 to 6 s", example(), config) == pytest.approx(0.5 + 2.0 / 8)
+
+
 def test_a_choice_read_strictly():
     question = example(options=OPTIONS, answer="a blue square", spans=())
     loose = "It is a blue square, I think"
@@ -134,7 +167,7 @@ def test_without_options_there_is_no_choice():
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(max_size=40) | st.from_regex(r"[A-D0-9 .:()<>a-z/-]{0,40}"))
 def test_no_string_makes_a_reward_raise(answer):
-    every = RewardConfig(tiou=1, threshold=1, boundary=1, format=1, choice=1)
+    every = RewardConfig(**dict.fromkeys(TERMS, 1))
     value = reward(answer, example(options=OPTIONS, answer="red"), every)
     assert 0 <= value <= 5 and math.isfinite(value)
 
