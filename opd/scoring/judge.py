@@ -38,7 +38,7 @@ def boundary_tiou(predicted: Span | None, truth: tuple[Span, ...], duration_s: f
 def is_right(answer: str, example: Example, form: str | None = None) -> bool:
     """Whether the answer chooses the right option. Here and below, `form` (a name of `FORMS`)
     accepts only answers written in that form, with an explicit choice; None accepts any form."""
-    return parse_choice(answer, example.options or (), form is not None) == example.answer
+    return parse_choice(answer, example.options or (), form) == example.answer
 
 
 def named_span(answer: str, example: Example, form: str | None = None) -> Span | None:
@@ -48,7 +48,7 @@ def named_span(answer: str, example: Example, form: str | None = None) -> Span |
 
 def readable(answer: str, example: Example, form: str | None = None) -> bool:
     """Whether the answer names a span, an option or both, as the example asks for."""
-    if example.options and parse_choice(answer, example.options, form is not None) is None:
+    if example.options and parse_choice(answer, example.options, form) is None:
         return False
     return not example.spans or named_span(answer, example, form) is not None
 

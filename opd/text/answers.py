@@ -1,8 +1,9 @@
 """The parser of a model's answers, used for rewards, filters and evaluation alike.
 
-Lenient parsing accepts any known form; strict parsing requires the whole answer, outside its
-thinking, to have one form of `FORMS`. In grounded question answering the choice comes first and the
-moments follow: `B. red. From 3.4 to 7.1 seconds.`
+Strict parsing requires the whole answer, outside its thinking, to have one form of `FORMS`. Lenient
+parsing accepts an answer in any of these forms, and looks for moments anywhere in all others. In
+grounded question answering the choice comes first and the moments follow: `B. red. From 3.4 to 7.1
+seconds.`
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from operator import itemgetter
 from string import ascii_uppercase
 
-from opd.text.forms import FORMS, Span, format_span, format_spans, in_seconds, parse_form
+from opd.text.forms import FORMS, Span, format_span, format_spans, parse_form
+from opd.text.free_text import moments_anywhere
 
 __all__ = [
     "FORMS",
@@ -27,27 +30,9 @@ __all__ = [
     "read",
 ]
 
-# A time is never part of something longer (`12` in `123`, `-12`, `12%`, `1:75`) and never has a
-# unit other than seconds.
-_VALUE = (
-    r"([0-9]+:[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?|[0-9]+:[0-5][0-9](?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)"
-    r"(?![0-9:]|\.[0-9])"
-)
-_SECONDS = r"(\s?(?:seconds|second|secs|sec|s)\b|(?!\w))"
-_NOT_OTHER = r"(?!\s?(?:%|(?:ms|milliseconds?|m|mins?|minutes?|h|hours?|frames?)\b))"
-_TIME = rf"<?{_VALUE}{_SECONDS}{_NOT_OTHER}>?"  # two groups: value, unit
-_START = r"(?<![\w.+\-])(?<![0-9]:)"
-_JOIN = r"\s?(?:\bto\b|\band\b|\buntil\b|[-\u2013\u2014~])\s?"
-
-_BRACKETS = re.compile(rf"[\[(]\s?{_TIME}(?:\s?,\s?|{_JOIN}){_TIME}\s?[\])]", re.IGNORECASE)
-_PAIR = re.compile(
-    rf"(\b(?:from|between|in|at|during|is)\s|:\s?)?{_START}{_TIME}{_JOIN}{_TIME}", re.IGNORECASE
-)
-_START_KEY, _END_KEY = (
-    re.compile(rf"\b{name}(?:_time)?[\"']?\s?[:=]\s?[\"']?{_TIME}", re.IGNORECASE)
-    for name in ("start", "end")
-)
-_EDGES = " .*`\"'"  # decoration that chat models put around an answer
+_BOX = "\\boxed{"
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_EDGES = " .*`\"'$"  # decoration that chat models put around an answer
 # What must follow a choice: the end of the answer or of a sentence, or a space after a bracket.
 _AFTER_BRACKET, _AFTER_WORDS = re.compile(r"[.,:;]?(?: |$)"), re.compile(r"[.,:;] |\.?$")
 
@@ -60,12 +45,12 @@ def parse_span(
 ) -> Span | None:
     """Parse the moment that a model's answer names.
 
-    Accepted forms are `From 3.4 to 7.1 seconds.`, `12.54 to 17.83`, `The event happens in 3.0 - 9.5
-    seconds`, `[5.2, 10.4]` and JSON with start_time and end_time, each also with mm:ss or h:mm:ss,
-    and any of them inside `<time>` or `<answer>` tags. Thinking and any text outside an answer tag
-    are ignored. A tag that is not closed means that the answer is truncated and names no moment. If
-    an answer names several moments, the first one counts, as on QVHighlights. Two bare numbers
-    inside other text count only after a word such as "from" or "in", or with a unit.
+    Accepted forms are those of `FORMS`, `[5.2, 10.4]`, and sentences such as `it starts at 3 and
+    ends at 9` or `Starting time: 3. Ending time: 9.`, each also with mm:ss or h:mm:ss, inside
+    `<time>` or `<answer>` tags or in `\\boxed{}`. Thinking and any text outside an answer tag are
+    ignored. A tag that is not closed means that the answer is truncated and names no moment. If an
+    answer names several moments, the first one counts, as on QVHighlights. Bare numbers inside
+    other text count only after a word such as "from" or "in", with a unit, or in a list with such.
 
     Args:
         answer: decoded completion; no string raises an exception.
@@ -78,8 +63,8 @@ def parse_span(
         `(start, end)` in seconds with `0 <= start < end`, both finite; None if there is no moment,
         or if it is reversed, empty, not finite or outside the video.
     """
-    first = next(_moments(answer, form, options, tags=1), None)
-    return None if first is None else _within(first, duration_s)
+    moments = _moments(answer, form, options, tags=1)
+    return _within(moments[0], duration_s) if moments else None
 
 
 def parse_spans(
@@ -115,32 +100,37 @@ def has_form(answer: str, form: str, thinking: bool = False, options: Sequence[s
     """Whether the whole answer has a form of `FORMS`, whatever its times are; with `thinking`, a
     thought that ends in `</think>` must precede it."""
     complete = "</think>" in answer or not thinking
-    return complete and next(_moments(answer, form, options), None) is not None
+    return complete and bool(_moments(answer, form, options))
 
 
-def parse_choice(answer: str, options: Sequence[str], strict: bool = False) -> str | None:
+def parse_choice(answer: str, options: Sequence[str], form: str | None = None) -> str | None:
     """Parse which option an answer to a multiple-choice question names.
 
-    A letter counts if it comes first ("B", "(B)", "B. red", "Answer: B"); otherwise the one option
-    counts whose whole text the answer equals or contains. Thinking and answer tags are treated as
-    in `parse_span`.
+    A letter counts if it comes first ("B", "(B)", "B. red", "Answer: B") or in `\\boxed{}`;
+    otherwise the one option counts whose whole text the answer equals or contains. Thinking and
+    answer tags are treated as in `parse_span`.
 
     Args:
         answer: decoded completion; no string raises an exception.
         options: texts of the options.
-        strict: require the letter, the option's exact text or both, optionally followed by a full
-            stop, and nothing else.
+        form: require the letter, the option's exact text or both, optionally followed by a full
+            stop, and behind it nothing but moments in this form of `FORMS`; None accepts any text.
 
     Returns:
         The text of the option; None if the answer names no option, or several.
     """
-    if strict:
-        whole = _outside_thinking(answer)
-        choice, rest = _cut_choice(_unwrapped(whole, "answer") or whole, options)
-        return None if rest else choice
-    text = _answer_text(answer)
-    if not text or not options:
+    whole = _outside_thinking(answer)
+    choice, rest = _cut_choice(_unwrapped(whole, "answer") or whole, options)
+    if choice and any(not rest or has_form(answer, f, options=options) for f in _forms(form)):
+        return choice
+    if form is not None or not options:
         return None
+    choices = (_choice_anywhere(text, options) for text in _readings(answer) if text)
+    return next((choice for choice in choices if choice is not None), None)
+
+
+def _choice_anywhere(text: str, options: Sequence[str]) -> str | None:
+    """The option whose letter begins a text, or whose words are in it; None for none or several."""
     letters = ascii_uppercase[: len(options)]
     lead = r"(?:(?:the\s)?(?:correct\s)?answer(?:\sis)?\s?:?\s|option\s)?"
     letter = re.compile(rf"{lead}\(?([{letters}])(?:[).:,]|\s|$)", re.IGNORECASE)
@@ -167,15 +157,25 @@ def _within(moment: Span, duration_s: float | None) -> Span | None:
 
 def _moments(
     answer: str, form: str | None, options: Sequence[str], tags: int | None = None
-) -> Iterator[Span]:
-    """Iterate over the moments of an answer, unchecked, in one form or (None) in any; without a
-    form, at most the first `tags` `<time>` tags are parsed."""
-    if form is not None:
-        text = _unwrapped(_outside_thinking(answer), FORMS[form].tag)
-        yield from parse_form(_cut_choice(text or "", options)[1], form)
-        return
-    for part in _time_tags(_answer_text(answer))[:tags]:
-        yield from _anywhere(_cut_choice(part.strip(_EDGES), options)[1])
+) -> list[Span]:
+    """The moments of an answer, unchecked, in one form or (None) in any; in an answer without a
+    form, of the first `tags` `<time>` tags at most."""
+    whole = _outside_thinking(answer)
+    for name in _forms(form):
+        text = _unwrapped(whole, FORMS[name].tag) or ""
+        if moments := parse_form(_cut_choice(text, options)[1], name):
+            return moments
+    for text in _readings(answer) if form is None else ():
+        parts = [part.strip(_EDGES) for part in _time_tags(text)[:tags]]
+        moments = [m for part in parts for m in moments_anywhere(_cut_choice(part, options)[1])]
+        if moments:
+            return moments
+    return []
+
+
+def _forms(form: str | None) -> Sequence[str]:
+    """Names of the forms that are accepted."""
+    return tuple(FORMS) if form is None else (form,)
 
 
 def _outside_thinking(answer: str) -> str:
@@ -201,6 +201,27 @@ def _answer_text(answer: str) -> str:
         text, closed, _ = inside.partition("</answer>")
         text = text if closed else ""
     return text.strip(_EDGES)
+
+
+def _readings(answer: str) -> Iterator[str]:
+    """The texts in which a completion may name its answer: what stands in `\\boxed{}`, if anything
+    does, then the whole answer. Nothing if a box was truncated."""
+    text = _answer_text(answer)
+    if _BOX not in text:
+        yield text
+        return
+    text = _LATEX_TEXT.sub(r"\1", text)
+    outside, *parts = text.split(_BOX)
+    boxes = []
+    for part in parts:
+        depths = accumulate(((c == "{") - (c == "}") for c in part), initial=1)
+        end = next((at for at, depth in enumerate(depths) if depth == 0), 0)
+        if not end:
+            return
+        boxes.append(part[: end - 1])
+        outside += boxes[-1] + part[end:]
+    yield ", ".join(boxes)
+    yield outside.strip(_EDGES)
 
 
 def _time_tags(text: str) -> list[str]:
@@ -238,20 +259,3 @@ def _heads(letter: str, option: str) -> Iterator[tuple[str, re.Pattern[str]]]:
     if letter and words:
         for lead in (f"({letter})", f"{letter})", f"{letter}.", f"{letter}:"):
             yield f"{lead} {words}", _AFTER_WORDS
-
-
-def _anywhere(text: str) -> Iterator[Span]:
-    """Iterate over the moments in a text: as JSON, else in brackets, else as pairs of times."""
-    starts, ends = list(_START_KEY.finditer(text)), list(_END_KEY.finditer(text))
-    brackets = _BRACKETS.search(text)
-    if starts and ends:
-        for start, end in zip(starts, ends, strict=False):
-            yield in_seconds(start[1]), in_seconds(end[1])
-    elif brackets:
-        for match in _BRACKETS.finditer(text):
-            yield in_seconds(match[1]), in_seconds(match[3])
-    else:
-        for match in _PAIR.finditer(text):
-            cue, first, first_unit, second, second_unit = match.groups()
-            if cue or first_unit or second_unit or ":" in second or match[0] == text:
-                yield in_seconds(first), in_seconds(second)

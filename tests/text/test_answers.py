@@ -1,6 +1,7 @@
 """Answers: lenient and strict parsing, and writing that parses back to the same moments."""
 
 import math
+import re
 import time
 
 import pytest
@@ -38,6 +39,28 @@ OPTIONS = ("a red circle", "red", "it jumps.", "3")
         # The words of a query do not count as its time; the first of several moments does.
         ("2-3 people dance from 4.0 to 5.0 seconds", (4.0, 5.0)),
         ("From 3 to 5 seconds and from 8 to 9 seconds.", (3.0, 5.0)),
+        ("In clip 2-3, from 5 to 9 seconds.", (5.0, 9.0)),
+        ("from 01:12 to 01:30", (72.0, 90.0)),
+        ("01:12 - 01:30, 02:00 - 02:10", (72.0, 90.0)),
+        ("12.54 to 17.83, 20.00 to 21.50", (12.54, 17.83)),
+        ("He jumps 3.0 - 9.5, 12.0 - 14.0 seconds.", (3.0, 9.5)),
+        # Start and end in sentences of their own.
+        ("Starting time: 0.8 seconds. Ending time: 1.1 seconds", (0.8, 1.1)),
+        (
+            "The start time of the event is 0 seconds, and the end time is 12 seconds",
+            (0.0, 12.0),
+        ),
+        ("The video segment starts at 00:00:18 and ends at 00:00:23.", (18.0, 23.0)),
+        ("It begins at about 3.5 s into the video and finishes at 9 s.", (3.5, 9.0)),
+        ("Start time: 01:12, end time: 01:30", (72.0, 90.0)),
+        # Moments that are named as such come before these sentences.
+        ("The clip starts at 0 and ends at 30. It happens from 5 to 9 seconds.", (5.0, 9.0)),
+        (r"\boxed{3.4 to 7.1}", (3.4, 7.1)),
+        (r"So the answer is $\boxed{[3.4, 7.1]}$.", (3.4, 7.1)),
+        (r"It jumps. \boxed{\text{3.4 to 7.1}}", (3.4, 7.1)),
+        (r'\boxed{{"start_time": 3.4, "end_time": 7.1}}', (3.4, 7.1)),
+        (r"From \boxed{3.4} to \boxed{7.1} seconds", (3.4, 7.1)),
+        (r"\boxed{B} From 3.4 to 7.1 seconds.", (3.4, 7.1)),
     ],
 )
 def test_forms_seen_in_the_wild(answer, span):
@@ -64,7 +87,15 @@ def test_forms_seen_in_the_wild(answer, span):
         "From 1:75 to 2:00",
         "From 1e1 to 2e1 seconds",
         "2-3 people dance",
+        "2-3 people and 4-5 dogs",
         "3.4 7.1",
+        "It starts with 3 people and ends with 9.",
+        "It starts at 3 and goes on.",
+        "It ends at 9 minutes and starts at 3 minutes.",
+        "The person starts to run 2 times and stops 3 times.",
+        "Starting time: 3 minutes. Ending time: 9 minutes.",
+        r"\boxed{From 3.4 to 7.1",
+        r"\boxed{3}",
         "<answer>From 3.4 to 7",
         "<think>From 3.4 to 7.1 seconds.",
         "<answer>none</answer> From 3.4 to 7.1 seconds.",
@@ -106,8 +137,7 @@ def test_no_string_raises_and_no_span_leaves_the_video(answer, duration_s):
         for span in parse_spans(answer, duration_s, form, OPTIONS):
             assert 0 <= span[0] < span[1] <= (math.inf if duration_s is None else duration_s)
         read(answer, duration_s, form or "plain", OPTIONS)
-    for strict in (False, True):
-        assert parse_choice(answer, OPTIONS, strict) in (None, *OPTIONS)
+        assert parse_choice(answer, OPTIONS, form) in (None, *OPTIONS)
 
 
 # fmt: off
@@ -118,6 +148,8 @@ _LONG = [
     'From |1.5 to 2.5 seconds and from ', "The event happens in |1.5 - 2.5 seconds, ",
     '[|{"start_time":1,"end_time":2},', "[|[1, 2], ", "<answer>|1 to 2, ", "red. |1 to 2, ",
     "|1:00-1:01,", "|<time>[1, 2]</time>", "From 1 to |9", '{"start_time": |0',
+    "starts at 1 ", "starts at 1 and |a ", "start time of the |a ", "1 to 2 and ", "\\boxed{", "{}",
+    "\\boxed{1 to 2}", "\\boxed{|{", "\\text{", "\\boxed{1}\\text{1}",
 ]
 # fmt: on
 
@@ -130,7 +162,7 @@ def test_long_nonsense_is_parsed_in_linear_time(text):
         for form in (None, *FORMS):
             parse_spans(answer, 9.0, form, OPTIONS)
         parse_choice(answer, OPTIONS)
-        parse_choice(answer, OPTIONS, strict=True)
+        parse_choice(answer, OPTIONS, "plain")
         assert time.process_time() - began < 3  # about 0.1 s; a quadratic pattern takes minutes
 
 
@@ -190,10 +222,7 @@ def test_each_form_by_hand(form):
     for other, answer in [*WRITTEN.items(), *SEVERAL.items()]:
         assert has_form(answer, form) == (other == form)
         assert (parse_span(answer, None, form) is not None) == (other == form)
-        if other != form:
-            # Bare numbers that are not the whole of an answer are nothing but in their own form.
-            bare = other in ("plain", "answer_tag") and answer == SEVERAL[other]
-            assert read(answer, None, form) == ((None, False) if bare else (two[0], True))
+        assert read(answer, None, form) == (two[0], other != form)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +300,32 @@ def test_several_moments_in_any_form():
         assert parse_span(impossible, 10.0, form) is None
 
 
+# Text around an answer, with a word or a sign before bare numbers that marks them as times.
+MARKED = {"": "", "**": "**", "The answer is ": ".", "Answer: ": " (approximately)."}
+AROUND = {"Sure! ": " I hope this helps.", "```json\n": "\n```", "2-3 people dance. ": " The end."}
+
+
+@pytest.mark.parametrize("unit", ["", " seconds", "s", " sec"])
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_lenient_parsing_reads_every_form_within_other_text(form, windows, unit):
+    spans = ((3.0, 9.5), (61.0, 62.0), (70.5, 80.0))[:windows]
+    written = format_spans(spans, form)
+    if unit and "seconds" not in written:
+        written = re.sub(r"([0-9]+\.[0-9]+)", rf"\1{unit}", written)
+    bare = form == "plain" and not unit
+    for prefix, suffix in (MARKED if bare else MARKED | AROUND).items():
+        answer = f"{prefix}{written}{suffix}"
+        for text in (
+            answer,
+            f"<think>From 1.0 to 2.0 seconds.</think>\n{answer}",
+            f"from 1.0 to 2.0 seconds</think> {answer}",
+            f"Well. <answer>{answer}</answer> So." if not FORMS[form].tag else answer,
+        ):
+            assert parse_spans(text, None, None, OPTIONS) == spans, text
+            assert parse_span(text, None, None, OPTIONS) == spans[0], text
+
+
 def test_required_thinking():
     assert has_form("<think>so</think><answer>3 to 4</answer>", "answer_tag", thinking=True)
     assert has_form("<answer>4 to 3</answer>", "answer_tag")
@@ -278,6 +333,7 @@ def test_required_thinking():
     assert not has_form("<think>so <answer>3 to 4</answer>", "answer_tag", thinking=True)
 
 
+HEADS = {"a red circle": "a red circle.", "red": "B. red.", "it jumps.": "(C)", "3": "D: 3."}
 _SPANS = st.tuples(st.floats(0, 1e5), st.floats(1e-9, 1e4)).map(lambda p: (p[0], p[0] + p[1]))
 
 
@@ -287,6 +343,7 @@ def test_every_form_parses_its_own_answers_only(spans, form, data):
     answer = format_spans(spans, form)
     parsed = parse_spans(answer, None, form)
     assert len(parsed) == len(spans)
+    assert parse_spans(answer) == parsed
     error = 1.0001 * 10 ** -FORMS[form].decimals
     for span, truth in zip(parsed, spans, strict=True):
         assert span == pytest.approx(truth, abs=error, rel=0)
@@ -294,9 +351,14 @@ def test_every_form_parses_its_own_answers_only(spans, form, data):
     assert parse_spans(thought, None, form) == parsed
     assert parse_span(answer, None, form) == parsed[0]
     assert [other for other in FORMS if parse_spans(answer, None, other)] == [form]
-    chosen = format_spans(spans, form, "B. red.")
-    assert parse_spans(chosen, None, form, OPTIONS) == parsed
-    assert parse_choice(chosen, OPTIONS) == "red"
+    choice, head = data.draw(st.sampled_from(sorted(HEADS.items())))
+    chosen = format_spans(spans, form, head)
+    for accepted in (None, form):  # lenient parsing reads whatever strict parsing reads
+        assert parse_spans(thought, None, accepted) == parsed
+        assert parse_spans(chosen, None, accepted, OPTIONS) == parsed
+        assert parse_choice(chosen, OPTIONS, accepted) == choice
+    other = next(name for name in FORMS if name != form)
+    assert parse_choice(chosen, OPTIONS, other) is None
 
 
 @given(st.floats(0, 1e308), st.floats(0, 1e308), st.sampled_from(sorted(FORMS)))
@@ -342,10 +404,10 @@ def test_the_closest_boundaries_stay_apart():
     ],
 )
 def test_strict_choices(answer, expected):
-    assert parse_choice(answer, OPTIONS, strict=True) == expected
+    assert parse_choice(answer, OPTIONS, "plain") == expected
     if expected:
         assert parse_choice(answer, OPTIONS) == expected
-    assert parse_choice(answer, (), strict=True) is None
+    assert parse_choice(answer, (), "plain") is None
 
 
 @pytest.mark.parametrize(
@@ -366,6 +428,32 @@ def test_strict_choices(answer, expected):
 )
 def test_the_choice_comes_first(answer, form, lenient):
     assert read(answer, None, form, OPTIONS) == ((3.0, 9.5), lenient)
+
+
+def test_strict_choices_before_moments_of_another_form():
+    assert parse_choice("B. red. From 3.0 to 9.5 seconds.", OPTIONS, "seconds") == "red"
+    assert parse_choice("B. red. From 3.0 to 9.5 seconds.", OPTIONS, "plain") is None
+    assert parse_choice("<answer>B. 3 to 9.5</answer>", OPTIONS, "answer_tag") == "red"
+    assert parse_choice("B. 3 to 9.5", OPTIONS, "answer_tag") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"\boxed{B}", "red"),
+        (r"So the answer must be $\boxed{B}$.", "red"),
+        (r"\boxed{\text{(B)}}", "red"),
+        (r"<think>\boxed{A}</think><answer>\boxed{\textbf{B. red}}</answer>", "red"),
+        (r"\boxed{a red circle}", "a red circle"),
+        (r"It is red. \boxed{4 to 9}", "red"),  # the box holds the moment
+        (r"\boxed{E}", None),
+        (r"\boxed{B", None),
+        (r"\boxed{}", None),
+    ],
+)
+def test_choices_in_boxes(answer, expected):
+    assert parse_choice(answer, OPTIONS) == expected
+    assert parse_choice(answer, OPTIONS, "plain") is None
 
 
 def test_a_choice_beside_a_time_tag():

@@ -102,7 +102,7 @@ def test_references_are_read_back_strictly(name):
     count = 2 if template.spans == "all" else 1
     text = template.reference(spans, None, None)
     assert parse_spans(text, 90.0, template.form) == spans[:count]
-    assert parse_choice(template.reference((), "red", OPTIONS), OPTIONS, strict=True) == "red"
+    assert parse_choice(template.reference((), "red", OPTIONS), OPTIONS, form="plain") == "red"
     both = template.reference(spans, "a blue square", OPTIONS)
     assert parse_spans(both, 90.0, template.form, OPTIONS) == spans[:count]
     assert parse_span(both, 90.0, template.form, OPTIONS) == (1.0, 2.5)
