@@ -129,7 +129,7 @@ class EvaluationRow:
             readable=readable(answer, example, form),
             another_form=predicted is not None and not in_form,
             predicted=predicted,
-            windows=parse_spans(answer, example.duration_s, form, options),
+            windows=parse_spans(answer, form, options),
             right=is_right(answer, example, form) if options else None,
         )
 

@@ -42,8 +42,12 @@ def is_right(answer: str, example: Example, form: str | None = None) -> bool:
 
 
 def named_span(answer: str, example: Example, form: str | None = None) -> Span | None:
-    """The span that the answer names, in seconds; None where it names none within the video."""
-    return parse_span(answer, example.duration_s, form, example.options or ())
+    """The span that the answer names, in seconds; None where it names none.
+
+    It is never clipped to the video, nor are true spans: in public data many of them end past it,
+    and no official scorer clips.
+    """
+    return parse_span(answer, form, example.options or ())
 
 
 def readable(answer: str, example: Example, form: str | None = None) -> bool:

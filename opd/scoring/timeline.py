@@ -19,7 +19,8 @@ def timeline(rows: Iterable[EvaluationRow], path: Path, worst: int = 8, best: in
 
     Args:
         rows: those without a true span are left out. An axis ends with the video where its duration
-            is known, else with the last span. Windows other than the prediction are drawn faintly.
+            is known, which cuts spans that go on past it, else with the last span. Windows other
+            than the prediction are drawn faintly.
         path: PNG file to write; it is the same for the same rows in any order.
         worst, best: number of queries from either end of the ranking; none is drawn twice.
 

@@ -27,7 +27,6 @@ __all__ = [
     "parse_choice",
     "parse_span",
     "parse_spans",
-    "read",
 ]
 
 _BOX = "\\boxed{"
@@ -37,12 +36,7 @@ _EDGES = " .*`\"'$"  # decoration that chat models put around an answer
 _AFTER_BRACKET, _AFTER_WORDS = re.compile(r"[.,:;]?(?: |$)"), re.compile(r"[.,:;] |\.?$")
 
 
-def parse_span(
-    answer: str,
-    duration_s: float | None = None,
-    form: str | None = None,
-    options: Sequence[str] = (),
-) -> Span | None:
+def parse_span(answer: str, form: str | None = None, options: Sequence[str] = ()) -> Span | None:
     """Parse the moment that a model's answer names.
 
     Accepted forms are those of `FORMS`, `[5.2, 10.4]`, and sentences such as `it starts at 3 and
@@ -54,46 +48,27 @@ def parse_span(
 
     Args:
         answer: decoded completion; no string raises an exception.
-        duration_s: length of the video in seconds; the span is clipped to `[0, duration_s]`.
         form: name of the form of `FORMS` that the whole answer outside its thinking must have;
             None accepts any form.
         options: options of the question, one of which may precede the moment.
 
     Returns:
-        `(start, end)` in seconds with `0 <= start < end`, both finite; None if there is no moment,
-        or if it is reversed, empty, not finite or outside the video.
+        `(start, end)` in seconds with `0 <= start < end`, both finite, as the answer says it: it
+        may leave the video. None if there is no moment, or if it is reversed, empty or not finite.
     """
     moments = _moments(answer, form, options, tags=1)
-    return _within(moments[0], duration_s) if moments else None
+    return moments[0] if moments and _is_possible(moments[0]) else None
 
 
 def parse_spans(
-    answer: str,
-    duration_s: float | None = None,
-    form: str | None = None,
-    options: Sequence[str] = (),
+    answer: str, form: str | None = None, options: Sequence[str] = ()
 ) -> tuple[Span, ...]:
     """Parse all moments that an answer names, in their order.
 
-    Arguments and forms are those of `parse_span`, but moments that are reversed, empty or outside
-    the video are skipped, and every `<time>` tag is parsed.
+    Arguments and forms are those of `parse_span`, but moments that are reversed, empty or not
+    finite are skipped, and every `<time>` tag is parsed.
     """
-    spans = (_within(moment, duration_s) for moment in _moments(answer, form, options))
-    return tuple(span for span in spans if span is not None)
-
-
-def read(
-    answer: str, duration_s: float | None, form: str, options: Sequence[str] = ()
-) -> tuple[Span | None, bool]:
-    """Parse the moment of an answer strictly and, if that fails, leniently.
-
-    Returns the moment, and whether it took lenient parsing to find one.
-    """
-    span = parse_span(answer, duration_s, form, options)
-    if span is not None:
-        return span, False
-    span = parse_span(answer, duration_s, None, options)
-    return span, span is not None
+    return tuple(filter(_is_possible, _moments(answer, form, options)))
 
 
 def has_form(answer: str, form: str, thinking: bool = False, options: Sequence[str] = ()) -> bool:
@@ -147,12 +122,9 @@ def _choice_anywhere(text: str, options: Sequence[str]) -> str | None:
     return contained[0] if len(contained) == 1 else None
 
 
-def _within(moment: Span, duration_s: float | None) -> Span | None:
-    """The part of a moment inside the video, in seconds; None if there is none."""
+def _is_possible(moment: Span) -> bool:
     start_s, end_s = moment
-    if duration_s is not None:
-        end_s = min(end_s, duration_s)
-    return (start_s, end_s) if start_s < end_s < math.inf else None
+    return start_s < end_s < math.inf
 
 
 def _moments(
@@ -160,10 +132,11 @@ def _moments(
 ) -> list[Span]:
     """The moments of an answer, unchecked, in one form or (None) in any; in an answer without a
     form, of the first `tags` `<time>` tags at most."""
-    whole = _outside_thinking(answer)
-    for name in _forms(form):
-        text = _unwrapped(whole, FORMS[name].tag) or ""
-        if moments := parse_form(_cut_choice(text, options)[1], name):
+    whole, forms = _outside_thinking(answer), _forms(form)
+    tags_of_forms = {FORMS[name].tag for name in forms}
+    rests = {t: _cut_choice(_unwrapped(whole, t) or "", options)[1] for t in tags_of_forms}
+    for name in forms:
+        if moments := parse_form(rests[FORMS[name].tag], name):
             return moments
     for text in _readings(answer) if form is None else ():
         parts = [part.strip(_EDGES) for part in _time_tags(text)[:tags]]

@@ -101,11 +101,11 @@ def test_references_are_read_back_strictly(name):
     spans = ((1.0, 2.5), (61.0, 62.0))
     count = 2 if template.spans == "all" else 1
     text = template.reference(spans, None, None)
-    assert parse_spans(text, 90.0, template.form) == spans[:count]
+    assert parse_spans(text, template.form) == spans[:count]
     assert parse_choice(template.reference((), "red", OPTIONS), OPTIONS, form="plain") == "red"
     both = template.reference(spans, "a blue square", OPTIONS)
-    assert parse_spans(both, 90.0, template.form, OPTIONS) == spans[:count]
-    assert parse_span(both, 90.0, template.form, OPTIONS) == (1.0, 2.5)
+    assert parse_spans(both, template.form, OPTIONS) == spans[:count]
+    assert parse_span(both, template.form, OPTIONS) == (1.0, 2.5)
     assert parse_choice(both, OPTIONS) == "a blue square"
     assert "<think>" not in both and template.reference((), None, None) == ""
 
@@ -135,7 +135,7 @@ def test_the_example_answers_of_presets_are_in_their_form(name):
             -1
         ]
         answer = example.replace("<start time>", "3.4").replace("<end time>", "7.1")
-        assert parse_span(answer, None, template.form, OPTIONS) is not None, answer
+        assert parse_span(answer, template.form, OPTIONS) is not None, answer
 
 
 FILE = """\
