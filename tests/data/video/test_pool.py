@@ -210,7 +210,7 @@ def test_workers_start_when_they_are_needed(coded: list[Path]) -> None:
 
 def test_a_hang_costs_the_time_limit(coded: list[Path], tmp_path: Path, faulty: list[str]) -> None:
     path = named(coded[0], "hang")
-    with Decoders(2, timeout_s=0.6, retries=1, command=faulty) as decoders:
+    with Decoders(2, timeout_s=2, retries=1, command=faulty) as decoders:
         with ThreadPoolExecutor(1) as thread:
             decoders.decode(coded[1], **SAMPLING)
             first = pids(decoders)
@@ -219,8 +219,8 @@ def test_a_hang_costs_the_time_limit(coded: list[Path], tmp_path: Path, faulty: 
             others = [decoders.decode(coded[k], **SAMPLING) for k in range(6)]
             with pytest.raises(DataError) as caught:
                 hanging.result()
-        assert str(caught.value) == f"{path}: decoding took longer than 0.6 s, 2 attempts"
-        assert 1.2 < time.monotonic() - begun < 20
+        assert str(caught.value) == f"{path}: decoding took longer than 2 s, 2 attempts"
+        assert 4 < time.monotonic() - begun < 60
         for k, video in enumerate(others):
             assert decoded_numbers(video.frames) == [4 * k + index for index in video.indices]
         gone = first - pids(decoders)
@@ -339,7 +339,7 @@ def test_closing_ends_what_runs(coded: list[Path], faulty: list[str]) -> None:
         decoders.close()
         for future in running:
             with pytest.raises(RuntimeError, match="the decoders are closed"):
-                future.result(10)
+                future.result(60)
     assert is_gone(pid) and not pids(decoders)
     with pytest.raises(RuntimeError, match="the decoders are closed"):
         decoders.decode(coded[0], **SAMPLING)
@@ -380,13 +380,34 @@ def test_a_hanging_worker_ends_itself(coded: list[Path], faulty: list[str]) -> N
     request["decode"] = {"backend": "decord", "budget": None}
     process.stdin.write(json.dumps(request).encode() + b"\n")
     process.stdin.close()  # the parent is gone
-    assert process.wait(10) == -signal.SIGALRM
+    assert process.wait(60) == -signal.SIGALRM
     process.stdout.close()
 
 
-def test_a_worker_that_imports_slowly_is_not_late(coded: list[Path]) -> None:
+IMPORTS_SLOWLY = """
+import time
+import opd.data.video.worker as worker
+
+load_resize = worker._load_resize
+
+def load_slowly(send):
+    def send_late(kind):
+        send(kind)
+        if kind == worker.LOADING:
+            time.sleep(6)
+    return load_resize(send_late)
+
+worker._load_resize = load_slowly
+worker.main()
+"""
+
+
+def test_a_worker_that_imports_slowly_is_not_late(coded: list[Path], tmp_path: Path) -> None:
     """Importing torch, only where a size changes, does not count as decoding."""
-    with Decoders(1, timeout_s=0.9, retries=0) as decoders:
+    script = tmp_path / "slow.py"
+    script.write_text(IMPORTS_SLOWLY)
+    command = [sys.executable, "-P", str(script)]
+    with Decoders(1, timeout_s=5, retries=0, command=command) as decoders:
         same = RECIPES["video_opd"].budget(4)
         assert decoders.decode(coded[0], **SAMPLING, budget=same).frames.shape == (4, 3, 64, 64)
         (worker,) = decoders._live
@@ -455,7 +476,7 @@ def test_damaged_files_cost_no_more_than_themselves(
             except DataError as error:
                 reason = str(error)
                 assert reason.startswith(f"{files[k]}: ") and "\n" not in reason
-            assert time.monotonic() - begun < 30
+            assert time.monotonic() - begun < 60
             if k % 3 == 0:
                 j = k // 3 % len(coded)
                 whole = decoders.decode(coded[j], **SAMPLING)
