@@ -1,10 +1,12 @@
 """The torch engine: learning rates by hand, fp32 masters and accumulation, scale, clip, decay."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from opd.config.optimisation import OptimConfig
 from opd.engine.base import TorchEngine, lr_factor
@@ -46,6 +48,59 @@ def test_without_warmup_the_first_step_has_the_full_rate(schedule):
     assert factors(5, schedule=schedule, warmup=0.0)[0] == 1.0
     assert factors(1, schedule=schedule, warmup=0.5) == [1.0]
     assert all(0 < factor <= 1 for factor in factors(7, schedule=schedule, warmup=0.99))
+
+
+def torch_rates(steps: int, config: OptimConfig) -> list[float]:
+    """The same schedule composed of torch's own."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    warmup = math.ceil(config.warmup * steps)
+    after = steps - warmup or 1
+    decay = {
+        "constant": lambda: ConstantLR(optimizer, 1.0),
+        "linear": lambda: LinearLR(optimizer, 1.0, config.min_lr_ratio, after),
+        "cosine": lambda: CosineAnnealingLR(optimizer, after, config.lr * config.min_lr_ratio),
+    }
+    start = ConstantLR(optimizer, 1.0)
+    if warmup > 1:
+        start = LinearLR(optimizer, 1 / warmup, 1.0, warmup - 1)
+    scheduler = SequentialLR(optimizer, [start, decay[config.schedule]()], [warmup])
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.03, 0.1, 0.5])
+@pytest.mark.parametrize("steps", [2, 7, 79, 400])
+def test_every_rate_is_that_of_torchs_schedulers(schedule: str, warmup: float, steps: int):
+    for minimum in (0.0, 0.1):
+        config = OptimConfig(lr=1e-6, schedule=schedule, warmup=warmup, min_lr_ratio=minimum)
+        factor = lr_factor(config, steps)
+        rates = [config.lr * factor(step) for step in range(steps)]
+        assert rates == pytest.approx(torch_rates(steps, config), rel=1e-9, abs=1e-19)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 8])
+def test_a_loaded_engine_has_the_rates_of_one_that_never_stopped(stop: int, tmp_path: Path):
+    def rates(engine: TorchEngine, steps: int) -> list[float]:
+        seen = []
+        for _ in range(steps):
+            seen.append(engine.optimizer.param_groups[0]["lr"])
+            engine.backward(engine.module(torch.ones(1)).sum())
+            engine.step()
+        return seen
+
+    def new() -> TorchEngine:
+        return engine_of(nn.Linear(1, 1), 9, schedule="cosine", warmup=0.3, lr=1e-6)
+
+    expected, first, second = rates(new(), 9), new(), new()
+    assert rates(first, stop) == expected[:stop]
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert rates(second, 9 - stop) == expected[stop:]
 
 
 def test_the_engine_follows_the_schedule():
