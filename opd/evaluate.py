@@ -8,9 +8,10 @@ A target is one of
     a file of stored answers: JSON lines of `id` and `answer`
 
 Written to `run_dir`: every answer as it is generated (`evaluation.jsonl`; `resume=auto` continues
-from there), the scores and everything they depend on (`evaluation.json`), and a plot of the worst
-and the best queries (`evaluation.png`). Several targets are compared with the first one on the
-queries that both answered.
+from there), the scores and everything they depend on (`evaluation.json`), a plot of the worst and
+the best queries (`evaluation.png`), and the answers as TimeLens' own scorer reads them
+(`timelens.json`). Several targets are compared with the first one on the queries that both
+answered.
 """
 
 import json
@@ -41,13 +42,13 @@ from opd.scoring.evaluation import (
     read_evaluation,
     write_evaluation,
 )
-from opd.scoring.metrics import paired_interval
-from opd.scoring.official import score
-from opd.scoring.results import BUCKETS, breakdown
+from opd.scoring.official import score, timelens_answers
+from opd.scoring.results import BUCKETS, breakdown, compared
 from opd.scoring.timeline import timeline
 
 METRICS = {  # official metrics by annotation format; all other formats use grounding
     "qvhighlights": "qvhighlights",
+    "timelens": "timelens",
     "nextgqa": "nextgqa",
     "rextime": "rextime",
     "mcq": "videoqa",
@@ -163,6 +164,8 @@ def run(target: str, config: Config) -> dict[str, Any]:
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     if any(row.truth for row in rows):
         timeline(rows, folder / "evaluation.png")
+        answers = json.dumps(timelens_answers(rows), indent=1)
+        (folder / "timelens.json").write_text(answers + "\n")
     return {key: value for key, value in result.items() if key not in ("by", "of")}
 
 
@@ -198,36 +201,6 @@ def conditions(target: str, config: Config) -> dict[str, Any]:
         "weights": {file.name: checksum(file) for file in weights},
         **environment(),
     }
-
-
-def compared(targets: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
-    """A table of several targets' scores. The gain is over the first target, on the queries that
-    both answered, with a 95% interval that resamples videos."""
-    first = {row.id: row for row in read_evaluation(Path(results[0]["answers"]))}
-    lines = [f"{'':40} {'mIoU':>7} {'R@0.3':>7} {'R@0.5':>7} {'R@0.7':>7} {'acc':>7}  gain"]
-    for target, scores in zip(targets, results, strict=True):
-        names = ("miou", "recall@0.3", "recall@0.5", "recall@0.7", "accuracy")
-        values = ["-" if scores.get(n) is None else f"{scores[n]:.3f}" for n in names]
-        rows = [row for row in read_evaluation(Path(scores["answers"])) if row.id in first]
-        gains = []
-        for name in ("tiou", "right"):
-            pairs = [(_score(first[row.id], name), _score(row, name), row.video) for row in rows]
-            pairs = [(a, b, video) for a, b, video in pairs if a is not None and b is not None]
-            if pairs and target != targets[0]:
-                before, after, videos = zip(*pairs, strict=True)
-                low, high = paired_interval(before, after, groups=videos)
-                gain = (sum(after) - sum(before)) / len(pairs)
-                gains.append(f"{name} {gain:+.3f} [{low:+.3f}, {high:+.3f}] of {len(pairs)}")
-        cells = " ".join(f"{value:>7}" for value in values)
-        lines.append(f"{target[-40:]:40} {cells}  {'; '.join(gains)}")
-    return "\n".join(lines)
-
-
-def _score(row: EvaluationRow, name: str) -> float | None:
-    """`tiou` or `right` as a number; None where the query has no true span, or no options."""
-    if name == "tiou":
-        return row.tiou if row.truth else None
-    return None if row.right is None else float(row.right)
 
 
 def _earlier_rows(folder: Path, config: Config, examples: Sequence[Example]) -> list[EvaluationRow]:

@@ -125,6 +125,8 @@ def test_stored_answers(annotations, tmp_path, capsys):
     assert found["official"]["recall@0.7"] == pytest.approx(9 / 12)
     assert found["official"]["map"] == pytest.approx(9 / 12 / 2)  # one of two windows
     assert found["another_form"] == 9
+    # Only queries with one true span are in the file for TimeLens' scorer.
+    assert json.loads((tmp_path / "out" / "timelens.json").read_text()) == {}
     assert "3 queries have no answer and count as wrong; 0 answers belong to no query" in err
     # Read strictly, an answer in another form than the prompt's names nothing.
     strict = result(capsys, str(answers), *keys, "overwrite=true", "data.reading=strict")

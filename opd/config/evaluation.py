@@ -23,8 +23,9 @@ class EvalConfig:
     )
     metrics: str = option(
         "auto",
-        "Official metrics that opd.evaluate adds; auto takes those of the data's format.",
-        choices=("auto", "grounding", "qvhighlights", "nextgqa", "rextime", "videoqa"),
+        "Official metrics that opd.evaluate adds; auto takes those of the data's format, and "
+        "timelens rounds predictions to whole seconds, as TimeLens' own evaluation does.",
+        choices=("auto", "grounding", "timelens", "qvhighlights", "nextgqa", "rextime", "videoqa"),
     )
     recall: str = option(
         "reached",

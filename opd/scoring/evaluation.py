@@ -21,6 +21,7 @@ from opd.scoring.metrics import (
     nearest_representable,
     summarize,
     summarize_choices,
+    whole_seconds,
 )
 from opd.text.answers import parse_spans
 from opd.text.forms import Span
@@ -87,6 +88,11 @@ class EvaluationRow:
         """tIoU of the prediction with the best matching true span; ValueError without one."""
         return best_tiou(self.predicted, self.truth)
 
+    @property
+    def tiou_rounded(self) -> float:
+        """The same of the prediction in whole seconds, as TimeLens scores it."""
+        return best_tiou(whole_seconds(self.predicted), self.truth)
+
     @classmethod
     def of(
         cls,
@@ -138,6 +144,7 @@ class EvaluationRow:
         row = {key: getattr(self, key) for key in KEYS}
         if self.truth:
             row["tiou"] = self.tiou
+            row["tiou_rounded"] = self.tiou_rounded
             row["sampled_tious"] = self.sampled_tious
             row["ceiling"] = self.ceiling
         if self.right is not None:

@@ -46,6 +46,11 @@ def tiou(a: Span, b: Span) -> float:
     return overlap / (max(a[1], b[1]) - min(a[0], b[0]))
 
 
+def whole_seconds(span: Span | None) -> Span | None:
+    """A span with both times rounded to whole seconds, halves to the even one; it may be empty."""
+    return None if span is None else (float(round(span[0])), float(round(span[1])))
+
+
 def best_tiou(predicted: Span | None, truth: Sequence[Span]) -> float:
     """tIoU of a prediction with the best matching of several true spans; 0 for None.
 

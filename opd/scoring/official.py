@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd.scoring.evaluation import EvaluationRow
-from opd.scoring.metrics import best_iop, best_tiou, miou, recall_at, summarize
+from opd.scoring.metrics import (
+    best_iop,
+    best_tiou,
+    miou,
+    recall_at,
+    summarize,
+    whole_seconds,
+)
 from opd.scoring.results import kind_of
 from opd.text.forms import Span
 
+OF_TIOU = ("miou", "recall@0.3", "recall@0.5", "recall@0.7")
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 MAX_WINDOWS = 10
 # Lower limits are exclusive and upper limits inclusive, as in the official code, which ends `long`
@@ -31,7 +41,9 @@ def score(rows: Sequence[EvaluationRow], metrics: str, *, strict: bool = False) 
         rows: queries of any kind. Scores of spans leave out queries without a true span, scores of
             choices those without options; the counts say how many were scored.
         metrics: a name of `SETS`.
-            `grounding`: miou and recall of the prediction (TimeLens, Charades-STA, ActivityNet).
+            `grounding`: miou and recall of the prediction (Charades-STA, ActivityNet).
+            `timelens`: the same of the prediction in whole seconds, to which TimeLens' own
+                evaluation rounds, and of the prediction itself, as its ports have it.
             `qvhighlights`: recall of the first window, mAP of the first ten.
             `nextgqa`: accuracy, IoP, IoU, and acc@gqa (right with an IoP of at least 0.5).
             `rextime`: accuracy, tIoU, and acc@iou0.5 (right with a tIoU of at least 0.5).
@@ -51,6 +63,22 @@ def score(rows: Sequence[EvaluationRow], metrics: str, *, strict: bool = False) 
             f"strict applies to grounding only; {metrics} counts a tIoU equal to the threshold"
         )
     return _grounding(rows, strict) if strict else SETS[metrics](rows)
+
+
+def timelens_answers(rows: Sequence[EvaluationRow]) -> dict[str, dict[str, Any]]:
+    """Greedy answers to queries with one true span, as TimeLens' own scorer reads them.
+
+    Keys are `VIDEO>>>QUERY>>>[START, END]` with the true span; `timestamps` holds the prediction in
+    whole seconds, as TimeLens' own evaluation writes it, or nothing.
+    """
+    answers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.answer is not None and len(row.truth) == 1:
+            query = " ".join(row.query.replace(">>>", " ").split()).strip(" .")
+            key = f"{Path(row.video or row.id).name}>>>{query}>>>{list(row.truth[0])}"
+            span = whole_seconds(row.predicted)
+            answers[key] = {"timestamps": [] if span is None else [span], "answers": row.answer}
+    return answers
 
 
 def average_precision(
@@ -82,6 +110,13 @@ def _grounding(rows: Sequence[EvaluationRow], strict: bool = False) -> dict[str,
     timed = _timed(rows)
     summary = summarize([r.predicted for r in timed], [], [r.truth for r in timed], strict=strict)
     return {name: value for name, value in summary.items() if name != "sampled_miou"}
+
+
+def _timelens(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+    scores = _grounding(rows)
+    rounded = _grounding([replace(r, predicted=whole_seconds(r.predicted)) for r in rows])
+    unrounded = {f"{name}_unrounded": scores[name] for name in scores if name in OF_TIOU}
+    return rounded | unrounded
 
 
 def _qvhighlights(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
@@ -157,6 +192,7 @@ def _videoqa(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
 
 SETS: dict[str, Callable[[Sequence[EvaluationRow]], dict[str, Any]]] = {
     "grounding": _grounding,
+    "timelens": _timelens,
     "qvhighlights": _qvhighlights,
     "nextgqa": _nextgqa,
     "rextime": _rextime,

@@ -1,15 +1,17 @@
-"""Scores of an evaluation by kind of query, each with a bootstrap interval."""
+"""Scores of an evaluation by kind of query, each with a bootstrap interval, and the comparison of
+several evaluations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
-from opd.scoring.evaluation import EvaluationRow
-from opd.scoring.metrics import bootstrap
+from opd.scoring.evaluation import EvaluationRow, read_evaluation
+from opd.scoring.metrics import bootstrap, paired_interval
 
 # Upper limits, exclusive, and names.
 BUCKETS = {
@@ -112,8 +114,38 @@ def kind_of(row: EvaluationRow, key: str) -> str:
     return next(name for limit, name in BUCKETS[key] if value < limit)
 
 
+def compared(targets: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of several targets' scores. The gain is over the first target, on the queries that
+    both answered, with a 95% interval that resamples videos."""
+    first = {row.id: row for row in read_evaluation(Path(results[0]["answers"]))}
+    lines = [f"{'':40} {'mIoU':>7} {'R@0.3':>7} {'R@0.5':>7} {'R@0.7':>7} {'acc':>7}  gain"]
+    for target, scores in zip(targets, results, strict=True):
+        names = ("miou", "recall@0.3", "recall@0.5", "recall@0.7", "accuracy")
+        values = ["-" if scores.get(n) is None else f"{scores[n]:.3f}" for n in names]
+        rows = [row for row in read_evaluation(Path(scores["answers"])) if row.id in first]
+        gains = []
+        for name in ("tiou", "right"):
+            pairs = [(_score(first[row.id], name), _score(row, name), row.video) for row in rows]
+            pairs = [(a, b, video) for a, b, video in pairs if a is not None and b is not None]
+            if pairs and target != targets[0]:
+                before, after, videos = zip(*pairs, strict=True)
+                low, high = paired_interval(before, after, groups=videos)
+                gain = (sum(after) - sum(before)) / len(pairs)
+                gains.append(f"{name} {gain:+.3f} [{low:+.3f}, {high:+.3f}] of {len(pairs)}")
+        cells = " ".join(f"{value:>7}" for value in values)
+        lines.append(f"{target[-40:]:40} {cells}  {'; '.join(gains)}")
+    return "\n".join(lines)
+
+
 def _span_share(row: EvaluationRow) -> float | None:
     """Share of the video that the longest true span takes; None where either is unknown."""
     if row.duration_s is None or not row.truth:
         return None
     return max(end_s - start_s for start_s, end_s in row.truth) / row.duration_s
+
+
+def _score(row: EvaluationRow, name: str) -> float | None:
+    """`tiou` or `right` as a number; None where the query has no true span, or no options."""
+    if name == "tiou":
+        return row.tiou if row.truth else None
+    return None if row.right is None else float(row.right)

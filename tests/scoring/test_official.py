@@ -2,6 +2,7 @@
 them, on a grid of seconds with fractions and every possible matching."""
 
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
@@ -11,7 +12,13 @@ import numpy as np
 import pytest
 
 from opd.scoring.evaluation import EvaluationRow
-from opd.scoring.official import SETS, THRESHOLDS, average_precision, score
+from opd.scoring.official import (
+    SETS,
+    THRESHOLDS,
+    average_precision,
+    score,
+    timelens_answers,
+)
 from opd.scoring.results import breakdown
 
 
@@ -250,6 +257,60 @@ def test_grounding_by_hand():
     assert found == pytest.approx(expected | {"recall@0.5": 1 / 4})
 
 
+def test_timelens_by_hand():
+    rows = [
+        row("a", (2.4, 9.6), [(2, 10)]),  # 7.2 / 8, in whole seconds 1
+        row("b", (2.5, 3.5), [(2, 4)]),  # 1 / 2; halves go to the even second: 2 to 4, 1
+        row("c", (5.1, 5.4), [(5, 6)]),  # 0.3 / 1; 5 to 5 is empty, 0
+        row("d", None, [(0, 1)]),
+        row("e", (0, 1)),  # no true span
+    ]
+    assert score(rows, "timelens") == pytest.approx(
+        {
+            "miou": (1 + 1) / 4,
+            "miou_unrounded": (0.9 + 0.5 + 0.3) / 4,
+            "recall@0.3": 2 / 4,
+            "recall@0.3_unrounded": 3 / 4,
+            "recall@0.5": 2 / 4,
+            "recall@0.5_unrounded": 2 / 4,
+            "recall@0.7": 2 / 4,
+            "recall@0.7_unrounded": 1 / 4,
+            "parse_failures": 1,
+            "queries": 4,
+        }
+    )
+    assert [r.to_json()["tiou_rounded"] for r in rows[:4]] == [1, 1, 0, 0]
+    assert "tiou_rounded" not in rows[4].to_json()
+
+
+def test_answers_for_the_scorer_of_timelens():
+    """Scored as that scorer reads them: the key's last part is the truth, the first pair counts."""
+    chance = random.Random(1)
+    rows = []
+    for k in range(50):
+        start, length, shift = chance.uniform(0, 60), chance.uniform(1, 20), chance.uniform(-3, 3)
+        predicted = None if k % 7 == 0 else (max(0, start + shift), start + shift + length)
+        known = {"answer": f"answer {k}", "video": f"v/{k}.mp4", "query": f"a >>> b {k}. "}
+        rows.append(row(str(k), predicted, [(start, start + length)], **known))
+    two = row("two", (0, 1), [(0, 1), (2, 3)], answer="x")
+    answers = json.loads(json.dumps(timelens_answers([*rows, two, row("n", truth=[(0, 1)])])))
+    assert len(answers) == 50 and list(answers)[1].startswith("1.mp4>>>a b 1>>>[")
+    tious = []
+    for key, answer in answers.items():
+        _, _, text = key.split(">>>")
+        (start, end), pairs = json.loads(text), answer["timestamps"] or [(-100, -100)]
+        first, last = pairs[0]
+        shared, whole = min(end, last) - max(start, first), max(end, last) - min(start, first)
+        tious.append(max(shared, 0) / whole)
+    found = score(rows, "timelens")
+    assert sum(tious) / len(tious) == pytest.approx(found["miou"])
+    assert [a["answers"] for a in answers.values()] == [r.answer for r in rows]
+    for threshold in (0.3, 0.5, 0.7):
+        share = sum(tiou >= threshold for tiou in tious) / len(tious)
+        assert share == pytest.approx(found[f"recall@{threshold}"])
+    assert found["miou"] != found["miou_unrounded"]
+
+
 def test_spans_against_a_grid_of_seconds():
     """Every per-query metric of 3,000 queries: empty, reversed, touching, missing, equal."""
     numbers = np.random.default_rng(0)
@@ -363,7 +424,7 @@ def test_a_row_that_is_none_is_named(changes, message):
 def test_what_a_row_or_a_call_lacks_is_named():
     with pytest.raises(ValueError, match="row 'q' has no 'truth'"):
         EvaluationRow.from_json({"id": "q", "predicted": None})
-    with pytest.raises(ValueError, match="no metrics 'iou'; there are grounding, qvhighlights"):
+    with pytest.raises(ValueError, match="no metrics 'iou'; there are grounding, timelens"):
         score([], "iou")
     with pytest.raises(ValueError, match="strict applies to grounding only; rextime"):
         score([row("q", (0, 1), [(0, 1)], right=True)], "rextime", strict=True)
