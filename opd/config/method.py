@@ -125,7 +125,7 @@ class RewardConfig:
         0.0,
         "Weight of a term that is 1 if the answer has the form data.prompt asks for.",
         least=0,
-        needs=("spans",),
+        needs=("spans", "options"),
     )
     choice: float = option(
         0.0,
@@ -141,10 +141,12 @@ class RewardConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of which an example must have at least one to get a reward."""
+        """Fields of which an example must have at least one to get a reward for what it says; for
+        its form, if there is no other term."""
         needs = {e.name: e.metadata["needs"] for e in fields(self)}
-        used = (needs[name] for name, weight in self.weights.items() if weight)
-        return tuple(dict.fromkeys(field for names in used for field in names))
+        used = [name for name, weight in self.weights.items() if weight]
+        used = [name for name in used if name != "format"] or used
+        return tuple(dict.fromkeys(field for name in used for field in needs[name]))
 
     def __post_init__(self) -> None:
         check_values(self, "reward")

@@ -142,7 +142,7 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"left out of {split}: {number} examples, named in left_out.txt")
     if summary["equal_groups"]:
         lines.append(
-            f"groups left out because all their answers had the same reward: "
+            f"groups whose answers all had the same reward, which prefer none of them: "
             f"{summary['equal_groups']} in {summary['steps']} steps"
         )
     if summary["skipped_steps"]:

@@ -2,10 +2,10 @@
 Pure functions of text and annotation.
 
 A reward is a weighted sum of terms in [0, 1], with the weights `reward.*` of the configuration.
-Terms about time need a true span, `choice` needs options. A term that does not apply to an example
-is left out of its sum, so that grounding, VideoQA and grounded QA mix in one run (the dual reward
-of Temporal-R1, arXiv 2506.01908). To add a term, write a function with the signature of `Term`,
-name it in `TERMS`, and give `RewardConfig` a weight of that name.
+Terms about time need a true span, `choice` needs options, `format` either. A term that does not
+apply to an example is left out of its sum, so that grounding, VideoQA and grounded QA mix in one
+run (the dual reward of Temporal-R1, arXiv 2506.01908). To add a term, write a function with the
+signature of `Term`, name it in `TERMS`, and give `RewardConfig` a weight of that name.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from functools import cached_property
 from opd.config.method import RewardConfig
 from opd.data.examples import Example
 from opd.scoring.metrics import best_tiou, tiou
-from opd.text.answers import has_form, parse_choice, parse_span
-from opd.text.forms import Span
+from opd.text.answers import has_form, has_tags, parse_choice, parse_span
+from opd.text.forms import FORMS, Span
 from opd.text.templates import DEFAULT, Template
 
 
@@ -99,11 +99,17 @@ def _boundary(judged: Judged) -> float | None:
 
 
 def _format(judged: Judged) -> float | None:
+    """Whether the answer has the form that the template asks for. Of an answer without moments,
+    the tag around it is checked alone, as in Temporal-R1's code for questions."""
     example, template = judged.example, judged.template
-    if not example.spans:
+    if not example.spans and not example.options:
         return None
-    options = example.options or ()
-    return float(has_form(judged.answer, template.form, template.thinking, options))
+    grounded, options = bool(example.spans), example.options or ()
+    arguments = judged.answer, template.form, template.thinking
+    if template.checked == "tags" or (FORMS[template.form].tag and not grounded):
+        return float(has_tags(*arguments, grounded=grounded))
+    several = template.spans == "all"
+    return float(has_form(*arguments, options, grounded=grounded, several=several))
 
 
 def _choice(judged: Judged) -> float | None:

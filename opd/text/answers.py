@@ -15,7 +15,7 @@ from itertools import accumulate
 from operator import itemgetter
 from string import ascii_uppercase
 
-from opd.text.forms import FORMS, Span, format_span, format_spans, parse_form
+from opd.text.forms import FORMS, Span, format_span, format_spans, parse_form, tag_of
 from opd.text.free_text import moments_anywhere
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "format_span",
     "format_spans",
     "has_form",
+    "has_tags",
     "parse_choice",
     "parse_span",
     "parse_spans",
@@ -71,11 +72,49 @@ def parse_spans(
     return tuple(filter(_is_possible, _moments(answer, form, options)))
 
 
-def has_form(answer: str, form: str, thinking: bool = False, options: Sequence[str] = ()) -> bool:
-    """Whether the whole answer has a form of `FORMS`, whatever its times are; with `thinking`, a
-    thought that ends in `</think>` must precede it."""
-    complete = "</think>" in answer or not thinking
-    return complete and bool(_moments(answer, form, options))
+def has_form(
+    answer: str,
+    form: str,
+    thinking: bool = False,
+    options: Sequence[str] = (),
+    *,
+    grounded: bool = True,
+    several: bool = True,
+) -> bool:
+    """Whether the whole answer has a form of `FORMS`, whatever its times and its choice are.
+
+    Args:
+        answer: decoded completion.
+        form: name of the form.
+        thinking: whether `<think>...</think>` must precede the answer.
+        options: options of the question, one of which may precede the moments.
+        grounded: whether moments are required; otherwise a choice is.
+        several: whether more than one moment is allowed.
+    """
+    if thinking and _after_thinking(answer) is None:
+        return False
+    if not grounded:
+        return parse_choice(answer, options, form) is not None
+    moments = _moments(answer, form, options)
+    return bool(moments) and (several or len(moments) == 1)
+
+
+def has_tags(answer: str, form: str, thinking: bool = False, *, grounded: bool = True) -> bool:
+    """Whether an answer has the tags of a form, whatever stands between them.
+
+    A tag around the whole answer is its beginning and its end, as in Time-R1's reward; tags around
+    moments may be anywhere, as in TVG-R1's. Arguments are those of `has_form`.
+    """
+    text, tag = answer.strip(), tag_of(form)
+    if FORMS[form].tag:
+        thought = r"<think>.*?</think>\s*" if thinking else ""
+        opened = re.match(rf"{thought}<{tag}>", text, re.DOTALL)
+        return opened is not None and text.endswith(f"</{tag}>", opened.end())
+    rest = _after_thinking(answer) if thinking else text
+    if rest is None or not (tag and grounded):
+        return rest is not None
+    _, opened, inside = rest.partition(f"<{tag}>")
+    return bool(opened) and f"</{tag}>" in inside
 
 
 def parse_choice(answer: str, options: Sequence[str], form: str | None = None) -> str | None:
@@ -155,6 +194,12 @@ def _outside_thinking(answer: str) -> str:
     """The completion after its thinking, on one line; empty if the thinking was truncated."""
     text = " ".join(answer.rpartition("</think>")[2].split())
     return "" if "<think>" in text else text
+
+
+def _after_thinking(answer: str) -> str | None:
+    """What follows the first `</think>` of an answer that begins with `<think>`; else None."""
+    thought, closed, rest = answer.strip().partition("</think>")
+    return rest if thought.startswith("<think>") and closed else None
 
 
 def _unwrapped(text: str, tag: str) -> str | None:

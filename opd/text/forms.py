@@ -151,6 +151,12 @@ def _clock(seconds: str) -> str:
     return f"{minutes:02d}:{rest:02d}.{fraction}"
 
 
+def tag_of(form: str) -> str:
+    """The tag around an answer in a form of `FORMS`, or around each of its moments; else empty."""
+    around_moment = re.match(r"<(\w+)>", FORMS[form].one)
+    return FORMS[form].tag or (around_moment[1] if around_moment else "")
+
+
 def parse_form(text: str, form: str) -> list[Span]:
     """Parse a one-line text that is written entirely in a form of `FORMS`; never raises.
 

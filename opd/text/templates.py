@@ -18,6 +18,9 @@ Keys, with their defaults; all are optional. Lines that begin with # are comment
               list:     ": red, blue" after the question; the answer is "red."
               letters:  "A. red" on a line of its own; the answer is "A. red."
     spans     true moments in a reference answer: first or all                  [first]
+    checked   what the reward's term `format` checks                            [answer]
+              answer:   all of the answer outside its thinking
+              tags:     the tags alone, whatever stands between them
     source    origin of the wording
 
 Texts, all optional too; a missing one is that of the default template.
@@ -47,12 +50,17 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from opd.errors import ConfigError, printable, require
-from opd.text.forms import FORMS, Span, format_spans
+from opd.text.forms import FORMS, Span, format_spans, tag_of
 
 PRESETS = Path(__file__).with_name("presets")
 TEXTS = ("grounding", "question", "open", "grounded")
-KEYS = ("form", "thinking", "options", "spans", "source")
-_VALUES = {"form": tuple(FORMS), "options": ("list", "letters"), "spans": ("first", "all")}
+KEYS = ("form", "thinking", "options", "spans", "checked", "source")
+_VALUES = {
+    "form": tuple(FORMS),
+    "options": ("list", "letters"),
+    "spans": ("first", "all"),
+    "checked": ("answer", "tags"),
+}
 FIELDS = ("video", "query", "event", "options", "duration")
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 
@@ -72,6 +80,7 @@ class Template:
     thinking: bool = False
     options: str = "list"
     spans: str = "first"
+    checked: str = "answer"
     source: str = ""
     grounding: str = "{query}. When?{video}"
     question: str = "{query}{options}?{video}"
@@ -81,6 +90,10 @@ class Template:
     def __post_init__(self) -> None:
         for key, choices in _VALUES.items():
             _check_choice(getattr(self, key), choices, f"{self.name}: {key} ")
+        require(
+            self.checked == "answer" or self.thinking or bool(tag_of(self.form)),
+            f"{self.name}: checked tags: an answer has none, neither thinking nor form {self.form}",
+        )
         for key in TEXTS:
             text = getattr(self, key)
             if key != "open" or text:

@@ -221,6 +221,39 @@ def test_the_penalty_is_the_kl_to_the_reference():
 
 
 @pytest.mark.usefixtures("exact_modules")
+@pytest.mark.parametrize("size", [None, 1])
+def test_groups_of_equal_rewards_keep_the_penalty(trainer, size):
+    """All twelve rollouts are in loss and denominator; the second prompt's have the KL alone."""
+    lm, reference = ours("student", layers=2), ours("student", seed=5, layers=2)
+    made = trainer(lm, Teacher(reference), grpo=GRPOConfig(kl_coef=0.3), micro_batch_size=size)
+    prompts = unequal_prompts(lm)
+    batch = batch_of(prompts)
+    rollouts = replace(drawn(lm, made.policy, batch), trained=None)
+
+    def log_probs(model: VideoLM) -> Tensor:
+        hidden = extend(model, prefill_of(model, batch), rollouts.completion_ids)
+        logits = hidden @ model.model.lm_head.weight.T / made.policy.temperature
+        log_p = logits.masked_fill(~made.policy.allowed_columns, -1e30).log_softmax(-1)
+        return log_p.gather(-1, rollouts.completion_ids[..., None])[..., 0]
+
+    def whole() -> Tensor:
+        distance = log_probs(reference).detach() - log_probs(lm)
+        penalty = (distance.exp() - distance - 1) * rollouts.loss_mask
+        assert penalty[1].sum() > 0
+        rewarded = dense(lm, batch, made.policy, rollouts, None, 0.2)
+        return (rewarded + 0.3 * penalty.sum()) / (3 * GROUP)
+
+    expected = backward(lm.model, whole)
+    lm.model.zero_grad()
+    seen: dict[str, Tensor] = {}
+    made.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
+    row = made.step([batch] if size is None else [batch_of([prompt]) for prompt in prompts], 0)
+    worst = gap((row["loss"], seen), expected)
+    assert worst.loss < 1e-6 and worst.gradient < 1e-6, worst
+    assert row["equal_groups"] == 1 and row["trained_share"] == 1
+
+
+@pytest.mark.usefixtures("exact_modules")
 @pytest.mark.parametrize("objective", ["reverse_kl", "sampled"])
 def test_a_mix_with_the_reward_is_the_sum(objective, trainer, monkeypatch):
     lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))

@@ -1,6 +1,7 @@
 """Rewards and group advantages, by hand."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from opd.scoring.judge import TERMS, Judged, boundary_tiou, reward
 from opd.text.answers import parse_choice
 from opd.text.templates import load_template
 
+TR1, OBJECT = "temporal_r1", '{"start_time": "2.0", "end_time": "4.0"}'
+PIECES = ("<think>", "</think>", "<answer>", "</answer>", "<time>", "</time>", " ", "\n", "a")
 OPTIONS = ("a red circle", "a blue square", "red", "a green circle first")
 
 
@@ -86,6 +89,14 @@ def test_the_dual_reward():
         ("<think>so</think>\n<answer>2 to 4</answer>", "time_r1", 1.0),
         ("<answer>2 to 4</answer>", "time_r1", 0.0),
         ("<think>so</think><answer>2 to", "time_r1", 0.0),
+        ("so</think><answer>2 to 4</answer>", "time_r1", 0.0),
+        ('<think>so</think><answer>{"start_time": "2.0", "end_time": "4"}</answer>', TR1, 1.0),
+        ('<think>\n</think>\n<answer> {"start_time" : "2","end_time":"4.5"} </answer>', TR1, 1.0),
+        ('<think>so</think><answer>{"start_time": 2.0, "end_time": 4.0}</answer>', TR1, 0.0),
+        ('<think>so</think><answer>{"end_time": "4.0", "start_time": "2.0"}</answer>', TR1, 0.0),
+        (f"<think>so</think><answer>[{OBJECT}, {OBJECT}]</answer>", TR1, 0.0),
+        (f"<answer>{OBJECT}</answer>", TR1, 0.0),
+        (f"so</think><answer>{OBJECT}</answer>", TR1, 0.0),
     ],
 )
 def test_an_answer_in_the_form_that_the_prompt_asks_for(answer, prompt, expected):
@@ -93,8 +104,67 @@ def test_an_answer_in_the_form_that_the_prompt_asks_for(answer, prompt, expected
     assert reward(answer, example(), only(format=1.0), template) == expected
     # Read strictly, an answer in another form names nothing.
     strictly = reward(answer, example(), only(tiou=1.0), template, template.form)
-    thought = "</think>" in answer or not template.thinking
-    assert (strictly > 0) == bool(expected) or not thought
+    assert strictly > 0 or not expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "expected"),
+    [
+        # Whatever stands between the tags, and whether it names a time at all.
+        ("<think>a</think>\n<answer>no idea</answer>", "time_r1", 1.0),
+        ("<think></think><answer></answer>", "time_r1", 1.0),
+        (" <think>a</think>b</think> <answer>c</answer>d</answer>\n", "time_r1", 1.0),
+        ("<think>a</think> so <answer>2 to 4</answer>", "time_r1", 0.0),
+        ("<think>a</think><answer>2 to 4</answer> so", "time_r1", 0.0),
+        ("well <think>a</think><answer>2 to 4</answer>", "time_r1", 0.0),
+        ("<think>a<answer>2 to 4</answer>", "time_r1", 0.0),
+        ("<think>a</think> so <time>never</time> or so", "tvg_r1", 1.0),
+        ("<think>a <time>[2, 4]</time></think>", "tvg_r1", 0.0),
+        ("<think>a</think> <time>[2, 4]", "tvg_r1", 0.0),
+        ("<time>[2, 4]</time>", "tvg_r1", 0.0),
+    ],
+)
+def test_tags_alone(answer, prompt, expected):
+    assert reward(answer, example(), only(format=1.0), load_template(prompt)) == expected
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_tags_are_those_of_the_published_patterns(answer):
+    published = {
+        "time_r1": r"<think>.*?</think>\s*<answer>.*?</answer>",
+        "tvg_r1": r"<think>.*</think>.*<time>.*</time>.*",
+    }
+    for prompt, pattern in published.items():
+        expected = re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None
+        assert reward(answer, example(), only(format=1.0), load_template(prompt)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "expected"),
+    [
+        ("B", "default", 1.0),
+        ("B. a blue square.", "mcq", 1.0),
+        ("It is a blue square", "mcq", 0.0),
+        ("From 2.0 to 4.0 seconds.", "mcq", 0.0),
+        ("<think>so</think><answer>B</answer>", TR1, 1.0),
+        ("<think>so</think><answer>who knows</answer>", TR1, 1.0),
+        ("<think>so</think>B", TR1, 0.0),
+        ("<answer>B</answer>", TR1, 0.0),
+        ("<think>so</think> B", "tvg_r1", 1.0),
+        ("B", "tvg_r1", 0.0),
+    ],
+)
+def test_the_form_of_an_answer_to_a_question(answer, prompt, expected):
+    question = example(options=OPTIONS, answer="a blue square", spans=())
+    assert reward(answer, question, only(format=1.0), load_template(prompt)) == expected
+
+
+def test_half_for_the_right_option_and_half_for_the_form():
+    question = example(options=OPTIONS, answer="a blue square", spans=())
+    weights, template = only(choice=0.5, format=0.5, tiou=0.5), load_template(TR1)
+    assert reward("<think>so</think><answer>B</answer>", question, weights, template) == 1.0
+    assert reward("<think>so</think><answer>A</answer>", question, weights, template) == 0.5
+    assert reward("<answer>B</answer>", question, weights, template) == 0.5
 
 
 def test_every_term_has_a_weight_and_needs_what_its_weight_says():
@@ -113,7 +183,10 @@ def test_every_term_has_a_weight_and_needs_what_its_weight_says():
             assert (value is not None) == bool(needs[name] & set(has)), (name, has)
             assert value is None or 0 <= value <= 1
         assert RewardConfig(**(dict.fromkeys(TERMS, 0.0) | {name: 0.5})).needs
-    assert only(format=0.5, choice=0.5).needs == ("spans", "options")
+    # The form of an answer alone does not make an example worth training on.
+    assert only(format=0.5, tiou=0.5).needs == ("spans",)
+    assert only(format=0.5, choice=0.5).needs == ("options",)
+    assert only(format=0.5).needs == ("spans", "options")
     assert only(choice=1.0).needs == ("options",)
 
 
