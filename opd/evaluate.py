@@ -1,6 +1,6 @@
 """Evaluate checkpoints, runs or stored answers on any data set, with its official metrics:
 
-    python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]
+    python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...] [--explain [key=value ...]]
 
 A target is one of
     a run folder: its student on its own held-out split
@@ -12,6 +12,9 @@ from there), the scores and everything they depend on (`evaluation.json`), a plo
 the best queries (`evaluation.png`), and the answers as TimeLens' own scorer reads them
 (`timelens.json`). Several targets are compared with the first one on the queries that both
 answered.
+
+`--explain` prints how the scores of one target change under other conventions of reading and
+scoring, and with each of the settings behind it alone, for which the target is evaluated again.
 """
 
 import json
@@ -24,54 +27,73 @@ from typing import Any
 from opd import distributed
 from opd.config.command_line import command_line, fail
 from opd.config.run import Config, load_config, to_yaml
-from opd.data.annotations.formats import recognise
 from opd.data.examples import Example
 from opd.data.prompts import Prompts
 from opd.data.sources import check_leak, load_split, sources_of
 from opd.data.synthetic import splits
 from opd.distributed import progress_bar, set_up
-from opd.errors import ConfigError, DataError, UserError
+from opd.errors import ConfigError, DataError, UserError, printable
 from opd.files import checksum
 from opd.generation.sampling import Policy
 from opd.method.answering import evaluate
 from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.record.environment import environment
-from opd.scoring.evaluation import (
-    Evaluation,
-    EvaluationRow,
-    read_evaluation,
-    write_evaluation,
-)
-from opd.scoring.official import score, timelens_answers
+from opd.scoring.conventions import AS_EVALUATED, conventions, explained
+from opd.scoring.evaluation import Evaluation, EvaluationRow, read_evaluation, write_evaluation
+from opd.scoring.official import official, timelens_answers
 from opd.scoring.results import BUCKETS, breakdown, compared
 from opd.scoring.timeline import timeline
-
-METRICS = {  # official metrics by annotation format; all other formats use grounding
-    "qvhighlights": "qvhighlights",
-    "timelens": "timelens",
-    "nextgqa": "nextgqa",
-    "rextime": "rextime",
-    "mcq": "videoqa",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
-        usage = "opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"
+        usage = (
+            "opd.evaluate TARGET [TARGET ...] [dotted.key=value ...] [--explain [key=value ...]]"
+        )
+        changes: list[str] | None = None
+        if "--explain" in arguments:
+            at = arguments.index("--explain")
+            arguments, changes = arguments[:at], command_line(usage, arguments[at + 1 :])
         arguments = command_line(usage, arguments)
         targets = [a for a in arguments if "=" not in a]
         overrides = [a for a in arguments if "=" in a]
         if not targets or arguments[: len(targets)] != targets:
             raise ConfigError(f"usage: python -m {usage}")
         several = len(targets) > 1
+        if changes is not None:
+            if several or not all("=" in change for change in changes):
+                raise ConfigError(f"--explain: takes one target; usage: python -m {usage}")
+            explain(targets[0], overrides, changes)
+            return
         configs = [config_of(target, overrides, several) for target in targets]
         results = [run(target, c) for target, c in zip(targets, configs, strict=True)]
         if distributed.is_first():
-            print(compared(targets, results) if several else json.dumps(results[0], indent=2))
+            shown = {k: v for k, v in results[0].items() if k not in ("by", "conventions", "of")}
+            print(compared(targets, results) if several else json.dumps(shown, indent=2))
     except UserError as error:
         fail(error)
+
+
+def explain(target: str, overrides: list[str], changes: list[str]) -> None:
+    """Evaluate a target, and again with each changed setting alone, in a folder below its own;
+    print the scores under all conventions and changes."""
+    config = config_of(target, overrides, False)
+    configs = [config]
+    for change in changes:
+        if Path(target).is_file() and not change.startswith(("data.reading=", "eval.recall=")):
+            raise ConfigError(f"{printable(change)}: needs a model; {target} is a file of answers")
+        folder = Path(config.run_dir) / change.replace("/", "_")
+        configs.append(config_of(target, [*overrides, change, f"run_dir={folder}"], False))
+    results = [run(target, each) for each in configs]
+    if distributed.is_first():
+        scores = dict(results[0]["conventions"])
+        if not scores:
+            raise DataError(f"{target}: has no answer to a query with a true span to explain")
+        for change, result in zip(changes, results[1:], strict=True):
+            scores[change] = result["conventions"][AS_EVALUATED]
+        print(explained(scores))
 
 
 def config_of(target: str, overrides: list[str], several: bool) -> Config:
@@ -159,6 +181,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
         "left_out": len(left_out),
         "official": official(config, rows),
         "by": {key: breakdown(rows, key) for key in ("all", *BUCKETS, "category")},
+        "conventions": conventions(rows, examples, config),
         "of": conditions(target, config) | frame_settings,
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -166,25 +189,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
         timeline(rows, folder / "evaluation.png")
         answers = json.dumps(timelens_answers(rows), indent=1)
         (folder / "timelens.json").write_text(answers + "\n")
-    return {key: value for key, value in result.items() if key not in ("by", "of")}
-
-
-def official(config: Config, rows: list[EvaluationRow]) -> dict[str, Any]:
-    """The data set's official scores, and under `metrics` the name of their set; empty where
-    `eval.metrics` is auto and no row can be scored. DataError where a set named there scores none.
-    """
-    name = config.eval.metrics
-    if name == "auto":
-        source = sources_of(config.data.eval, config.data)[0]
-        format = recognise(source.path) if source.format == "auto" else source.format or ""
-        name = METRICS.get(format, "grounding")
-    strict = config.eval.recall == "above"
-    try:
-        return {"metrics": name, **score(rows, name, strict=strict and name == "grounding")}
-    except ValueError as error:
-        if config.eval.metrics != "auto":
-            raise DataError(f"eval.metrics={name}: {error}") from error
-        return {}
+    return result
 
 
 def conditions(target: str, config: Config) -> dict[str, Any]:

@@ -146,6 +146,58 @@ def test_stored_answers(annotations, tmp_path, capsys):
     assert told == f"{answers}: no such file of answers"
 
 
+def test_a_score_explained_by_conventions(annotations, tmp_path, capsys):
+    """Four of twelve queries, each with the true spans (k + 1, k + 3) and (8, 10) in 12 s."""
+    rows = [json.loads(line) for line in annotations.read_text().splitlines()]
+    said = [
+        "From 8.0 to 10.0 seconds.",  # right
+        "8.4 - 10.4 s",  # tIoU 1.6 / 2.4, in whole seconds 1, unreadable strictly
+        "From 8.0 to 14.0 seconds.",  # 2 / 6, within the video 2 / 4
+        "From 8.0 to 9.4 seconds.",  # 0.7 as printed, and 1 / 2 in whole seconds
+    ]
+    lines = [json.dumps({"id": r["qid"], "answer": a}) for r, a in zip(rows, said, strict=False)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    keys = [str(tmp_path / "answers.jsonl"), *keys_for(annotations, tmp_path / "out")]
+    keys += ["data.limit_eval=4", "--explain"]
+    main([*keys, "data.reading=strict"])
+    header, *table = capsys.readouterr().out.splitlines()
+    assert header.split() == ["mIoU", "R@0.3", "R@0.5", "R@0.7", "unread", "change"]
+    scores = {line[:24].strip(): [float(cell) for cell in line[24:].split()] for line in table}
+    tious = {
+        "as evaluated": (1, 2 / 3, 1 / 3, 0.7),
+        "data.reading=strict": (1, 0, 1 / 3, 0.7),
+        "eval.recall=above": (1, 2 / 3, 1 / 3, 0.7),
+        "whole seconds": (1, 1, 1 / 3, 0.5),
+        "cut to the video": (1, 2 / 3, 0.5, 0.7),
+    }
+    assert list(scores) == list(tious)  # the setting that was given is that of the second line
+    first = sum(tious["as evaluated"]) / 4
+    for name, values in tious.items():
+        miou = sum(values) / 4
+        assert scores[name][0] == pytest.approx(miou, abs=1e-4)
+        change = [] if name == "as evaluated" else [pytest.approx(miou - first, abs=1e-4)]
+        assert scores[name][5:] == change
+        above = name == "eval.recall=above"
+        reached = [sum(v > 0.5 if above else v >= 0.5 for v in values) / 4]
+        assert scores[name][2:3] == reached
+        assert scores[name][4] == (name == "data.reading=strict")
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert stored["conventions"]["cut to the video"]["miou"] == pytest.approx(2.8666667 / 4)
+    told = refused(capsys, *keys, "data.fps=1")
+    assert told.startswith("data.fps=1: needs a model; ") and told.endswith(" is a file of answers")
+    assert refused(capsys, "a", *keys).startswith("--explain: takes one target; usage: ")
+    assert refused(capsys, *keys, "runs/mine").startswith("--explain: takes one target; usage: ")
+
+
+def test_a_changed_setting_is_evaluated_again(annotations, tmp_path, capsys):
+    keys = [*keys_for(annotations, tmp_path / "out"), "data.limit_eval=2", "eval.draws=0"]
+    main(["embedded:student", *keys, "--explain", "data.fps=1"])
+    *_, changed = capsys.readouterr().out.splitlines()
+    again = result(capsys, "embedded:student", *keys, "data.fps=1", f"run_dir={tmp_path / 'fps'}")
+    assert changed.split()[:2] == ["data.fps=1", f"{again['miou']:.4f}"]
+    assert (tmp_path / "out" / "data.fps=1" / "evaluation.json").is_file()
+
+
 def test_targets_side_by_side(annotations, tmp_path, capsys):
     main(["embedded:student", "embedded:teacher", *keys_for(annotations, tmp_path / "both")])
     lines = capsys.readouterr().out.splitlines()

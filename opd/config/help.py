@@ -18,6 +18,8 @@ ARGUMENTS = {
     "CONFIG.yaml": "YAML file whose values replace the defaults.",
     "dotted.key=value": "Value of a key listed below, such as optim.lr=1e-5; it replaces the "
     "default and the file's value. ${key} in a value stands for the value of another key.",
+    "--explain": "Print the scores of one target also under other conventions of reading and "
+    "scoring, and with each key=value behind it alone, for which the target is evaluated again.",
     "-h, --help": "Print this help and exit.",
     "--print-config": "Print the merged configuration as YAML and exit; as CONFIG.yaml it repeats "
     "the run.",
@@ -57,6 +59,10 @@ COMMANDS = {
                 "Two runs on the same queries.",
                 "python -m opd.evaluate runs/default runs/mine run_dir=runs/compared",
             ),
+            (
+                "How the score depends on conventions, and on the frame rate.",
+                "python -m opd.evaluate runs/mine resume=auto --explain data.fps=2",
+            ),
         ),
     ),
 }
@@ -81,7 +87,7 @@ def help_text(usage: str, default: Any) -> str:
     lines += ["", "Arguments:"]
     column = 4 + max(map(len, ARGUMENTS))
     for name, doc in ARGUMENTS.items():
-        if name in usage or name.startswith("-"):
+        if name in usage or name.startswith(("-h", "--print-config")):
             lines += _entry(name, [doc], column, width)
     return "\n".join([*lines, *_sections(default, width)]) + "\n"
 

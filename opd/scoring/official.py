@@ -14,6 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from opd.config.run import Config
+from opd.data.annotations.formats import recognise
+from opd.data.sources import sources_of
+from opd.errors import DataError
 from opd.scoring.evaluation import EvaluationRow
 from opd.scoring.metrics import (
     best_iop,
@@ -26,12 +30,37 @@ from opd.scoring.metrics import (
 from opd.scoring.results import kind_of
 from opd.text.forms import Span
 
+METRICS = {  # official metrics by annotation format; all other formats use grounding
+    "qvhighlights": "qvhighlights",
+    "timelens": "timelens",
+    "nextgqa": "nextgqa",
+    "rextime": "rextime",
+    "mcq": "videoqa",
+}
 OF_TIOU = ("miou", "recall@0.3", "recall@0.5", "recall@0.7")
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 MAX_WINDOWS = 10
 # Lower limits are exclusive and upper limits inclusive, as in the official code, which ends `long`
 # at 150 s, the longest video of its data set.
 LENGTHS = {"short": (0.0, 10.0), "middle": (10.0, 30.0), "long": (30.0, math.inf)}
+
+
+def official(config: Config, rows: list[EvaluationRow]) -> dict[str, Any]:
+    """The data set's official scores, and under `metrics` the name of their set; empty where
+    `eval.metrics` is auto and no row can be scored. DataError where a set named there scores none.
+    """
+    name = config.eval.metrics
+    if name == "auto":
+        source = sources_of(config.data.eval, config.data)[0]
+        format = recognise(source.path) if source.format == "auto" else source.format or ""
+        name = METRICS.get(format, "grounding")
+    strict = config.eval.recall == "above"
+    try:
+        return {"metrics": name, **score(rows, name, strict=strict and name == "grounding")}
+    except ValueError as error:
+        if config.eval.metrics != "auto":
+            raise DataError(f"eval.metrics={name}: {error}") from error
+        return {}
 
 
 def score(rows: Sequence[EvaluationRow], metrics: str, *, strict: bool = False) -> dict[str, Any]:
