@@ -12,19 +12,14 @@ seeds differ, which rates are best after so few steps, or how other methods do: 
 """
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.methods.protocol import Protocol, Run
-from bench.methods.report import headline, side_by_side, totals
+from bench.methods.report import compare, score_tables
 from bench.methods.run import carry_out
-from bench.record import hardware
+from bench.record import RESULTS
 
-FULL = Path(__file__).with_name("methods.yaml")
 ARMS = ("grpo", "reverse_kl")
 # The rate rises over as many steps as in the full form's 150: over fewer, OPD's is too steep.
 SHORT = (
@@ -37,46 +32,31 @@ SHORT = (
 )
 
 
-def short_runs(folder: Path, full: dict[str, Any], *more: str) -> list[Run]:
-    """Of both arms, at the rates that won in `full` (`bench/results/methods.json`); results go to
+def short_runs(folder: Path, *more: str) -> list[Run]:
+    """Of both arms, at the rates that won in `bench/results/methods.json`; results go to
     `folder`."""
-    protocol = Protocol.read(FULL)
-    return [
-        Run(
-            arm,
-            "short",
-            (*protocol.common, *protocol.arms[arm], rate(full, arm), *SHORT, *more),
-            folder / f"{arm}.json",
-        )
-        for arm in ARMS
-    ]
+    protocol = Protocol.read(Path(__file__).with_name("methods.yaml"))
+    arms = json.loads((RESULTS / "methods.json").read_text())["arms"]
+    runs = []
+    for arm in ARMS:
+        rate = f"optim.lr={arms[arm]['best_rate']}"
+        keys = (*protocol.common, *protocol.arms[arm], rate, *SHORT, *more)
+        runs.append(Run(arm, "short", keys, folder / f"{arm}.json"))
+    return runs
 
 
-def rate(full: dict[str, Any], arm: str) -> str:
-    """The key of the rate that an arm won with."""
-    return f"optim.lr={full['arms'][arm]['best_rate']}"
-
-
-def compared(runs: list[Run], folder: Path, full: dict[str, Any]) -> dict[str, Any]:
-    """Make the runs, side by side where two cores do not share a GPU, and their figures. The
-    teacher's training is in them if it was timed on hardware like this."""
-    beside = 1 if torch.cuda.is_available() else min(len(runs), len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(beside) as pool:
-        list(pool.map(lambda run: carry_out(run, folder), runs))
-    results = {run.arm: [outcome] for run in runs if (outcome := run.outcome())}
-    known = {"training_s": full["teacher"]["training_s"]}
-    same = full["hardware"] == hardware()
-    figures = side_by_side(results, Protocol.read(FULL).scores, known if same else None)
+def compared(runs: list[Run], folder: Path) -> dict[str, Any]:
+    """Make the runs, one after the other, and their figures."""
     for run in runs:
-        figures["arms"][run.arm]["keys"] = " ".join(run.keys)
-    return figures
+        carry_out(run, folder)
+    figures = compare({run.arm: [run.outcome()] for run in runs}, ("miou", "sampled_miou"), None)
+    return figures | {"keys": {run.arm: " ".join(run.keys) for run in runs}}
 
 
-def test_device_seconds_to_the_best_of_grpo(benchmark, tmp_path: Path) -> None:
-    full = json.loads(Protocol.read(FULL).results.with_suffix(".json").read_text())
-    runs = short_runs(tmp_path, full)
-    figures = benchmark.pedantic(compared, (runs, tmp_path, full), rounds=1)
+def test_device_seconds_to_the_best_of_grpo(benchmark: Any, tmp_path: Path) -> None:
+    figures = benchmark.pedantic(compared, (short_runs(tmp_path), tmp_path), rounds=1)
     benchmark.extra_info.update(figures)
-    print("\n" + "\n".join([*headline(figures, Protocol.read(FULL).scores), *totals(figures)]))
-    for arm, found in figures["arms"].items():
-        assert found["sampled_miou"]["end"]["mean"] > figures["start"]["sampled_miou"], arm
+    print("\n" + "\n".join(score_tables(figures)))
+    for arm, entry in figures["arms"].items():
+        start = figures["start"]["sampled_miou"]
+        assert entry["sampled_miou"]["end"]["mean"] > start, arm

@@ -1,83 +1,72 @@
 """Kernel benchmarks: reverse KL, policy loss and log-probabilities, forward and backward, by every
-provider (`bench.kernels.measure` says how), and gradient errors against fp64."""
+provider (`bench.kernels.measure` says how); gradient errors against fp64; sizes of the kernels'
+pieces."""
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from bench.kernels import measure as kernels
-from bench.kernels import precision
-from bench.kernels.measure import TASKS, Failures, Found
+from bench import SMOKE
+from bench.kernels import measure, tune
+from bench.kernels.measure import GPU
 from bench.kernels.problems import Shape
-from bench.kernels.providers import REVERSE_KL, Task
-from bench.kernels.token_losses import LOGPROBS, POLICY_LOSS
+from bench.tables import listed, provider_rows
+
+CASES = {f"{task.name}-{shape.name}": (task, shape) for task, shape in measure.cases()}
+SIZES = {f"{size}, {s.name}": (size, s) for size in tune.CANDIDATES for s in tune.shapes(size)}
 
 
-def shapes(task: Task) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("shape", kernels.here(task), ids=lambda shape: shape.name)
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, tuple[Found, dict[str, str]]]:
-    """What can be run, and why the rest cannot: pytest lists it when all is done."""
-    made = {}
-    for task in TASKS:
-        made[task.name] = task.find(kernels.DEVICE)
-        for name, reason in made[task.name][1].items():
-            warnings.warn(f"{task.name}: {name} skipped: {reason}", stacklevel=1)
-    return made
-
-
-@pytest.fixture(scope="module")
-def memory(found) -> dict[tuple[str, str], tuple[dict[str, int], Failures]]:
-    """Peak bytes and who has none to spare, by task and shape, all of them before anything is
-    timed: timing keeps freed memory inside the process."""
-    made = {}
-    for task in TASKS:
-        for shape in kernels.here(task):
-            forget_compiled()
-            failures: Failures = {}
-            peaks = kernels.peaks(task, found[task.name][0], shape, failures)
-            made[task.name, shape.name] = peaks, failures
-    return made
-
-
-def forget_compiled() -> None:
+@pytest.fixture(autouse=True)
+def compiler() -> None:
     """What is compiled for one of a GPU's nine shapes counts against a limit, beyond which nothing
-    is compiled any more."""
-    if kernels.GPU:
+    is compiled any more. A smoke run on a CPU does not compile, which would take minutes."""
+    if GPU:
         torch.compiler.reset()
+    elif SMOKE:
+        torch.compiler.set_stance("force_eager")
 
 
-def run(benchmark: Any, task: Task, shape: Shape, found: Any, memory: Any) -> None:
-    """Measure one task at one shape, and keep what came out."""
-    forget_compiled()
-    providers, skipped = found[task.name]
-    arguments = (task, providers, shape, *memory[task.name, shape.name])
-    rows = benchmark.pedantic(kernels.measure, arguments, rounds=1)
-    benchmark.extra_info.update(kernels.shown(task, shape, rows, skipped))
+def keep(benchmark: Any, **info: Any) -> None:
+    """Keep what was measured. Ours must have run, and a peer may only run out of memory."""
+    benchmark.extra_info.update(info)
+    rows = info.get("providers") or info["candidates"]
+    print("\n".join(["", benchmark.name, *provider_rows(rows, info.get("skipped", {}))]))
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
-    broken = {name: why for name, why in failed.items() if not why.startswith("out of memory")}
-    assert not broken, broken
+    ours = next(name for name in rows if name != "gemms")
+    assert ours not in failed, failed
+    assert all(reason == "out of memory" for reason in failed.values()), failed
 
 
-@shapes(REVERSE_KL)
-def test_reverse_kl(benchmark, shape: Shape, found, memory) -> None:
-    run(benchmark, REVERSE_KL, shape, found, memory)
+@pytest.mark.parametrize("case", CASES)
+def test_memory(benchmark: Any, case: str) -> None:
+    """First in this file: `measure.memory` says why."""
+    task, shape = CASES[case]
+    providers, skipped = task.available()
+    rows = benchmark.pedantic(measure.memory, (task, providers, shape), rounds=1)
+    keep(benchmark, shape=shape.name, providers=rows, skipped=skipped)
 
 
-@shapes(POLICY_LOSS)
-def test_policy_loss(benchmark, shape: Shape, found, memory) -> None:
-    run(benchmark, POLICY_LOSS, shape, found, memory)
+@pytest.mark.parametrize("case", CASES)
+def test_loss(benchmark: Any, case: str) -> None:
+    task, shape = CASES[case]
+    providers, skipped = task.available()
+    rows = measure.measure(benchmark, task, providers, shape)
+    keep(benchmark, shape=shape.name, providers=rows, skipped=skipped)
 
 
-@shapes(LOGPROBS)
-def test_logprobs(benchmark, shape: Shape, found, memory) -> None:
-    run(benchmark, LOGPROBS, shape, found, memory)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_precision(benchmark: Any, dtype: str) -> None:
+    """A row per case with the error of each provider; smaller in a smoke run."""
+    shape = Shape("smoke", 16, 2003, 32, 64) if SMOKE else measure.PRECISION
+    rows = benchmark.pedantic(measure.precision, (getattr(torch, dtype), shape), rounds=1)
+    benchmark.extra_info.update({"shape": str(shape), "rows": rows})
+    print("\n".join(["", benchmark.name, *listed(rows)]))
 
 
-@pytest.mark.parametrize("dtype", precision.DTYPES, ids=str)
-def test_precision(benchmark, dtype: torch.dtype) -> None:
-    benchmark.extra_info.update(benchmark.pedantic(precision.measure, (dtype,), rounds=1))
+@pytest.mark.skipif(not (GPU or SMOKE), reason="sizes of a GPU")
+@pytest.mark.parametrize("case", SIZES)
+def test_tune(benchmark: Any, case: str) -> None:
+    size, shape = SIZES[case]
+    rows = tune.measure_candidates(benchmark, size, shape)
+    keep(benchmark, shape=shape.name, size=size, candidates=rows)

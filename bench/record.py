@@ -1,39 +1,31 @@
-"""Keep what a benchmark run measured: python -m bench.record BENCHMARK.json bench/results/NAME.json
+"""Where a result comes from, by pytest-benchmark, and the results that are kept.
 
-BENCHMARK.json is what `pytest bench --benchmark-only --benchmark-json=BENCHMARK.json` wrote. Kept
-are each benchmark's `extra_info`, and of pytest-benchmark's machine and commit information the
-hardware, versions, commit and date. `python -m bench.report` makes tables of all that are kept.
+A kept result is a JSON file of bench/results: what `pytest bench --benchmark-only
+--benchmark-json=FILE` wrote, or its short form with `hardware`, `versions`, `commit`, `date` and
+`benchmarks`, the `extra_info` of each benchmark by name.
 """
 
 import datetime
 import json
 import os
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from bench import ROOT
-from opd.record.environment import environment
+from opd.errors import UserError
 
 RESULTS = ROOT / "bench" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "trl")
 
 
-def hardware() -> str:
-    """The GPU, or the CPU and how many of its cores this process may use."""
-    known = environment()
-    if known["gpus"]:
-        return known["gpus"][0]
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{known['cores']} cores of {next(names, 'a CPU')}, no GPU"
+class Refused(UserError):
+    """A file that is not a result, or does not say where it is from."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that are installed."""
-    installed = {"python": sys.version.split()[0]}
+    """Versions of the libraries that are installed."""
+    installed = {}
     for name in LIBRARIES:
         try:
             installed[name] = version(name)
@@ -42,84 +34,79 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def complete_machine(machine_info: dict[str, Any]) -> dict[str, Any]:
+    """pytest-benchmark's machine information with the GPU and versions of libraries, and without
+    the machine's name."""
+    import torch  # not at the top: bench.gpu installs packages before it needs them
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0))
+    added = {"gpu": gpu, "cores": cores, "versions": versions()}
+    return {key: value for key, value in machine_info.items() if key != "node"} | added
+
+
+def complete_commit(commit_info: dict[str, Any]) -> dict[str, Any]:
+    """pytest-benchmark's commit information; without a git checkout what BENCH_COMMIT says."""
+    if commit_info["id"] in ("unversioned", "unknown"):
+        return commit_info | {"id": os.environ.get("BENCH_COMMIT", "")}
+    return commit_info
+
+
 def short(commit: str) -> str:
     """Seven digits of a commit, with a + where tracked files differ from it."""
-    return commit[:7] + ("+" if commit.endswith(("-dirty", "+")) else "")
-
-
-def commit() -> str:
-    """The commit of these sources; without a git checkout what BENCH_COMMIT says, or "", with
-    which no result is accepted."""
-    return short(environment()["commit"] or os.environ.get("BENCH_COMMIT", ""))
+    differs = commit.endswith(("-dirty", "+"))
+    return commit.removesuffix("-dirty").rstrip("+")[:7] + "+" * differs
 
 
 def origin() -> dict[str, Any]:
-    """Hardware, versions, date and commit, as of now, of a result that pytest did not measure."""
+    """Hardware, versions, commit and date, as of now."""
+    from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+    from pytest_benchmark.utils import get_commit_info
+
+    return described(
+        complete_machine(pytest_benchmark_generate_machine_info()),
+        complete_commit(get_commit_info()),
+        datetime.date.today().isoformat(),
+    )
+
+
+def described(machine: dict[str, Any], commit: dict[str, Any], date: str) -> dict[str, Any]:
+    """The same, of pytest-benchmark's information as completed above."""
+    cpu = f"{machine['cores']} cores of {machine['cpu'].get('brand_raw', 'a CPU')}, no GPU"
     return {
-        "hardware": hardware(),
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "hardware": machine["gpu"] or cpu,
+        "versions": {"python": machine["python_version"], **machine["versions"]},
+        "commit": short(commit["id"] + "-dirty" * commit["dirty"]),
+        "date": date[:10],
     }
 
 
-class Refused(ValueError):
-    """A file that says nothing that can be shown or compared."""
+def infos(report: dict[str, Any]) -> dict[str, Any]:
+    """The `extra_info` of each benchmark of pytest-benchmark's report, by file and test."""
+    return {b["fullname"].rpartition("/")[2]: b["extra_info"] for b in report["benchmarks"]}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file. Raises Refused, naming it, where it does not say what it was measured on, of
-    what and when."""
+    """A kept result in its short form. Raises Refused, naming the file, where it does not say what
+    it was measured on, of what and when."""
     try:
         content = json.loads(path.read_text())
+        if "machine_info" in content:
+            about = content["machine_info"], content["commit_info"], content["datetime"]
+            content = described(*about) | {"benchmarks": infos(content)}
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise Refused(f"{path}: not JSON: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{path}: no result: {error}") from error
     for key in ("hardware", "commit", "date"):
         if not (isinstance(content, dict) and isinstance(content.get(key), str) and content[key]):
             raise Refused(f"{path}: does not say its {key}")
     return content
 
 
-def record(run: dict[str, Any]) -> dict[str, Any]:
-    """The part of pytest-benchmark's report that is worth keeping. Raises ValueError where the run
-    does not say where it came from."""
-    machine, source = run["machine_info"], run["commit_info"]
-    if "hardware" not in machine:
-        raise ValueError("no run of bench/: it does not say its hardware")
-    unknown = source["id"] in ("unversioned", "unknown")
-    commit = os.environ.get("BENCH_COMMIT", "") if unknown else source["id"]
-    if not commit:
-        raise ValueError("does not say its commit; without git, set BENCH_COMMIT")
-    return {
-        "hardware": machine["hardware"],
-        "versions": machine["versions"],
-        "date": run["datetime"][:10],
-        "commit": short(commit + "-dirty" * source["dirty"]),
-        "benchmarks": {
-            b["fullname"].rpartition("/")[2]: b["extra_info"] for b in run["benchmarks"]
-        },
-    }
-
-
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        raise SystemExit("usage: python -m bench.record BENCHMARK.json RESULT.json")
-    source, target = (Path(argument) for argument in arguments)
-    try:
-        result = record(json.loads(source.read_text()))
-    except OSError as error:
-        reason = error.strerror
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no report of pytest-benchmark: {error}"
-    else:
-        target.write_text(json.dumps(result, indent=2) + "\n")
-        print(target)
-        return
-    print(f"error: {source}: {reason}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def write(path: Path, content: Any) -> None:
+    """Write a JSON file, atomically: an interrupted write leaves the old file unchanged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.new")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)

@@ -1,4 +1,4 @@
-"""The one writer of Markdown tables, of any rows and of what benchmarks keep in `extra_info`."""
+"""The one writer of Markdown tables: of any rows, and of what benchmarks keep in `extra_info`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +14,7 @@ LABELS = {
     "peak_mb_beyond_head_gradient": "MB beyond the head's gradient",
 }
 FIRST = ("ratio", "target", "first_ms", "second_ms")  # columns, before all others
-LEFT_OUT = ("ratio_quartiles", "reports")
-REASONS = ("failed", "skipped")  # why a row of a table has no numbers
-NOT_MEASURED = "not measured"
+LEFT_OUT = ("ratio_quartiles", "failed", "skipped")
 
 Row = Mapping[str, Any]
 
@@ -56,16 +54,16 @@ def label(key: str) -> str:
 def grid(rows: Mapping[str, Row]) -> list[str]:
     """A table with a named row per mapping. An interval stands behind its number; a row that
     `failed` or was `skipped` says why instead."""
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    ordered = dict.fromkeys([*(key for key in FIRST if key in keys), *keys])
+    keys = dict.fromkeys(key for row in rows.values() for key in row)
     intervals = {f"{key}_interval" for key in keys}
-    shown = [key for key in ordered if key not in {*intervals, *LEFT_OUT, *REASONS}]
+    ordered = [*(key for key in FIRST if key in keys), *(key for key in keys if key not in FIRST)]
+    columns = [key for key in ordered if key not in {*intervals, *LEFT_OUT}]
     body = []
     for name, row in rows.items():
         reason = row.get("failed") or ("skipped" in row and f"skipped: {row['skipped']}")
-        cells = [with_interval(row, key) for key in shown]
+        cells = [with_interval(row, key) for key in columns]
         body.append([name, cell(reason), *cells[1:]] if reason else [name, *cells])
-    return table(["", *map(label, shown or ["failed"])], body)
+    return table(["", *map(label, columns or ["failed"])], body)
 
 
 def listed(rows: Sequence[Row]) -> list[str]:
@@ -82,46 +80,33 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Row]]:
             yield from walk(value, f"{path} / {key}" if path else key)
 
 
-def is_rows(value: Any) -> bool:
-    """Whether a value is a list of mappings, which makes a table of its own."""
-    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
-
-
-def is_kernel(info: Row) -> bool:
-    """Whether these are providers of one loss at one shape."""
-    return isinstance(info.get("providers"), Mapping) and "shape" in info
-
-
-def providers(info: Row) -> list[str]:
+def provider_rows(rows: Mapping[str, Row], skipped: Mapping[str, str]) -> list[str]:
     """Every implementation of a loss: its time alone, relative to the bare products and to ours,
     memory and errors."""
-    skipped = {name: {"skipped": reason} for name, reason in info.get("skipped", {}).items()}
-    return grid({**info["providers"], **skipped})
+    return grid({**rows, **{name: {"skipped": reason} for name, reason in skipped.items()}})
 
 
 def benchmark(name: str, info: Row) -> list[str]:
     """A heading, a table for mappings that have the same keys or that are ratios, and a line of
     single facts."""
     lines = [f"#### {name}", ""]
-    if is_kernel(info):
-        return [*lines, *providers(info)]
+    if "providers" in info:
+        return [*lines, *provider_rows(info["providers"], info.get("skipped", {}))]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     facts: dict[str, Any] = {}
     for path, node in walk(info):
-        values = {
-            key: value
-            for key, value in node.items()
-            if not isinstance(value, Mapping) and not is_rows(value)
+        lists = {
+            k: v for k, v in node.items() if isinstance(v, list) and v and isinstance(v[0], dict)
         }
+        values = {k: v for k, v in node.items() if k not in lists and not isinstance(v, Mapping)}
         if not path and "ratio" not in values:
             facts = values
         elif values:
             kind = ("ratio",) if "ratio" in values else tuple(values)
             groups.setdefault(kind, {})[path or "all"] = values
-        for value in node.values():
-            lines += listed(value) if is_rows(value) else []
+        for rows in lists.values():
+            lines += listed(rows)
     for rows in groups.values():
         lines += grid(rows)
-    shown = [f"{label(k)} {cell(v)}" for k, v in facts.items() if k not in LEFT_OUT]
-    text = ", ".join(shown)
+    text = ", ".join(f"{label(k)} {cell(v)}" for k, v in facts.items() if k not in LEFT_OUT)
     return [*lines, f"{text[:1].upper()}{text[1:]}.", ""] if text else lines

@@ -1,68 +1,94 @@
-"""Timing in turn: on a machine that others use too, only ratios within one round mean something."""
+"""Seconds and memory of calls side by side.
 
+On a machine that others use too, only ratios within one round mean something: calls take turns.
+"""
+
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from bench.failures import wait
 from opd.distributed import reuse_freed_memory
+from opd.errors import raised
 
+T = TypeVar("T")
+Calls = Mapping[str, Callable[[int], object]]
 Times = dict[str, list[float]]
+Failures = dict[str, str]  # reasons by name
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[int], object]], rounds: int, warmup: int = 2
-) -> Times:
-    """Seconds of each call, `rounds` of them, one round after the other; `warmup` more come first.
-    A call is given the number of its round."""
+def wait() -> None:
+    """Until the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def attempt(failures: Failures, name: str, call: Callable[[], T]) -> T | None:
+    """What the call returns once the device has finished. Its error is kept in `failures`, and a
+    name with a failure is not called again; both return None."""
+    if name in failures:
+        return None
+    try:
+        value = call()
+        wait()
+        return value
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or any(s in str(error) for s in OUT_OF_MEMORY)
+        failures[name] = "out of memory" if memory else raised(error)
+    gc.collect()  # outside of the handler, which holds the call's tensors
+    if memory and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def interleaved(benchmark: Any, calls: Calls, rounds: int, warmup: int = 2) -> Times:
+    """Seconds of each call in `rounds` rounds, in which the calls take turns; a call is given the
+    number of its round, counted from the first of `warmup` rounds that are not kept.
+
+    pytest-benchmark times the first call, this project's side, so that its statistics and
+    `pytest-benchmark compare` are about that one.
+    """
     reuse_freed_memory()  # page faults of fresh memory would drown a CPU's differences
     times: Times = {name: [] for name in calls}
-    for number in range(warmup + rounds):
-        for name, call in calls.items():
-            begun = now()
-            call(number)
-            wait()
-            if number >= warmup:
-                times[name].append(time.perf_counter() - begun)
-    return times
+    first, *others = calls
+    numbers = count()
+
+    def timed(name: str, number: int) -> None:
+        wait()
+        begun = time.perf_counter()
+        calls[name](number)
+        wait()
+        times[name].append(time.perf_counter() - begun)
+
+    def others_turn() -> tuple[tuple[str, int], dict[str, Any]]:
+        number = next(numbers)
+        for name in others:
+            timed(name, number)
+        return (first, number), {}
+
+    benchmark.pedantic(timed, setup=others_turn, rounds=rounds, warmup_rounds=warmup)
+    return {name: seconds[warmup:] for name, seconds in times.items()}
 
 
-def now() -> float:
-    """Seconds, when the device has finished."""
-    wait()
-    return time.perf_counter()
-
-
-def ratio(first: list[float], second: list[float]) -> dict[str, object]:
-    """Median of the paired ratios first / second, their quartiles, and the bootstrap interval (95%)
-    of that median."""
+def ratio(first: list[float], second: list[float]) -> dict[str, Any]:
+    """Median of the paired ratios first / second, and the bootstrap interval (95%) of it."""
     ratios = [a / b for a, b in zip(first, second, strict=True)]
     source = random.Random(0)
     medians = sorted(statistics.median(source.choices(ratios, k=len(ratios))) for _ in range(2000))
-    quartiles = statistics.quantiles(ratios, n=4)
     return {
         "rounds": len(ratios),
         "first_ms": 1000 * statistics.median(first),
         "second_ms": 1000 * statistics.median(second),
         "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
         "ratio_interval": [medians[50], medians[-51]],
     }
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
-    return int(value) * 1024
-
-
-def held_bytes() -> int:
-    """Memory that is held now: the GPU's, or else the process's (Linux)."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -70,13 +96,19 @@ def peak_bytes(call: Callable[[], object]) -> int:
     process's resident memory (Linux)."""
     if torch.cuda.is_available():
         wait()
-        before = held_bytes()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         wait()
         return torch.cuda.max_memory_allocated() - before
     reuse_freed_memory(False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = held_bytes()
+    before = _resident("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kib,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kib) * 1024

@@ -241,7 +241,7 @@ def test_the_methods_score_what_was_measured() -> None:
         steps, seconds = (
             [arm[score][at] for score in SCORES] for at in ("at_equal_steps", "at_equal_device_s")
         )
-        means = [s["mean"] for s in steps] + [s["with_scoring"]["mean"] for s in seconds]
+        means = [spread["mean"] for spread in (*steps, *seconds)]
         assert f"| {' | '.join(f'{mean:.3f}' for mean in means)} |" in text
 
 

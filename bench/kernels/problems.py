@@ -1,18 +1,15 @@
-"""What the kernel benchmarks are about: shapes of heads, tensors on them, and the products that no
-exact loss can do without."""
+"""Inputs of the kernel benchmarks, and the products that no exact loss can do without."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
-from fused_kl.tiles import slices
+from fused_kl import linear_logprobs
 
-ROWS = 256  # of logits at once, where constants are made
 # What the policy has moved by since it sampled, in nats: with a clip of 0.2 the first and the last
 # are cut, and no rounding carries another over the edge.
 MOVED = (-0.5, -0.1, 0.0, 0.1, 0.5)
@@ -30,12 +27,9 @@ class Shape:
     teacher_size: int
 
     @property
-    def sequence_length(self) -> int:
+    def completion_length(self) -> int:
         """Tokens of one completion: short answers, or long ones with thinking."""
         return math.gcd(self.num_rows, 32 if self.num_rows <= 1024 else 2048)
-
-    def __str__(self) -> str:
-        return f"{self.num_rows} x {self.vocab} from {self.student_size} and {self.teacher_size}"
 
 
 def allowed_columns(vocab: int, device: str | torch.device) -> Tensor:
@@ -48,30 +42,23 @@ def allowed_columns(vocab: int, device: str | torch.device) -> Tensor:
     return allowed
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What the losses of sampled tokens need beside a model, `[N]` each; all are constants."""
-
-    ids: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor  # one value for each completion
-    sequence_length: int
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Problem:
-    """Hidden states and heads whose logits have standard deviation `logit_std`; with `gap`, the
-    teacher's logits are the student's plus noise of that size; with `tokens`, sampled tokens in the
-    teacher's place."""
+    """Hidden states and heads of both models, and sampled tokens `[N]` with what the policy loss
+    needs of them. The student's tensors are leaves with gradients; without a teacher its tensors
+    are empty."""
 
     student_hidden: Tensor
     student_lm_head: Tensor
     teacher_hidden: Tensor
     teacher_lm_head: Tensor
-    sampled: Tokens | None = None
+    token_ids: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    completion_length: int
 
     @staticmethod
-    @torch.no_grad()  # parts of the student are copied into the teacher
+    @torch.no_grad()
     def of(
         shape: Shape,
         *,
@@ -79,8 +66,10 @@ class Problem:
         device: str,
         logit_std: float = 3.0,
         gap: float | None = None,
-        tokens: bool = False,
+        teacher: bool = True,
     ) -> "Problem":
+        """Random tensors whose logits have standard deviation `logit_std`; with `gap` the teacher's
+        logits are the student's plus noise of that size."""
         generator = torch.Generator(device).manual_seed(0)
 
         def randn(*size: int) -> Tensor:
@@ -88,96 +77,88 @@ class Problem:
 
         hidden = randn(shape.num_rows, shape.student_size)
         head = randn(shape.vocab, shape.student_size) * (logit_std / shape.student_size**0.5)
-        student = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
-        if tokens:
-            sampled = _sample(*student, shape.sequence_length, generator)
-            none = student[0].new_empty(0)
-            return Problem(*student, none, none, sampled)
-        teacher_hidden = randn(shape.num_rows, shape.teacher_size)
-        teacher_head = randn(shape.vocab, shape.teacher_size)
+        teacher_size = shape.teacher_size if teacher else 0
+        teacher_hidden = randn(shape.num_rows, teacher_size)
+        teacher_head = randn(shape.vocab, teacher_size)
         if gap is None:
-            teacher_head *= logit_std / shape.teacher_size**0.5
+            teacher_head *= logit_std / max(1, teacher_size) ** 0.5
         else:
-            extra = shape.teacher_size - shape.student_size
+            teacher_head *= gap / (teacher_size - shape.student_size) ** 0.5
             teacher_hidden[:, : shape.student_size] = hidden
-            teacher_head *= gap / extra**0.5
             teacher_head[:, : shape.student_size] = head
-        return Problem(*student, teacher_hidden.to(dtype), teacher_head.to(dtype))
+        hidden, head = hidden.to(dtype), head.to(dtype)
+        allowed = allowed_columns(shape.vocab, device).float()
+        ids = torch.multinomial(allowed, shape.num_rows, replacement=True, generator=generator)
 
-    @property
-    def sides(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.student_hidden,
-            self.student_lm_head,
-            self.teacher_hidden,
-            self.teacher_lm_head,
+        def in_turn(values: Sequence[float], times: int = 1) -> Tensor:
+            places = torch.arange(shape.num_rows, device=device) // times
+            return torch.tensor(values, device=device)[places % len(values)]
+
+        length = shape.completion_length
+        return Problem(
+            student_hidden=hidden.requires_grad_(),
+            student_lm_head=head.requires_grad_(),
+            teacher_hidden=teacher_hidden.to(dtype),
+            teacher_lm_head=teacher_head.to(dtype),
+            token_ids=ids,
+            old_logprobs=linear_logprobs(hidden, head, ids).logprobs - in_turn(MOVED),
+            advantages=in_turn(ADVANTAGES, length),
+            completion_length=length,
         )
 
     @property
-    def tokens(self) -> Tokens:
-        """The sampled tokens of a problem that has them."""
-        assert self.sampled is not None
-        return self.sampled
+    def student(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden, self.student_lm_head
 
-    def wide(self) -> "Problem":
-        """The same values in fp64, with gradients of their own."""
-        hidden, head, *teacher = (side.detach().double() for side in self.sides)
-        sides = hidden.requires_grad_(), head.requires_grad_(), *teacher
-        return Problem(*sides, sampled=self.sampled)
+    @property
+    def both(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *self.student, self.teacher_hidden, self.teacher_lm_head
+
+    @property
+    def token_weights(self) -> Tensor:
+        """`[N]` of 1/N: the loss's denominator where it costs nothing."""
+        return torch.full_like(self.advantages, 1 / len(self.advantages))
 
     @cached_property
     def allowed_columns(self) -> Tensor:
-        """Boolean `[V]` of the function of that name; what is sampled is among them."""
+        """Boolean `[V]`; what is sampled is among them."""
         return allowed_columns(len(self.student_lm_head), self.student_lm_head.device)
+
+    def wide(self) -> "Problem":
+        """The same values in fp64, with gradients of their own."""
+        hidden, head, *teacher = (side.detach().double() for side in self.both)
+        return replace(
+            self,
+            student_hidden=hidden.requires_grad_(),
+            student_lm_head=head.requires_grad_(),
+            teacher_hidden=teacher[0],
+            teacher_lm_head=teacher[1],
+        )
 
     def clear(self) -> None:
         """Forget the gradients."""
         self.student_hidden.grad = self.student_lm_head.grad = None
 
 
-@torch.no_grad()
-def _sample(hidden: Tensor, head: Tensor, length: int, generator: torch.Generator) -> Tokens:
-    """Tokens drawn from the student's allowed columns, as a policy that has moved by `MOVED`
-    since."""
-    allowed = allowed_columns(len(head), head.device)
-    drawn = []
-    for rows in slices(len(hidden), ROWS):
-        log_probs = (hidden[rows] @ head.T).float().log_softmax(-1)
-        ids = torch.multinomial(log_probs.exp() * allowed, 1, generator=generator)
-        drawn.append((ids[:, 0], log_probs.gather(-1, ids)[:, 0]))
-    ids, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-
-    def in_turn(values: tuple[float, ...], count: int) -> Tensor:
-        return torch.tensor(list(islice(cycle(values), count)), device=ids.device)
-
-    old_logprobs = logprobs - in_turn(MOVED, len(ids))
-    advantages = in_turn(ADVANTAGES, len(ids) // length).repeat_interleave(length)
-    return Tokens(ids, old_logprobs, advantages, length)
-
-
 Loss = Callable[[Problem], Tensor]
 
 
 @torch.no_grad()
-def student_gemms(problem: Problem) -> None:
-    """The three products of the student's head: logits and both gradients."""
-    hidden, head, *_ = problem.sides
+def bare_products(problem: Problem) -> None:
+    """The products that every exact loss needs, and nothing else: the student's logits and both of
+    its gradients, and the teacher's logits if there is one."""
+    hidden, head = problem.student
     logits = torch.mm(hidden, head.T)
     torch.mm(logits, head)
     torch.mm(logits.T, hidden)
+    if problem.teacher_hidden.numel():
+        torch.mm(problem.teacher_hidden, problem.teacher_lm_head.T)
 
 
-@torch.no_grad()
-def bare_gemms(problem: Problem) -> None:
-    """The four products that every exact divergence needs, and nothing else."""
-    student_gemms(problem)
-    torch.mm(problem.teacher_hidden, problem.teacher_lm_head.T)
-
-
-def relative_errors(problem: Problem, exact: Problem) -> dict[str, float]:
-    """Of both gradients, against those of `exact`."""
-    errors = {}
-    for name in ("student_hidden", "student_lm_head"):
-        found, right = (getattr(p, name).grad for p in (problem, exact))
-        errors[name] = float((found.double() - right).norm() / right.norm())
-    return errors
+def gradient_error(problem: Problem, exact: Problem) -> float:
+    """The larger relative error of the two gradients against those of `exact`."""
+    errors = []
+    for tensor, right in zip(problem.student, exact.student, strict=True):
+        assert tensor.grad is not None and right.grad is not None
+        errors.append(float((tensor.grad.double() - right.grad).norm() / right.grad.norm()))
+    return max(errors)

@@ -9,6 +9,8 @@ import yaml
 
 from bench.record import RESULTS
 
+Result = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -19,9 +21,9 @@ class Run:
     keys: tuple[str, ...]
     result: Path
 
-    def outcome(self) -> dict[str, Any] | None:
-        """What it came to; None before it is made."""
-        return json.loads(self.result.read_text()) if self.result.is_file() else None
+    def outcome(self) -> Result:
+        """What it came to, once its result is there."""
+        return json.loads(self.result.read_text())
 
 
 @dataclass(frozen=True)
@@ -47,28 +49,30 @@ class Protocol:
     def results(self) -> Path:
         return RESULTS / self.name
 
-    def _run(self, arm: str, name: str, *more: str) -> Run:
+    def run(self, arm: str, name: str, *more: str) -> Run:
+        """A run of an arm with more keys."""
         keys = (*self.common, *self.arms[arm], *more)
         return Run(arm, name, keys, self.results / arm / f"{name}.json")
 
     def tuned(self, arm: str) -> list[Run]:
         """The arm at every rate."""
         rates = self.rates
-        return [self._run(arm, f"rate-{r}", *self.tuning, f"optim.lr={r}") for r in rates]
+        return [self.run(arm, f"rate-{r}", *self.tuning, f"optim.lr={r}") for r in rates]
 
     def final(self, arm: str) -> list[Run]:
         """The arm at its best rate, on every seed; none before every rate is measured."""
         rate = self.best_rate(arm)
         return [
-            self._run(arm, f"rate-{rate}-seed-{seed}", f"optim.lr={rate}", f"seed={seed}")
+            self.run(arm, f"rate-{rate}-seed-{seed}", f"optim.lr={rate}", f"seed={seed}")
             for seed in (self.seeds if rate else [])
         ]
 
     def best_rate(self, arm: str) -> str | None:
         """The rate with the highest mean, at the end, of the scores that the arm is chosen by."""
-        ends = [outcome["curve"][-1] for run in self.tuned(arm) if (outcome := run.outcome())]
-        if len(ends) < len(self.rates):
+        runs = self.tuned(arm)
+        if not all(run.result.is_file() for run in runs):
             return None
         scores = self.chosen_by.get(arm, self.scores)
+        ends = [run.outcome()["curve"][-1] for run in runs]
         means = [sum(end[score] for score in scores) for end in ends]
         return self.rates[means.index(max(means))]

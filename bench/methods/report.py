@@ -1,289 +1,258 @@
-"""What the runs of a protocol come to, side by side: a JSON file, a table, a plot."""
+"""What the runs of a protocol come to, side by side: a JSON file, tables, a plot.
 
-import json
-from collections.abc import Mapping, Sequence
+Every figure is a spread over the seeds of an arm, stored under the name of its column.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.methods.protocol import Protocol
-from bench.record import short
-from bench.tables import NOT_MEASURED
-from bench.tables import table as markdown
-from opd.record.curve import NOT_TRAINING, SCORES, Curve, plot, thresholds
+from bench.methods.protocol import Protocol, Result
+from bench.record import short, write
+from bench.tables import label, table, walk
+from opd.record.curve import SCORES, Curve, plot, thresholds
 
-
-def published_style_s(result: dict[str, Any]) -> float:
-    """An estimate of the device seconds of the same steps in the published loop, from the seconds
-    of this one: n rollouts are n sequences, each of them forwarded once to generate and three times
-    beside (for the old log-probabilities, for nothing, to train), every forward with its prompt."""
-    end = result["curve"][-1]
-    spent = {k: v for k, v in end["device_s"].items() if k not in NOT_TRAINING}
-    if not end["rollouts"]:
-        return sum(spent.values())
-    generated, prompts = end["generated_tokens"], result["tokens"] - end["generated_tokens"]
-    options = dict(key.split("=", 1) for key in result["keys"])
-    repeated = int(options.get("num_rollouts", 1)) * prompts
-    longer = (repeated + generated) / (prompts + generated)  # than what is forwarded here
-    forward = spent["prefill"] + spent["extend"]
-    generating = forward * repeated / (prompts + generated)
-    grown = longer * (3 * forward + spent["teacher"] + spent["backward"])
-    apart = ("prefill", "extend", "teacher", "backward")
-    return generating + grown + sum(s for name, s in spent.items() if name not in apart)
+# Arms, and what each of them is meant to be better than.
+CONTROLS = {
+    "reverse_kl": "grpo",
+    "sampled": "grpo",
+    "reverse_kl_4": "reverse_kl",
+    "tvdf": "random",
+    "scc": "random",
+    "dual_variance": "dual",
+}
+Teacher = Mapping[str, Any]  # `training_s`, and its scores if they are known
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean, lowest and highest; no mean where a seed has no value."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values) or not numbers:
         return {"mean": None, "seeds": values}
-    return {"mean": sum(known) / len(known), "low": min(known), "high": max(known), "seeds": values}
+    mean = sum(numbers) / len(numbers)
+    return {"mean": mean, "low": min(numbers), "high": max(numbers), "seeds": values}
 
 
-def report(protocol: Protocol, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Everything measured so far, side by side; `known` is the teacher."""
-    arms: dict[str, Any] = {}
-    results: dict[str, list[dict[str, Any]]] = {}
-    for arm in protocol.arms:
-        tuned = zip(protocol.rates, protocol.tuned(arm), strict=True)
-        measured = {rate: outcome for rate, run in tuned if (outcome := run.outcome())}
-        best = protocol.best_rate(arm)
-        arms[arm] = {
-            "rates": {
-                rate: {score: outcome["curve"][-1][score] for score in protocol.scores}
-                for rate, outcome in measured.items()
-            },
-            "best_rate": best,
-            "inside_grid": best and best not in (protocol.rates[0], protocol.rates[-1]),
-        }
-        finals = [run.outcome() for run in protocol.final(arm)]
-        if finals and all(finals):
-            results[arm] = [outcome for outcome in finals if outcome]
-    summary: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
-    if not results:
-        return summary
-    plot(_curves(results), protocol.results.with_suffix(".png"))
-    figures = side_by_side(results, protocol.scores, known)
-    for arm, found in figures.pop("arms").items():
-        arms[arm] |= found
-    outcomes = [outcome for found in results.values() for outcome in found]
-    return summary | {
-        "hardware": "; ".join(sorted({outcome["hardware"] for outcome in outcomes})),
-        "commit": ", ".join(sorted({short(c) for outcome in outcomes for c in outcome["commit"]})),
-        "date": max(outcome["date"] for outcome in outcomes),
-        "teacher": known,
-        **figures,
-        "valid": _valid(arms, figures["start"], known),
-    }
-
-
-def _curves(results: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[Curve]]:
-    return {arm: [Curve(outcome["curve"]) for outcome in found] for arm, found in results.items()}
-
-
-def side_by_side(
-    results: Mapping[str, Sequence[dict[str, Any]]],
-    scores: Sequence[str],
-    known: dict[str, Any] | None,
+def compare(
+    results: Mapping[str, Sequence[Result]], scores: Sequence[str], teacher: Teacher | None
 ) -> dict[str, Any]:
     """Scores at the end, at equal steps and at equal device time, device seconds to fixed scores
-    and to GRPO's best, and totals, of the runs of each arm, a run a seed.
+    and to GRPO's best, and totals, of the runs of each arm, one for each seed.
 
     GRPO's best is the highest score on the way of each of its runs, and their mean is what the
-    other arms have to reach. `known` is the teacher: its `training_s`, and its scores if any.
+    other arms have to reach. Device seconds include the teacher's and the curriculum's scoring,
+    except where a name says otherwise; equal ones are those of the shortest run.
     """
-    curves = _curves(results)
+    curves = {arm: [Curve(run["curve"]) for run in runs] for arm, runs in results.items()}
+    training_s = teacher["training_s"] if teacher else None
+    taught = {arm: with_training(found, training_s) for arm, found in curves.items()}
     every = [curve for found in curves.values() for curve in found]
-    begun = [curve.points[0] for curve in next(iter(curves.values()))]
-    start = {s: sum(point[s] for point in begun) / len(begun) for s in scores}
     steps = min(curve.along("step")[-1] for curve in every)
-    budget = {
-        "with_scoring": min(curve.seconds()[-1] for curve in every),
-        "without_scoring": min(curve.seconds(scoring=False)[-1] for curve in every),
-    }
-    best = {
+    with_scoring, without = (
+        min(c.seconds(scoring)[-1] for c in every) for scoring in (True, False)
+    )
+    first = next(iter(curves.values()))
+    start = {score: spread([c.points[0][score] for c in first])["mean"] for score in scores}
+    highest = {
         score: [max(point[score] for point in curve.points) for curve in curves.get("grpo", ())]
         for score in scores
     }
-    training_s = known["training_s"] if known else None
-    arms: dict[str, Any] = {}
-    for arm, found in curves.items():
-        entry = arms[arm] = {}
-        for score in scores:
-            entry[score] = places = {
-                "end": spread([c.points[-1][score] for c in found]),
-                "at_equal_steps": spread([c.at(steps, score, "step") for c in found]),
-                "at_equal_device_s": {
-                    name: spread(
-                        [c.at(s, score, "device_s", scoring=name == "with_scoring") for c in found]
-                    )
-                    for name, s in budget.items()
-                },
-            }
-            if known and score in known:
-                places["device_s_to"] = [
-                    {"score": level} | _seconds_to(found, [level] * len(found), score, training_s)
-                    for level in thresholds(start[score], known[score])
-                ]
-            if best[score]:
-                mean = sum(best[score]) / len(best[score])
-                levels = best[score] if arm == "grpo" else [mean] * len(found)
-                places["device_s_to_grpo_best"] = _seconds_to(found, levels, score, training_s)
-        entry |= _spent(results[arm], found, training_s)
+
+    def of_score(arm: str, score: str) -> dict[str, Any]:
+        found = curves[arm]
+
+        def at(position: float, axis: str, scoring: bool = True) -> dict[str, Any]:
+            return spread([curve.at(position, score, axis, scoring) for curve in found])
+
+        def seconds_to(
+            levels: Sequence[float], found: Sequence[Curve] = found, scoring: bool = True
+        ) -> dict[str, Any]:
+            pairs = zip(found, levels, strict=False)  # none where the training is not known
+            return spread([c.reaches(level, score, "device_s", scoring) for c, level in pairs])
+
+        entry = {
+            "end": spread([curve.points[-1][score] for curve in found]),
+            "at_equal_steps": at(steps, "step"),
+            "at_equal_device_s": at(with_scoring, "device_s"),
+            "at_equal_device_s_without_scoring": at(without, "device_s", False),
+        }
+        if teacher and score in teacher:
+            for level in thresholds(start[score], teacher[score]):
+                entry[f"device_s_to_{level:.3f}"] = seconds_to([level] * len(found))
+        if best := highest[score]:
+            levels = best if arm == "grpo" else [sum(best) / len(best)] * len(found)
+            entry["device_s_to_GRPO_best"] = seconds_to(levels)
+            entry["device_s_to_GRPO_best_without_scoring"] = seconds_to(levels, scoring=False)
+            entry["device_s_to_GRPO_best_with_teacher_training"] = seconds_to(levels, taught[arm])
+        return entry
+
+    def totals(arm: str) -> dict[str, Any]:
+        scoring = [curve.seconds()[-1] - curve.seconds(False)[-1] for curve in curves[arm]]
+        return {
+            "own_loop": spread([curve.seconds()[-1] for curve in curves[arm]]),
+            "of_it_scoring": spread(scoring),
+            "with_teacher_training": spread([curve.seconds()[-1] for curve in taught[arm]]),
+        }
+
     return {
-        "arms": arms,
+        "arms": {
+            arm: {score: of_score(arm, score) for score in scores}
+            | {
+                "gain": [run["gain"] for run in runs],
+                "trained_share": spread([run["trained_share"] for run in runs]),
+                "device_s": totals(arm),
+            }
+            for arm, runs in results.items()
+        },
+        "teacher": teacher,
         "start": start,
         "equal_steps": steps,
-        "equal_device_s": budget,
-        "grpo_best": {score: spread(found) for score, found in best.items() if found},
+        "equal_device_s": {"with_scoring": with_scoring, "without_scoring": without},
+        "grpo_best": {score: spread(best) for score, best in highest.items() if best},
     }
 
 
-def _spent(
-    outcomes: Sequence[dict[str, Any]], found: Sequence[Curve], training_s: float | None
-) -> dict[str, Any]:
-    """What an arm gained, what it trained on, and its totals of device seconds."""
-    return {
-        "gain": [outcome["gain"] for outcome in outcomes],
-        "trained_share": spread([outcome["trained_share"] for outcome in outcomes]),
-        "device_s": {
-            "own_loop": spread([c.seconds()[-1] for c in found]),
-            "of_it_scoring": spread([c.seconds()[-1] - c.seconds(False)[-1] for c in found]),
-            "with_teacher_training": spread([c.seconds()[-1] for c in _taught(found, training_s)]),
-            "published_style_estimate": spread([published_style_s(o) for o in outcomes]),
-        },
-    }
-
-
-def _taught(found: Sequence[Curve], training_s: float | None) -> list[Curve]:
+def with_training(curves: Sequence[Curve], training_s: float | None) -> list[Curve]:
     """The curves with the teacher's training before them, where a teacher was used; none where its
     seconds are not known."""
     if training_s is None:
         return []
-    taught = [c.points[-1]["device_s"]["teacher"] > 0 for c in found]
-    return [Curve(c.points, training_s if t else 0.0) for c, t in zip(found, taught, strict=True)]
+    uses_teacher = [curve.points[-1]["device_s"]["teacher"] > 0 for curve in curves]
+    return [
+        Curve(curve.points, training_s if used else 0.0)
+        for curve, used in zip(curves, uses_teacher, strict=True)
+    ]
 
 
-def _seconds_to(
-    found: Sequence[Curve], levels: Sequence[float], score: str, training_s: float | None
-) -> dict[str, Any]:
-    """Device seconds to a score, each curve's own: training alone, with the teacher's and the
-    curriculum's scoring, and with the teacher's training too."""
-
-    def spent(curves: Sequence[Curve], scoring: bool = True) -> dict[str, Any]:
-        pairs = zip(curves, levels, strict=True)
-        return spread([c.reaches(level, score, "device_s", scoring) for c, level in pairs])
-
-    behind = _taught(found, training_s)
-    return {
-        "without_scoring": spent(found, False),
-        "with_scoring": spent(found),
-        "with_teacher_training": spent(behind) if behind else None,
+def summarise(protocol: Protocol, teacher: Teacher | None = None) -> dict[str, Any]:
+    """Everything measured so far, side by side."""
+    arms: dict[str, Any] = {}
+    results: dict[str, list[Result]] = {}
+    for arm in protocol.arms:
+        tuned = zip(protocol.rates, protocol.tuned(arm), strict=True)
+        ends = {rate: run.outcome()["curve"][-1] for rate, run in tuned if run.result.is_file()}
+        best = protocol.best_rate(arm)
+        arms[arm] = {
+            "rates": {rate: {s: end[s] for s in protocol.scores} for rate, end in ends.items()},
+            "best_rate": best,
+            "inside_grid": best and best not in (protocol.rates[0], protocol.rates[-1]),
+        }
+        finals = protocol.final(arm)
+        if finals and all(run.result.is_file() for run in finals):
+            results[arm] = [run.outcome() for run in finals]
+    summary: dict[str, Any] = {"protocol": protocol.name, "arms": arms}
+    if not results:
+        return summary
+    curves = {arm: [Curve(run["curve"]) for run in runs] for arm, runs in results.items()}
+    plot(curves, protocol.results.with_suffix(".png"))
+    figures = compare(results, protocol.scores, teacher)
+    for arm, entry in figures.pop("arms").items():
+        arms[arm] |= entry
+    runs = [run for finals in results.values() for run in finals]
+    return summary | {
+        "hardware": "; ".join(sorted({run["hardware"] for run in runs})),
+        "commit": ", ".join(sorted({short(commit) for run in runs for commit in run["commit"]})),
+        "date": max(run["date"] for run in runs),
+        **figures,
+        "valid": validity(arms, figures["start"], teacher),
     }
 
 
-def _valid(arms: dict[str, Any], start: Any, known: dict[str, Any] | None) -> dict[str, Any]:
-    """The protocol's conditions, as far as they are known."""
+def validity(
+    arms: Mapping[str, Any], start: Mapping[str, float], teacher: Teacher | None
+) -> dict[str, Any]:
+    """The protocol's conditions, as far as they can be told."""
     valid: dict[str, Any] = {"best_rates_inside": {a: e["inside_grid"] for a, e in arms.items()}}
-    if known:
-        gains = [gain for found in arms["grpo"].get("gain", []) for gain in found.values()]
+    if teacher:
+        gains = [gain for run in arms["grpo"].get("gain", []) for gain in run.values()]
         enough = all(gain["mean"] >= 0.05 and gain["interval"][0] > 0 for gain in gains)
         valid["grpo_gains"] = enough if gains else None
-        valid["teacher_ahead"] = all(known[score] - start[score] >= 0.15 for score in start)
+        valid["teacher_ahead"] = all(teacher[score] - start[score] >= 0.15 for score in start)
     return valid
 
 
-def cell(entry: Any, digits: int = 3) -> str:
+def spread_cell(entry: Mapping[str, Any], digits: int = 3) -> str:
     """A spread in words: its mean, and its ends where it has several seeds."""
-    if entry is None or entry["mean"] is None:
+    if entry["mean"] is None:
         return "-"
     mean, low, high = (f"{entry[name]:.{digits}f}" for name in ("mean", "low", "high"))
     return mean if len(entry["seeds"]) == 1 else f"{mean} ({low} to {high})"
 
 
-def headline(figures: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
-    """The lines of a table a score: what each arm needs to GRPO's best, and where it is at equal
-    device time and at equal steps. None without GRPO."""
-    steps, budget = figures["equal_steps"], figures["equal_device_s"]["with_scoring"]
-    lines: list[str] = []
-    for score in scores if figures.get("grpo_best") else ():
-        level = cell(figures["grpo_best"][score])
-        head = ["device s to it", "without scoring", "with the teacher's training"]
-        head += [f"score at {budget:.0f} device s", f"at step {steps:.0f}"]
-        lines += [
-            f"{SCORES[score]}: GRPO's best is {level}, the start {figures['start'][score]:.3f}."
-        ]
-        rows = []
-        for arm, entry in figures["arms"].items():
-            if score not in entry:
-                continue
-            found = entry[score]
-            to = found["device_s_to_grpo_best"]
-            names = ("with_scoring", "without_scoring", "with_teacher_training")
-            cells = [cell(to[name], 0) for name in names]
-            cells += [cell(found["at_equal_device_s"]["with_scoring"])]
-            cells += [cell(found["at_equal_steps"])]
-            rows.append([arm, *cells])
-        lines += ["", *markdown(["arm", *head], rows)]
-    return lines
+def spreads(arms: Mapping[str, Any], key: str) -> list[str]:
+    """The lines of a table of the spreads below a key of each arm; seconds without decimals."""
+    cells = {
+        arm: {
+            path: spread_cell(node, 0 if "_s_to_" in path or key == "device_s" else 3)
+            for path, node in walk(entry.get(key, {}))
+            if "mean" in node
+        }
+        for arm, entry in arms.items()
+    }
+    columns = list(dict.fromkeys(path for row in cells.values() for path in row))
+    rows = ([arm, *(row.get(c, "not measured") for c in columns)] for arm, row in cells.items())
+    return table(["arm", *map(label, columns)], rows)
 
 
-def totals(figures: Mapping[str, Any]) -> list[str]:
-    """The lines of the table of each arm's device seconds."""
-    head = ["arm", "own loop", "of it scoring", "with the teacher's training"]
-    rows = (
-        [arm, *(cell(spent, 0) for spent in entry["device_s"].values())]
-        for arm, entry in figures["arms"].items()
-        if "device_s" in entry
-    )
-    return markdown([*head, "published loop, estimated"], rows)
-
-
-def table(figures: dict[str, Any], scores: list[str]) -> str:
-    """The report as Markdown: a section a score, a row an arm; what was not measured says so."""
-    lines = [f"# {figures['protocol']}", ""]
-    if "start" not in figures:
-        return "\n".join([*lines, "No arm is measured to its end yet.", ""])
-    steps, budget = figures["equal_steps"], figures["equal_device_s"]
-    lines += [
-        f"Mean (lowest to highest) of the seeds; equal steps: {steps:.0f}; equal device time: "
-        f"{budget['with_scoring']:.0f} s of one CPU thread, or {budget['without_scoring']:.0f} s "
-        "where the teacher's and the curriculum's scoring is left out.",
+def score_tables(figures: Mapping[str, Any]) -> list[str]:
+    """The lines of a table for each score, and of one of device seconds."""
+    budget, teacher = figures["equal_device_s"], figures.get("teacher") or {}
+    lines = [
+        f"Mean (lowest to highest) of the seeds; equal steps: {figures['equal_steps']:.0f}; equal "
+        f"device time: {budget['with_scoring']:.0f} s of one CPU thread, or "
+        f"{budget['without_scoring']:.0f} s where scoring by the teacher and for the curriculum is "
+        "left out.",
         "",
     ]
-    for score in scores:
-        known = f", teacher {figures['teacher'][score]:.3f}" if figures["teacher"] else ""
-        lines += [f"## {SCORES[score]} (start {figures['start'][score]:.3f}{known})", ""]
-        head = ["arm", "rate", "end", "equal steps", "equal time", "without scoring"]
-        if figures["teacher"]:
-            levels = thresholds(figures["start"][score], figures["teacher"][score])
-            head += [f"s to {level:.3f}" for level in levels]
-        rows = []
-        for arm, entry in figures["arms"].items():
-            found = entry.get(score)
-            if found is None:
-                rows.append([arm, NOT_MEASURED, *[""] * (len(head) - 2)])
-                continue
-            times = found["at_equal_device_s"]
-            cells = [arm, entry["best_rate"], cell(found["end"]), cell(found["at_equal_steps"])]
-            cells += [cell(times["with_scoring"]), cell(times["without_scoring"])]
-            cells += [cell(row["with_scoring"], 0) for row in found.get("device_s_to", [])]
-            rows.append(cells)
-        lines += markdown(head, rows)
-    if figures["grpo_best"]:
-        lines += ["## To GRPO's best", "", *headline(figures, scores)]
-    lines += ["## Device seconds", "", *totals(figures)]
-    rows = []
-    for arm, entry in figures["arms"].items():
-        for rate, ends in entry["rates"].items():
-            name = f"**{rate}**" if rate == entry["best_rate"] else rate
-            rows.append([f"{arm}, {name}", *(f"{ends[s]:.3f}" for s in scores)])
-    lines += ["## Rates tried", "", *markdown(["arm", *(SCORES[s] for s in scores)], rows)]
-    return "\n".join(lines)
+    for score, start in figures["start"].items():
+        about = f"start {start:.3f}"
+        about += f", teacher {teacher[score]:.3f}" if score in teacher else ""
+        best = figures["grpo_best"].get(score)
+        about += f", GRPO's best {spread_cell(best)}" if best else ""
+        lines += [f"**{SCORES[score]}** ({about})", "", *spreads(figures["arms"], score)]
+    return [*lines, "**Device seconds**", "", *spreads(figures["arms"], "device_s")]
 
 
-def write(protocol: Protocol, known: dict[str, Any] | None) -> Path:
+def behind(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences about arms that are behind their control: at equal device time, or on the way to
+    GRPO's best score once the teacher's training is counted."""
+    seconds = figures["equal_device_s"]["with_scoring"]
+    arms = figures["arms"]
+    for arm, control in CONTROLS.items():
+        for score, name in SCORES.items():
+            own, other = (arms.get(a, {}).get(score, {}) for a in (arm, control))
+            first, second = (e.get("at_equal_device_s", {}) for e in (own, other))
+            if (first.get("mean") or 1) < (second.get("mean") or 0):
+                yield (
+                    f"{arm} is not ahead of {control} at {seconds:.0f} device seconds: "
+                    f"{name} {spread_cell(first)}, {spread_cell(second)}."
+                )
+            key = "device_s_to_GRPO_best_with_teacher_training"
+            first, second = (e.get(key, {}).get("mean") for e in (own, other))
+            if control == "grpo" and first and second and first > second:
+                yield (
+                    f"With its teacher's training {arm} takes {first:.0f} device seconds to GRPO's "
+                    f"best {name}, GRPO {second:.0f}."
+                )
+
+
+def page(summary: Mapping[str, Any], scores: Sequence[str]) -> str:
+    """The summary as Markdown."""
+    lines = [f"# {summary['protocol']}", ""]
+    if "start" not in summary:
+        return "\n".join([*lines, "No arm is measured to its end yet.", ""])
+    tried = [
+        [arm, rate, *(f"{ends[s]:.3f}" for s in scores), "best" * (rate == entry["best_rate"])]
+        for arm, entry in summary["arms"].items()
+        for rate, ends in entry["rates"].items()
+    ]
+    head = ["arm", "learning rate", *(SCORES[s] for s in scores), ""]
+    return "\n".join([*lines, *score_tables(summary), "**Rates tried**", "", *table(head, tried)])
+
+
+def write_report(protocol: Protocol, teacher: Teacher | None) -> Path:
     """Write the report beside the results, and return the JSON file."""
-    figures, target = report(protocol, known), protocol.results.with_suffix(".json")
-    target.write_text(json.dumps(figures, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(figures, protocol.scores))
+    summary, target = summarise(protocol, teacher), protocol.results.with_suffix(".json")
+    write(target, summary)
+    target.with_suffix(".md").write_text(page(summary, protocol.scores))
     return target

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods.protocol import Protocol, Run
-from bench.methods.report import write
-from bench.record import origin
+from bench.methods.report import write_report
+from bench.record import origin, write
+from opd.errors import UserError
 from opd.files import read_rows
 from opd.models.load import checksums
 from opd.report import read
@@ -31,8 +32,8 @@ def train(keys: list[str], run_dir: Path) -> None:
     with run_dir.with_suffix(".log").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     if code:
-        told = run_dir.with_suffix(".log").read_text().splitlines()[-1:]
-        raise RuntimeError(f"{run_dir}: exit code {code}: {' '.join(told)}")
+        last_line = run_dir.with_suffix(".log").read_text().splitlines()[-1:]
+        raise RuntimeError(f"{run_dir}: exit code {code}: {' '.join(last_line)}")
 
 
 def carry_out(run: Run, folder: Path) -> None:
@@ -43,61 +44,56 @@ def carry_out(run: Run, folder: Path) -> None:
     if not (run_dir / "summary.json").is_file():
         train(list(run.keys), run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
-    environments = read_rows(run_dir / "environment.jsonl")
-    known = origin()
+    source = origin()
+    commits = {e["commit"] or source["commit"] for e in read_rows(run_dir / "environment.jsonl")}
     kept = ("curve", "gain", "flops", "equal_groups", "trained_share", "left_out")
     result = {
         "arm": run.arm,
         "keys": list(run.keys),
-        **known,
-        "versions": {k: v for k, v in environments[-1]["versions"].items() if v},
-        "commit": sorted({e["commit"] or known["commit"] for e in environments}),
+        **source,
+        "commit": sorted(commits),
         "tokens": sum(row["tokens"] for row in read_rows(run_dir / "metrics.jsonl")),
         **{name: summary.get(name) for name in kept},
     }
-    run.result.parent.mkdir(parents=True, exist_ok=True)
-    run.result.write_text(json.dumps(result, indent=1) + "\n")
+    write(run.result, result)
     end = {k: f"{v:.3f}" for k, v in result["curve"][-1].items() if "miou" in k or "accuracy" in k}
     print(f"{run.arm} {run.name}: {end}", flush=True)
 
 
 def begin(protocol: Protocol) -> None:
-    """Train the model that every arm starts from, unless it is there. ValueError where the results
+    """Train the model that every arm starts from, unless it is there. UserError where the results
     so far began with another one: a CPU of another make trains other weights."""
-    first = protocol.first
-    if not first:
+    if protocol.first is None:
         return
-    run_dir, kept = Path(first["run_dir"]), protocol.results / "first.json"
+    run_dir, kept = Path(protocol.first["run_dir"]), protocol.results / "first.json"
     if not (run_dir / "summary.json").is_file():
-        train(first["keys"], run_dir)
+        train(protocol.first["keys"], run_dir)
     weights = checksums(run_dir / "student")
     if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({**origin(), "weights": weights}, indent=1) + "\n")
+        write(kept, {**origin(), "weights": weights})
     elif json.loads(kept.read_text())["weights"] != weights:
-        raise ValueError(
+        raise UserError(
             f"{run_dir / 'student'}: not what the runs in {kept.parent} started from "
             f"({kept.name}): bring that, or remove them"
         )
 
 
-def teacher(protocol: Protocol) -> dict[str, Any]:
-    """The teacher's scores, and the device seconds that its last stage takes."""
+def teacher(protocol: Protocol) -> dict[str, Any] | None:
+    """The teacher's scores, and the device seconds that its last stage takes; None where no arm is
+    compared with it."""
     path, timed = protocol.results / "teacher.json", protocol.teacher_training
-    assert timed is not None
+    if timed is None:
+        return None
     if not path.is_file():
         folder = RUNS / protocol.name / "teacher"
         keys = [f"run_dir={folder / 'scores'}", "overwrite=true", "threads=1"]
         command = [sys.executable, "-m", "opd.evaluate", "embedded:teacher", *keys]
-        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        scores = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        del scores["answers"]
         steps = timed["timed_steps"]
-        short = [*timed["keys"], f"steps={steps}", "eval.draws=0", "data.limit_eval=2"]
-        train(short, folder / "timed")
-        seconds = read(folder / "timed").seconds()[-1]
-        result = json.loads(told) | {"training_s": seconds * timed["steps"] / steps}
-        result.pop("answers")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        train([*timed["keys"], f"steps={steps}", "eval.draws=0", "data.limit_eval=2"], folder / "t")
+        seconds = read(folder / "t").seconds()[-1] * timed["steps"] / steps
+        write(path, scores | {"training_s": seconds})
     return json.loads(path.read_text())
 
 
@@ -107,18 +103,14 @@ def main() -> None:
     parser.add_argument("protocol", nargs="?", type=Path, default=Path("bench/methods.yaml"))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="of the protocol; default all")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    given = parser.parse_args()
-    if not given.protocol.is_file():
-        parser.error(f"{given.protocol}: no such file")
-    protocol = Protocol.read(given.protocol)
-    unknown = [arm for arm in given.arms or [] if arm not in protocol.arms]
+    options = parser.parse_args()
+    if not options.protocol.is_file():
+        parser.error(f"{options.protocol}: no such file")
+    protocol = Protocol.read(options.protocol)
+    unknown = [arm for arm in options.arms or [] if arm not in protocol.arms]
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such arm (known: {', '.join(protocol.arms)})")
     failed: list[Run] = []
-    try:
-        begin(protocol)
-    except ValueError as error:
-        parser.error(str(error))
 
     def attempt(run: Run) -> None:
         try:
@@ -127,9 +119,13 @@ def main() -> None:
             failed.append(run)
             print(error, file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for arm in given.arms or protocol.arms:
+    try:
+        begin(protocol)
+    except UserError as error:
+        parser.error(str(error))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for arm in options.arms or protocol.arms:
             list(pool.map(attempt, protocol.tuned(arm)))
             list(pool.map(attempt, protocol.final(arm)))
-    print(write(protocol, teacher(protocol) if protocol.teacher_training else None))
+    print(write_report(protocol, teacher(protocol)))
     raise SystemExit(1 if failed else 0)

@@ -22,7 +22,6 @@ from opd.method.advantages import advantages
 from opd.method.objectives import Loss
 from opd.method.trainer import Trainer
 from opd.models.video_lm import VideoLM
-from opd.record.flops import Cost
 
 Loop = Callable[[Trainer, PromptBatch, int], tuple[Loss, Rollouts]]
 
@@ -129,32 +128,6 @@ def published_style(trainer: Trainer, batch: PromptBatch, step: int) -> tuple[Lo
     return train_on(trainer, batch, rollouts, old_logprobs), rollouts
 
 
-FORWARDS: dict[Loop, int] = {trl_style: 1, published_style: 3}  # of the student, besides generating
-
-
 def loop_step(loop: Loop, trainer: Trainer, batch: PromptBatch, step: int) -> None:
     """A loop's gradient and the update from it."""
     trainer.update([loop(trainer, batch, step)])
-
-
-def loop_flops(trainer: Trainer, batch: PromptBatch, rollouts: Rollouts, loop: Loop) -> float:
-    """FLOPs of a loop's step from the models' shapes, causal attention at half: generation with
-    its prefill and decoding, the student's forwards, the backward of one (twice its forward; the
-    frozen vision tower has none), and the teacher's forward."""
-    rows, count, length = rollouts.completion_ids.shape
-
-    def vision(cost: Cost) -> float:
-        return sum(cost.vision(prompt.grid_thw) for prompt in batch.prompts)
-
-    def language(cost: Cost) -> float:
-        rest = cost.per_head * (length + 1) * rows * count
-        return cost.prompt(rows * count, batch.input_ids.shape[1] + length) + rest
-
-    student, *teachers = trainer.costs.values()
-    generation = vision(student) + student.per_head * rows * count * length
-    for part in batch.parts():
-        size = len(part.input_ids), part.input_ids.shape[1]
-        generation += student.prompt(*size) + student.completions(*size, count, length - 1)
-    forwards = FORWARDS[loop] * (count * vision(student) + language(student))
-    teacher = sum(count * vision(cost) + language(cost) for cost in teachers)
-    return generation + forwards + 2 * language(student) + teacher

@@ -1,18 +1,21 @@
-"""Models of published shapes with random weights, and the prompts that they are given: synthetic
-video tokens in the places where Qwen3-VL's processor puts them."""
+"""Models of published shapes with random weights, and prompts of synthetic video tokens in the
+places where Qwen3-VL's processor puts them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from opd.config.run import Config
+from opd.config.run import Config, load_config
 from opd.data.batch import Prompt
 from opd.data.examples import Example
 from opd.generation.sampling import Policy
+from opd.method.teacher import Teacher
+from opd.method.trainer import Trainer
 from opd.models import liger
 from opd.models.load import load_options, prepare
 from opd.models.video_lm import VideoLM
@@ -24,6 +27,7 @@ NEVER = -1  # an end token that is never drawn
 DURATION_S = 128.0
 TRUTH = (20.0, 120.0)  # in seconds
 MORE_WORDS = 3  # of each prompt than of the one before it
+VISION = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +42,30 @@ class Scale:
     prompts: int = 4  # in a batch, one at a time
     length: int = 32  # tokens of a completion
     rollouts: int = 8  # of GRPO
-    steps: int = 10
-    short: int = 3  # steps of the other recompute modes
 
-    @property
-    def video_tokens(self) -> int:
-        return self.pairs * self.rows * self.columns
+    def config(self, method: str, run_dir: Path) -> Config:
+        """The configuration of a run with these sizes."""
+        models = {"opd": f"model.teacher={self.teacher}", "grpo": f"num_rollouts={self.rollouts}"}
+        return load_config(
+            [
+                f"method={method}",
+                f"model.student={self.student}",
+                models[method],
+                f"data.video_tokens={self.pairs * self.rows * self.columns}",
+                f"data.max_frames={2 * self.pairs}",
+                f"batch_size={self.prompts}",
+                "micro_batch_size=1",
+                f"sample.max_completion_length={self.length}",
+                "prefix.recompute=auto",
+                "optim.lr=1e-6",
+                f"run_dir={run_dir}",
+            ]
+        )
 
 
 class AnyTokens:
-    """Stands for a tokenizer: whatever the tokens, they name a part of the true moment."""
+    """Stands for a tokenizer: whatever the tokens, they name a part of the true moment. So answers
+    to one prompt differ in reward, and GRPO trains on all of them."""
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
         start, end = TRUTH
@@ -58,41 +76,55 @@ class AnyTokens:
         return [f"<{token}>" for token in ids]
 
 
+def random_trainer(config: Config, device: torch.device) -> Trainer:
+    """The trainer of random models; `config` has no `auto` left. Completions have their full
+    length: no token ends them."""
+    torch.manual_seed(config.seed)
+    student = random_model(config.model.student, config, device)
+    teacher = None
+    if config.method == "opd":
+        teacher = Teacher(random_model(config.model.teacher, config, device))
+    allowed = torch.ones(len(student.head.weight), dtype=torch.bool, device=device)
+    allowed[[getattr(student.model.config, name) for name in VISION]] = False
+    processor = SimpleNamespace(tokenizer=AnyTokens())
+    return Trainer(config, processor, student, teacher, Policy(allowed, 1.0, (NEVER,), 0))
+
+
 def random_model(folder: str, config: Config, device: torch.device) -> VideoLM:
     """A model of the folder's shapes, made where it is to be."""
-    where = load_options(config.model, device)
+    options = load_options(config.model, device)
     load: Any = AutoModelForImageTextToText.from_config
     with torch.device(device):
-        model = load(AutoConfig.from_pretrained(folder), dtype=where["dtype"])
-    lm = prepare(model, *where["backends"])
-    if where["fused"]:
+        model = load(AutoConfig.from_pretrained(folder), dtype=options["dtype"])
+    lm = prepare(model, *options["backends"])
+    if options["fused"]:
         liger.install(lm.language_model)
     return lm
 
 
 def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
-    """A prompt as Qwen3-VL's processor lays it out: `STAMP` tokens for each frame pair beside its
-    vision tokens, and `TEXT` in all. Prompt 0 has the scale's frame pairs; each further one has a
-    pair less and `MORE_WORDS` words more, because real prompts differ in length, and what plans
-    once for each shape would otherwise look free."""
-    pairs, more_words = max(1, scale.pairs - number), MORE_WORDS * number
+    """A prompt with `STAMP` tokens for each frame pair beside its vision tokens, and `TEXT` in all.
+    Prompt 0 has the scale's frame pairs; each further one has a pair less and `MORE_WORDS` words
+    more, because real prompts differ in length, and what plans once for each shape would otherwise
+    look free."""
+    pairs = max(1, scale.pairs - number)
     generator = torch.Generator().manual_seed(number)
     config = lm.model.config
-    known = min(WORDS, config.vision_start_token_id)
 
     def words(count: int) -> list[int]:
-        return torch.randint(known, (count,), generator=generator).tolist()
+        highest = min(WORDS, config.vision_start_token_id)
+        return torch.randint(highest, (count,), generator=generator).tolist()
 
     ids = words(TEXT // 2)
     for _ in range(pairs):
-        seen = [config.video_token_id] * (scale.rows * scale.columns)
+        vision = [config.video_token_id] * (scale.rows * scale.columns)
         ids += words(STAMP - 2)
-        ids += [config.vision_start_token_id, *seen, config.vision_end_token_id]
-    tokens = torch.tensor(ids + words(TEXT - TEXT // 2 + more_words))
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
+        ids += [config.vision_start_token_id, *vision, config.vision_end_token_id]
+    tokens = torch.tensor(ids + words(TEXT - TEXT // 2 + MORE_WORDS * number))
+    tower = config.vision_config
+    merge = tower.spatial_merge_size
     grid = pairs, scale.rows * merge, scale.columns * merge
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     seconds = DURATION_S / pairs
     positions, next_position = lm.positions(tokens, grid, seconds)
     return Prompt(
@@ -112,12 +144,3 @@ def make_prompt(lm: VideoLM, scale: Scale, number: int) -> Prompt:
         timestamps_s=tuple(seconds * pair for pair in range(pairs)),
         completion_ids=torch.tensor([0]),
     )
-
-
-def policy_of(lm: VideoLM) -> Policy:
-    """Everything but vision tokens, and no end."""
-    config = lm.model.config
-    allowed = torch.ones(len(lm.head.weight), dtype=torch.bool, device=lm.device)
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    allowed[[getattr(config, name) for name in names]] = False
-    return Policy(allowed, 1.0, (NEVER,), 0)

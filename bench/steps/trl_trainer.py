@@ -7,7 +7,6 @@ TRL may not end before it, and for us no token ends; both take the mean reverse 
 tokens and the whole vocabulary, so the two losses are equal without a factor.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,26 @@ from unittest import mock
 import datasets
 import huggingface_hub
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, DistillationTrainer  # type: ignore[attr-defined]
 
 from bench.steps.measure import errors, gradient
-from bench.timing import Times, now
 from opd.config.run import Config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.method.trainer import Trainer
 from opd.models.video_lm import VideoLM
 
 STAND_IN = "<|vision_pad|>"
-COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
-    "pad_token_id",
-)
 
 
 def text_model(lm: VideoLM) -> Qwen3ForCausalLM:
     """The language model of a Qwen3-VL model by itself, a copy of its weights."""
     text = lm.model.config.text_config
     rope = {key: text.rope_parameters[key] for key in ("rope_type", "rope_theta")}
-    sizes = {name: getattr(text, name) for name in COPIED}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, rope_parameters=rope, tie_word_embeddings=False))
+    own_settings = Qwen3Config().to_dict().keys() - {"architectures", "model_type"}
+    shared = {k: v for k, v in text.to_dict().items() if k in own_settings}
+    changes = {"rope_parameters": rope, "tie_word_embeddings": False}
+    model = Qwen3ForCausalLM(Qwen3Config(**(shared | changes)))
     weights = {f"model.{k}": v for k, v in lm.language_model.state_dict().items()}
     weights["lm_head.weight"] = lm.head.weight
     model.load_state_dict(weights)
@@ -90,44 +75,35 @@ def text_only(trainer: Trainer, batch: PromptBatch) -> PromptBatch:
     return collate(prompts, trainer.policy.pad_token_id, batch.input_ids.device)
 
 
-def peer(
-    trainer: Trainer,
-    batch: PromptBatch,
-    folder: Path,
-    steps: int,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> DistillationTrainer:
-    """TRL's trainer of copies of the same models on the same prompts, `steps` times. Its settings
-    are ours: fp32, no gradient checkpointing, AdamW, constant rate."""
+def peer(trainer: Trainer, batch: PromptBatch, folder: Path) -> DistillationTrainer:
+    """TRL's trainer of copies of the same models on the same prompts. Its settings are ours: fp32,
+    no gradient checkpointing, AdamW, constant rate."""
     assert trainer.teacher is not None
     config, tokenizer = trainer.config, trainer.processor.tokenizer
     texts = [tokenizer.decode(prompt.input_ids) for prompt in batch.prompts]
-    again = tokenizer(text=texts)["input_ids"]
-    assert again == [p.input_ids.tolist() for p in batch.prompts], "other tokens than ours"
-    length = config.sample.max_completion_length
+    ids = tokenizer(text=texts)["input_ids"]
+    assert ids == [p.input_ids.tolist() for p in batch.prompts], "other tokens than ours"
     # TRL reports its use to the hub unless it is told not to.
     with mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True):
-        return DistillationTrainer(
+        theirs = DistillationTrainer(
             model=text_model(trainer.student),
             teacher_model=text_model(trainer.teacher.lm),
-            args=settings(config, folder, len(texts), length, steps),
-            train_dataset=datasets.Dataset.from_dict({"prompt": texts * steps}),
+            args=settings(config, folder, len(texts)),
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
         )
+    theirs.create_optimizer()  # as its loop begins
+    theirs.current_gradient_accumulation_steps = 1
+    return theirs
 
 
-def settings(
-    config: Config, folder: Path, batch_size: int, length: int, steps: int
-) -> DistillationConfig:
+def settings(config: Config, folder: Path, batch_size: int) -> DistillationConfig:
     """TRL's names for this configuration."""
-    optim = config.optim
+    optim, length = config.optim, config.sample.max_completion_length
     return DistillationConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
-        max_steps=steps,
         learning_rate=optim.lr,
-        lr_scheduler_type="constant",
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
@@ -136,14 +112,10 @@ def settings(
         temperature=config.sample.temperature,
         max_completion_length=length,
         generation_kwargs={"min_new_tokens": length},
-        shuffle_dataset=False,
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
         seed=config.seed,
     )
 
@@ -168,44 +140,24 @@ def prove_equal(
     model.train()
     value = theirs.compute_loss(model, inputs)
     value.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     tokens = int(mask.sum())
-    mine = float(loss.loss.detach()) / tokens, [g / tokens for g in summed]
-    weights = named(trainer)
-    return errors(mine, (float(value.detach()), [found[name] for name in weights]))
+    ours = float(loss.loss.detach()) / tokens, [g / tokens for g in summed]
+    return errors(ours, (float(value.detach()), [grads[name] for name in names(trainer)]))
 
 
-def named(trainer: Trainer) -> list[str]:
+def names(trainer: Trainer) -> list[str]:
     """The names in `text_model` of the parameters, in the optimizer's order."""
-    names = {id(p): f"model.{n}" for n, p in trainer.student.language_model.named_parameters()}
-    names[id(trainer.student.head.weight)] = "lm_head.weight"
+    by_id = {id(p): f"model.{n}" for n, p in trainer.student.language_model.named_parameters()}
+    by_id[id(trainer.student.head.weight)] = "lm_head.weight"
     groups = trainer.engine.optimizer.param_groups
-    return [names[id(p)] for group in groups for p in group["params"]]
+    return [by_id[id(p)] for group in groups for p in group["params"]]
 
 
-class InTurn(TrainerCallback):
-    """After each step of TRL's own loop, one of ours; seconds of both, from before TRL generates to
-    after its update. The first `warmup` rounds are not kept."""
-
-    def __init__(self, ours: Callable[[int], object], warmup: int) -> None:
-        self.ours, self.warmup = ours, warmup
-        self.times: Times = {"ours": [], "trl": []}
-        self._begun = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._begun = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        done = now()
-        self.ours(state.global_step)
-        if state.global_step > self.warmup:
-            self.times["trl"].append(done - self._begun)
-            self.times["ours"].append(now() - done)
-
-
-def step(theirs: DistillationTrainer, batch: PromptBatch) -> None:
-    """One step of TRL's by hand, as its loop makes it: generation, loss, backward, update."""
+def step(theirs: DistillationTrainer, batch: PromptBatch, _: int = 0) -> None:
+    """One step of TRL's trainer without the logging and callbacks of its loop: generation, loss,
+    backward, update."""
     model: Any = theirs.model
     optimizer: Any = theirs.optimizer
     tokenizer: Any = theirs.processing_class

@@ -16,8 +16,8 @@ from fused_kl import triton_divergence, triton_shared, triton_tokens
 from fused_kl.rows import Banned, Norms, Summary, TokenRows, TokenScale
 from fused_kl.tiles import RowProgram, num_multiprocessors, row_program
 
-# Programs of `scale_` on each multiprocessor; `bench.kernels.registers` limits the registers of a
-# thread so that all of them are resident at once.
+# Programs of `scale_` on each multiprocessor; a test limits the registers of a thread, so that all
+# of them are resident at once.
 SCALE_PROGRAMS = 4
 SCALE_BLOCK, SCALE_WARPS = 8192, 8
 CHOSEN_BLOCK, CHOSEN_WARPS = 128, 4

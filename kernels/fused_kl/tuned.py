@@ -1,5 +1,5 @@
-"""Fastest sizes by GPU name. `python -m bench.gpu tune` measures them and rewrites this table;
-`fused_kl.tiles` has defaults for all other GPUs."""
+"""Fastest sizes by GPU name. `python -m bench.gpu tune` measures them and `python -m
+bench.kernels.tune` rewrites this table; `fused_kl.tiles` has defaults for all other GPUs."""
 
 from __future__ import annotations
 

@@ -1,80 +1,90 @@
 """The kernel benchmarks compare like with like: who computes another loss is not timed, who is
-slower is told so, and who runs out of memory does not stop the others."""
+slower is told so, and who fails does not stop the others. Tuning chooses the fastest size."""
 
+import importlib.util
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import failures, tables, timing
-from bench.kernels import measure as kernels
-from bench.kernels import precision, providers
-from bench.kernels.problems import Problem, Shape, relative_errors
-from bench.kernels.providers import REVERSE_KL, Peer, Provider
-from bench.kernels.token_losses import policy_dense
+from bench import timing
+from bench.kernels import losses, measure, tune
+from bench.kernels.losses import REVERSE_KL, TASKS, Provider, Task
+from bench.kernels.problems import Problem, Shape, gradient_error
+from bench.tables import provider_rows
+from fused_kl import tiles, tuned
+from fused_kl.tuned import Sizes
 
 SMALL = Shape("small", 8, 4001, 64, 96)
-LIMIT = f"out of memory at {SMALL}"
-PROOF = "out of memory at 64 x 4001 from 64 and 96"
+FAST = Provider(loss=losses.kl)
 
 
-def found_of(**losses: Callable[[Problem], torch.Tensor]) -> dict[str, Provider]:
-    return {name: Provider(loss) for name, loss in losses.items()}
+def measured(pedantic: Any, rounds: int = 3, **providers: Any) -> dict[str, dict[str, Any]]:
+    made = {n: p if isinstance(p, Provider) else Provider(loss=p) for n, p in providers.items()}
+    return measure.measure(pedantic, REVERSE_KL, made, SMALL, rounds)
 
 
-def measured(found: dict[str, Provider], rounds: int = 7) -> dict[str, dict[str, Any]]:
-    failures: dict[str, str] = {}
-    memory = kernels.peaks(REVERSE_KL, found, SMALL, failures)
-    return kernels.measure(REVERSE_KL, found, SMALL, memory, failures, rounds)
+def test_no_provider_of_another_loss_is_timed(pedantic: Any) -> None:
+    def scaled(problem: Problem) -> torch.Tensor:
+        return 1.1 * losses.kl_dense(problem)
 
-
-def test_no_provider_of_another_loss_is_timed() -> None:
-    ours = found_of(fast=providers.fast, lowmem=providers.lowmem)
-    proof = kernels.prove_equal(REVERSE_KL, ours, SMALL)
-    assert all(max(errors.values()) < 1e-3 for errors in proof.values())
-    wrong = found_of(fast=providers.fast, wrong=lambda p: 1.1 * providers.dense(p))
-    with pytest.raises(AssertionError, match=r"another loss: off by 0\.1"):
-        kernels.prove_equal(REVERSE_KL, wrong, SMALL)
-    rows = measured(wrong)
-    assert rows["wrong"] == {"failed": "AssertionError: another loss: off by 0.1"}
-    assert rows["fast"]["rounds"] == 7
-
-
-def test_a_right_loss_with_a_wrong_gradient_is_not_timed() -> None:
-    def wrong(problem: Problem) -> torch.Tensor:
-        value = providers.dense(problem)
+    def gradient_alone(problem: Problem) -> torch.Tensor:
+        value = losses.kl_dense(problem)
         return value + 0.1 * (value - value.detach())
 
-    with pytest.raises(AssertionError, match="student_lm_head"):
-        kernels.prove_equal(REVERSE_KL, found_of(wrong=wrong), SMALL)
+    rows = measured(pedantic, fast=FAST, scaled=scaled, gradient_alone=gradient_alone)
+    assert rows["scaled"] == {"failed": "AssertionError: another loss: off by 0.1"}
+    assert rows["gradient_alone"] == {"failed": "AssertionError: another gradient: off by 0.1"}
+    assert rows["fast"]["rounds"] == 3 and rows["fast"]["gradient_error"] < 1e-3
 
 
-@pytest.mark.parametrize("task", kernels.TASKS, ids=lambda task: task.name)
-def test_every_provider_computes_the_loss(task: providers.Task) -> None:
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_provider_computes_the_loss(task: Task) -> None:
+    failures: dict[str, str] = {}
     with torch.compiler.set_stance("force_eager"):  # the compiler's own tests are not ours
-        found, skipped = task.find("cpu")
-        proof = kernels.prove_equal(task, found, Shape("small", 48, 4001, 64, 96))
-    assert proof.keys() == found.keys() >= {"fast", providers.MASKED, "dense", "compiled"}
-    assert "trl" in found.keys() | skipped.keys()
-    assert set(task.peers) == (found.keys() | skipped.keys()) & task.peers.keys()
+        providers, skipped = task.available()
+        proof = measure.prove_equal(task, providers, 4001, failures)
+    assert not failures and proof.keys() == providers.keys()
+    assert providers.keys() >= {"fast", "fast_allowed_columns", "dense", "compiled"}
+    assert providers.keys() | skipped.keys() == task.providers.keys()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_trainers_call_leaves_columns_out(task: Task) -> None:
+    """It is proved against the definition over the allowed columns, which another mask misses."""
+    shape = Shape("small", 64, 4001, 64, 96)
+    problem = Problem.of(shape, dtype=torch.float32, device="cpu", teacher=task.teacher)
+    allowed = problem.allowed_columns
+    assert int((~allowed).sum()) == 4 + 4001 * 267 // 151_936 and not allowed[-1]
+    assert allowed[problem.token_ids].all(), "the sampler draws none of the others"
+    masked = task.providers["fast_allowed_columns"]
+    masked.step(problem)
+    head_gradient = problem.student_lm_head.grad
+    assert head_gradient is not None and not head_gradient[~allowed].any()
+    assert head_gradient[allowed].any(-1).all()
+    whole = {"whole": Provider(loss=task.providers["fast"].loss, masked=True)}
+    failures: dict[str, str] = {}
+    measure.prove_equal(task, whole, 40, failures)
+    assert "another" in failures["whole"]
 
 
 def test_some_tokens_of_the_policy_loss_are_clipped() -> None:
     shape = Shape("two completions", 64, 4001, 64, 96)
-    problem = Problem.of(shape, dtype=torch.float32, device="cpu", tokens=True)
-    value = policy_dense(problem)
+    problem = Problem.of(shape, dtype=torch.float32, device="cpu", teacher=False)
+    value = losses.dense(problem, losses.clipped)
     value.backward()
     exact = problem.wide()
-    tokens = exact.tokens
-    assert tokens.sequence_length == 32 and tokens.advantages.unique().tolist() == [-1, 2]
+    assert exact.completion_length == 32 and exact.advantages.unique().tolist() == [-1, 2]
     logits = exact.student_hidden @ exact.student_lm_head.T
-    logprobs = logits.log_softmax(-1).gather(-1, tokens.ids[:, None])[:, 0]
-    moved, advantages = (logprobs - tokens.old_logprobs).detach(), tokens.advantages
+    logprobs = logits.log_softmax(-1).gather(-1, exact.token_ids[:, None])[:, 0]
+    moved, advantages = (logprobs - exact.old_logprobs).detach(), exact.advantages
     # By hand: exp(0.5) > 1.2 stops where the advantage is positive, exp(-0.5) < 0.8 where it is
     # negative; 0.1 either way does not.
     stopped = ((moved > 0.4) & (advantages > 0)) | ((moved < -0.4) & (advantages < 0))
@@ -83,10 +93,10 @@ def test_some_tokens_of_the_policy_loss_are_clipped() -> None:
     assert float(value.detach()) == pytest.approx(float(-(ratio * advantages).mean()), rel=1e-4)
     slope = torch.where(stopped, 0, -moved.exp() * advantages) / len(moved)
     (slope * logprobs).sum().backward()
-    assert max(relative_errors(problem, exact).values()) < 1e-4
+    assert gradient_error(problem, exact) < 1e-4
 
 
-def test_a_slow_provider_is_told_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_provider_is_told_slower(pedantic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that only the calls themselves advance, so that a busy machine changes nothing."""
     clock = [0.0]
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -98,145 +108,94 @@ def test_a_slow_provider_is_told_slower(monkeypatch: pytest.MonkeyPatch) -> None
 
         return timed
 
-    task = replace(REVERSE_KL, gemms=taking(1.0, REVERSE_KL.gemms))
-    slow, fast = taking(5.0, providers.fast), taking(2.0, providers.fast)
-    found = found_of(fast=fast, slow=slow, same=fast)
-    rows = kernels.measure(task, found, SMALL, dict.fromkeys(found, 0), {}, 7)
-    assert {name: row["ratio"] for name, row in rows.items()} == {
-        "gemms": 1,
-        "fast": 2,
-        "slow": 5,
-        "same": 2,
-    }
+    monkeypatch.setattr(measure, "bare_products", taking(1.0, measure.bare_products))
+    slow, fast = taking(5.0, losses.kl), taking(2.0, losses.kl)
+    rows = measured(pedantic, 7, fast=fast, slow=slow, same=fast)
+    ratios = {name: row["ratio"] for name, row in rows.items()}
+    assert ratios == {"gemms": 1, "fast": 2, "slow": 5, "same": 2}
     assert rows["slow"]["over_fast_interval"] == [2.5, 2.5]
     assert rows["same"]["over_fast"] == rows["fast"]["over_fast"] == 1
     assert rows["gemms"]["tflops"] == pytest.approx(5 * rows["slow"]["tflops"])
     assert rows["same"]["gradient_error"] == rows["fast"]["gradient_error"] < 1e-3
 
 
-OUT = {
-    "CUDA": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory"),
-    "CPU": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    "Python": MemoryError,
+ERRORS = {
+    "CUDA": (lambda: torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    "CPU": (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    "Python": (MemoryError, "out of memory"),
+    "other": (lambda: TypeError("no kernel for this\nand more"), "TypeError: no kernel for this"),
 }
 
 
-@pytest.mark.parametrize("error", OUT.values(), ids=OUT)
-@pytest.mark.parametrize("call", [0, 1, 2, 4])  # in the memory pass, the proof, while timing
-def test_who_runs_out_of_memory_does_not_stop_the_others(
-    error: Callable[[], Exception], call: int
+@pytest.mark.parametrize(("error", "reason"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("call", [0, 1, 3])  # in the proof, and while timing
+def test_who_fails_does_not_stop_the_others(
+    pedantic: Any, error: Callable[[], Exception], reason: str, call: int
 ) -> None:
     calls = []
 
-    def large(problem: Problem) -> torch.Tensor:
-        calls.append(len(problem.student_hidden))
-        if len(calls) > call:
-            raise error()
-        return providers.fast(problem)
-
-    rows = measured(found_of(large=large, fast=providers.fast), rounds=3)
-    assert rows["large"] == {"failed": PROOF if call == 1 else LIMIT}
-    assert len(calls) == call + 1, "it is not asked again"
-    assert rows["fast"]["rounds"] == 3 and rows["fast"]["ratio_interval"]
-    text = "\n".join(tables.providers({"providers": rows}))
-    assert "| large | out of memory at " in text and "| fast | " in text
-
-
-def test_ours_may_run_out_of_memory_too() -> None:
-    def large(problem: Problem) -> torch.Tensor:
-        raise MemoryError
-
-    rows = measured(found_of(fast=large, dense=providers.dense), rounds=3)
-    assert "failed" in rows["fast"] and "over_fast" not in rows["dense"]
-    assert kernels.shown(REVERSE_KL, SMALL, rows, {})["providers"] == rows
-
-
-@pytest.mark.parametrize("call", [0, 1, 2, 4])  # in the memory pass, the proof, while timing
-def test_the_error_of_one_provider_loses_nothing_of_the_others(call: int) -> None:
-    calls = []
-
-    def broken(problem: Problem) -> torch.Tensor:
+    def failing(problem: Problem) -> torch.Tensor:
         calls.append(problem)
         if len(calls) > call:
-            raise TypeError("no kernel for this\nand a second line")
-        return providers.fast(problem)
+            raise error()
+        return losses.kl(problem)
 
-    rows = measured(found_of(broken=broken, fast=providers.fast), rounds=3)
-    assert rows["broken"] == {"failed": "TypeError: no kernel for this"}
-    assert rows["fast"]["rounds"] == 3 and len(calls) == call + 1, "it is not asked again"
-
-
-def test_an_error_that_breaks_the_device_is_nobody_elses() -> None:
-    def broken(problem: Problem) -> torch.Tensor:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(failures.DeviceLost, match="broken: RuntimeError: CUDA error") as lost:
-        measured(found_of(fast=providers.fast, broken=broken))
-    assert lost.value.name == "broken"
-    with pytest.raises(TypeError, match="not kept"):
-        failures.attempt({}, "a", SMALL, lambda: (_ for _ in ()).throw(TypeError("not kept")))
+    rows = measured(pedantic, fast=FAST, failing=failing)
+    assert rows["failing"] == {"failed": reason} and rows["fast"]["rounds"] == 3
+    assert len(calls) == call + 1, "it is not asked again"
+    text = "\n".join(provider_rows(rows, {"peer": "not there"}))
+    assert f"| failing | {reason} |" in text and "| peer | skipped: not there |" in text
 
 
-@pytest.mark.parametrize("task", kernels.TASKS, ids=lambda task: task.name)
-def test_the_trainers_call_leaves_columns_out(task: providers.Task) -> None:
-    """It is proved against the definition over the allowed columns, which another mask misses."""
-    found, _ = task.find("cpu")
-    ours = found[providers.MASKED]
-    shape = Shape("small", 48, 4001, 64, 96)
-    (proof,) = kernels.prove_equal(task, {providers.MASKED: ours}, shape).values()
-    assert proof["loss_error"] < 1e-4 and proof["gradient_error"] < 1e-3
-    problem = Problem.of(shape, dtype=torch.float32, device="cpu", tokens=task.needs_tokens)
-    allowed = problem.allowed_columns
-    assert allowed.dtype == torch.bool and int((~allowed).sum()) == 4 + 4001 * 267 // 151_936
-    assert not allowed[-1]
-    if task.needs_tokens:
-        assert allowed[problem.tokens.ids].all(), "the sampler draws none of the others"
-    ours.step(problem)
-    head_gradient = problem.student_lm_head.grad
-    assert head_gradient is not None and not head_gradient[~allowed].any()
-    assert head_gradient[allowed].any(-1).all()
-    with pytest.raises(AssertionError, match="another"):
-        whole = {"whole": Provider(task.ours["fast"], truth=ours.truth)}
-        kernels.prove_equal(task, whole, Shape("small", 48, 40, 64, 96))
+def test_memory_is_beyond_the_gradient_of_the_head() -> None:
+    def hungry(problem: Problem) -> torch.Tensor:
+        held = torch.ones(25_000_000)
+        return losses.kl(problem) + 0 * held[0]
+
+    def failing(problem: Problem) -> torch.Tensor:
+        raise MemoryError
+
+    providers = {"fast": FAST, "hungry": Provider(loss=hungry), "none": Provider(loss=failing)}
+    rows = measure.memory(REVERSE_KL, providers, SMALL)
+    fast, hungry_mb = (rows[n]["peak_mb_beyond_head_gradient"] for n in ("fast", "hungry"))
+    assert 90 < hungry_mb - fast < 110 and rows["none"] == {"failed": "out of memory"}
 
 
-def test_a_peer_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] == "trl"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "trl", None)
-    found, skipped = REVERSE_KL.find("cpu")
-    assert "trl" not in found and {"fast", "dense"} <= found.keys()
-    assert skipped["trl"] == "not installed (pip install trl==1.16.0)"
-    assert skipped["liger_fused"] == "needs a CUDA device"
-    peer = Peer("liger_kernel.no_such_module", lambda library: library.nothing)
-    told = peer.provider("cpu")
-    assert isinstance(told, str) and told.startswith("cannot be imported: No module named ")
-    assert told.endswith("(pip install liger-kernel==0.8.5)")
+def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "find_spec", lambda name: None if name == "trl" else 1)
+    providers, skipped = REVERSE_KL.available()
+    assert "trl" not in providers and {"fast", "dense"} <= providers.keys()
+    assert skipped["trl"] == "trl is not installed"
+    if not torch.cuda.is_available():
+        assert skipped["liger_fused"] == "needs a GPU"
 
 
 def test_the_shapes_are_those_of_real_pairs() -> None:
-    (small, middle, large) = kernels.shapes_of("Qwen3-VL 2B from 8B")
-    assert (small.num_rows, middle.num_rows, large.num_rows) == (32, 640, 16_384)
-    assert (large.vocab, large.student_size, large.teacher_size) == (151_936, 2048, 4096)
-    assert (small.sequence_length, middle.sequence_length, large.sequence_length) == (32, 32, 2048)
+    shapes = {shape.name: shape for shape in measure.real_shapes()}
+    assert len(shapes) == 9
+    large = shapes["Qwen3-VL 2B from 8B, 16384 tokens"]
+    assert (large.num_rows, large.vocab) == (16_384, 151_936)
+    assert (large.student_size, large.teacher_size, large.completion_length) == (2048, 4096, 2048)
 
 
 def test_ratios_by_hand() -> None:
-    found = timing.ratio([2.0, 3.0, 8.0], [1.0, 1.0, 4.0])
-    assert (found["rounds"], found["ratio"], found["first_ms"]) == (3, 2.0, 3000.0)
-    low, high = found["ratio_interval"]  # pyright: ignore
-    assert low == 2.0 and high == 3.0
+    result = timing.ratio([2.0, 3.0, 8.0], [1.0, 1.0, 4.0])
+    assert (result["rounds"], result["ratio"], result["first_ms"]) == (3, 2.0, 3000.0)
+    assert result["ratio_interval"] == [2.0, 3.0]
 
 
-def test_calls_are_interleaved_and_counted() -> None:
+def test_calls_take_turns_and_pytest_benchmark_times_the_first(pedantic: Any) -> None:
     seen: list[tuple[str, int]] = []
-    calls = {name: lambda n, name=name: seen.append((name, n)) for name in "ab"}
-    times = timing.interleaved(calls, 3, warmup=1)
-    assert seen == [(name, n) for n in range(4) for name in "ab"]
+    calls = {name: lambda n, name=name: seen.append((name, n)) for name in "abc"}
+    times = timing.interleaved(pedantic, calls, 3, warmup=1)
+    assert seen == [(name, n) for n in range(4) for name in "bca"]
+    assert pedantic.calls == [("a", n) for n in range(4)]
     assert all(len(values) == 3 and min(values) >= 0 for values in times.values())
 
 
-def test_the_clock_is_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_is_read_when_the_device_is_done(
+    pedantic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     clock = time.perf_counter
 
@@ -247,9 +206,8 @@ def test_the_clock_is_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
     monkeypatch.setattr(timing.time, "perf_counter", read)
-    timing.interleaved({"a": lambda _: seen.append("call")}, 2, warmup=1)
-    begun, done = ["wait", "clock", "call", "wait"], ["clock"]
-    assert seen == begun + 2 * (begun + done)  # the warm-up's end is nobody's
+    timing.interleaved(pedantic, {"a": lambda _: seen.append("call")}, 2, warmup=1)
+    assert seen == 3 * ["wait", "clock", "call", "wait", "clock"]
 
 
 def test_peak_memory_is_what_a_call_allocates() -> None:
@@ -260,8 +218,84 @@ def test_peak_memory_is_what_a_call_allocates() -> None:
 
 
 def test_precision_by_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CASES", [(10.0, 0.1)])
+    monkeypatch.setattr(measure, "CASES", [(10.0, 0.1)])
     with torch.compiler.set_stance("force_eager"):
-        shape = Shape("small", 16, 4001, 32, 64)
-        (row,) = precision.table("cpu", torch.bfloat16, shape)
+        (row,) = measure.precision(torch.bfloat16, Shape("small", 16, 4001, 32, 64))
     assert row["fast"] < 0.01 and row["lowmem"] < 0.01 < 0.2 < row["dense"]
+
+
+class TestTuning:
+    """Sizes of the kernels' pieces."""
+
+    def test_no_budget_is_above_the_promised_memory(self) -> None:
+        defaults = {size: values[0] for size, values in tune.CANDIDATES.items()}
+        assert defaults == {name: table["gpu"] for name, table in tune.TABLES.items()}
+        for size in ("fast_bytes", "lowmem_bytes"):
+            assert max(tune.CANDIDATES[size]) == defaults[size]
+
+    def test_another_size_is_really_used(self) -> None:
+        with tune.trying("row_blocks", {1024: 4, 4096: 16}):
+            assert tiles.row_program(3, 9000)[:2] == (4096, 16)
+        with tune.trying("programs", 6):
+            assert tiles.row_program(3, 9000).splits == 2
+        with tune.trying("fast_bytes", 8 * 100 * 5):
+            rules: dict[str, Any] = dict(bytes_per_logit=8, chunk_size=0)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            assert tiles.make_plan("fast", 50, 100, **rules, device_type=device).rows == 5
+
+    def test_candidates_are_proved_and_timed(
+        self, pedantic: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tune, "CANDIDATES", {"lowmem_bytes": (80_000, 40_000)})
+        rows = tune.measure_candidates(pedantic, "lowmem_bytes", SMALL)
+        assert list(rows) == ["gemms", "80000", "40000"]
+        assert rows["80000"]["over_fast"] == 1 and rows["40000"]["gradient_error"] < 1e-3
+
+    def test_the_winner_is_faster_by_more_than_noise(self) -> None:
+        def winner(*shapes: tuple[float | None, ...]) -> Any:
+            """Of candidates 0, 1 and so on; None stands for a failure."""
+            return tune.winner(
+                [
+                    {"gemms": {}}
+                    | {str(i): {"over_fast": x} if x else {"failed": "x"} for i, x in enumerate(s)}
+                    for s in shapes
+                ]
+            )
+
+        assert winner((1, 0.99), (1, 0.985)) == 0
+        assert winner((1, 0.9, 0.97), (1, 1.0, 0.97)) == 1
+        assert winner((1, 0.5), (1, 2.1)) == 0 and winner((1, None), (1, 0.5)) == 0
+        rows = {'{"1024": 4}': {"over_fast": 1.0}, '{"1024": 8}': {"over_fast": 0.5}}
+        assert tune.winner([rows]) == {1024: 8}
+
+    def test_the_winners_are_written(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "tuned.py"
+        path.write_text(tune.TABLE.read_text())
+        old = Sizes({2048: 8}, 528, 10**9, 10**8)
+        monkeypatch.setattr(tuned, "TUNED", {"GPU B": old})
+        monkeypatch.setattr(tune, "TABLE", path)
+        chosen = {"row_blocks": {"1024": 8}, "programs": 264, "fast_bytes": 600, "lowmem_bytes": 9}
+        benchmarks = {
+            size: {"size": size, "candidates": {json.dumps(value): {"over_fast": 1.0}}}
+            for size, value in chosen.items()
+        }
+        result = tmp_path / "gpu_tune.json"
+        content = {"hardware": "GPU A", "commit": "0ab", "date": "2026-11-21"}
+        result.write_text(json.dumps(content | {"benchmarks": benchmarks}))
+        tune.main([str(result)])
+        spec = importlib.util.spec_from_file_location("written", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        written = {name: Sizes(*sizes) for name, sizes in module.TUNED.items()}
+        assert written == {"GPU A": Sizes({1024: 8}, 264, 600, 9), "GPU B": old}
+        check = [sys.executable, "-m", "ruff", "format", "--check", "--line-length=100", str(path)]
+        assert subprocess.run(check, capture_output=True).returncode == 0
+        del benchmarks["programs"]
+        result.write_text(json.dumps(content | {"benchmarks": benchmarks}))
+        with pytest.raises(SystemExit) as ended:
+            tune.main([str(result)])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith("gpu_tune.json: not measured: programs\n")

@@ -11,10 +11,10 @@ import yaml
 
 from bench.bench_convergence import compared, short_runs
 from bench.methods import protocol as protocols
+from bench.methods import report, run
 from bench.methods.protocol import Protocol, Run
-from bench.methods.report import headline, published_style_s, report, side_by_side, table, write
+from bench.methods.report import compare, score_tables, summarise
 from bench.methods.run import begin, carry_out
-from bench.record import hardware
 from opd.config.run import load_config
 from opd.record.curve import Curve, shared, thresholds
 from opd.report import main
@@ -88,8 +88,8 @@ def test_what_is_no_run_is_one_line(
         (tmp_path / "summary.json").write_text(content)
     with pytest.raises(SystemExit) as error:
         main([str(tmp_path)])
-    told = capsys.readouterr().err
-    assert error.value.code == 2 and told.count("\n") == 1 and "summary.json" in told
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and "summary.json" in message
 
 
 @pytest.fixture
@@ -107,25 +107,25 @@ def protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     )
 
 
-def keep(run: Run, points: Any, **more: Any) -> None:
-    run.result.parent.mkdir(parents=True, exist_ok=True)
+def keep(made: Run, points: Any) -> None:
+    made.result.parent.mkdir(parents=True, exist_ok=True)
     gain = {"miou": {"mean": 0.3, "interval": [0.2, 0.4]}}
     common = {"hardware": "h", "commit": ["0123456789-dirty"], "date": "2026-11-21"}
     common |= {"gain": gain, "trained_share": 1.0, "tokens": 9999}
-    run.result.write_text(json.dumps({"curve": points, "keys": list(run.keys)} | common | more))
+    made.result.write_text(json.dumps({"curve": points, "keys": list(made.keys)} | common))
 
 
 def test_the_best_rate_needs_all_and_is_the_mean_of_the_scores(protocol: Protocol) -> None:
     ends = [(0.6, 0.2), (0.5, 0.5), (0.7, 0.1)]
-    for run, (greedy, sampled) in zip(protocol.tuned("opd"), ends, strict=True):
+    for tuned, (greedy, sampled) in zip(protocol.tuned("opd"), ends, strict=True):
         assert protocol.best_rate("opd") is None and protocol.final("opd") == []
-        keep(run, [point(30, greedy, sampled)])
+        keep(tuned, [point(30, greedy, sampled)])
     assert protocol.best_rate("opd") == "2"
     other = replace(protocol, chosen_by={"opd": ["miou"]})
     assert other.best_rate("opd") == "4", "an arm may be chosen by its own scores"
     assert other.final("opd")[0].result != protocol.final("opd")[0].result
     runs = protocol.final("opd")
-    assert [run.keys for run in runs] == [
+    assert [final.keys for final in runs] == [
         ("steps=30", "optim.lr=2", f"seed={seed}") for seed in (0, 1)
     ]
     assert protocol.tuned("grpo")[0].keys == (
@@ -133,91 +133,109 @@ def test_the_best_rate_needs_all_and_is_the_mean_of_the_scores(protocol: Protoco
     )
 
 
-def test_the_report_by_hand(protocol: Protocol) -> None:
-    known = {"miou": 1.0, "sampled_miou": 0.9, "training_s": 100.0}
+def test_the_report_by_hand(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "plot", lambda curves, path: path.touch())
+    teacher = {"miou": 1.0, "sampled_miou": 0.9, "training_s": 100.0}
     for arm in ("opd", "grpo"):
-        for run, greedy in zip(protocol.tuned(arm), (0.5, 0.6, 0.55), strict=True):
-            keep(run, [point(30, greedy, 0.3)])
+        for tuned, greedy in zip(protocol.tuned(arm), (0.5, 0.6, 0.55), strict=True):
+            keep(tuned, [point(30, greedy, 0.3)])
     own = [dict(p, device_s=p["device_s"] | {"teacher": 0.0}) for p in CURVE.points[:3]]
-    for run in protocol.final("opd"):
-        keep(run, CURVE.points)
-    assert set(report(protocol, known)["arms"]["grpo"]) == {"rates", "best_rate", "inside_grid"}
-    for run in protocol.final("grpo"):
-        keep(run, own)
-    found = report(protocol, known)
-    assert found["start"] == {"miou": 0.4, "sampled_miou": pytest.approx(0.3)}
-    assert found["equal_steps"] == 20
-    assert found["equal_device_s"] == {"with_scoring": 45, "without_scoring": 40}
-    opd, grpo = found["arms"]["opd"]["miou"], found["arms"]["grpo"]["miou"]
-    assert opd["end"]["mean"] == 0.7 and opd["at_equal_steps"]["seeds"] == [0.45, 0.45]
-    assert opd["at_equal_device_s"]["with_scoring"]["mean"] == pytest.approx(0.5 - 0.05 / 3)
-    assert opd["at_equal_device_s"]["without_scoring"]["mean"] == pytest.approx(0.45)
-    first = opd["device_s_to"][0]  # 0.4 + 0.6 / 6
-    assert first["score"] == pytest.approx(0.5)
-    assert first["without_scoring"]["mean"] == pytest.approx(20)
-    assert first["with_scoring"]["mean"] == pytest.approx(35)
-    assert first["with_teacher_training"]["mean"] == pytest.approx(135)
-    assert grpo["device_s_to"][0]["with_teacher_training"]["mean"] == pytest.approx(25)
-    assert grpo["device_s_to"][1]["with_scoring"]["mean"] is None
-    assert (found["hardware"], found["commit"], found["date"]) == ("h", "0123456+", "2026-11-21")
+    for final in protocol.final("opd"):
+        keep(final, CURVE.points)
+    summary = summarise(protocol, teacher)
+    assert set(summary["arms"]["grpo"]) == {"rates", "best_rate", "inside_grid"}
+    for final in protocol.final("grpo"):
+        keep(final, own)
+    summary = summarise(protocol, teacher)
+    assert summary["start"] == {"miou": 0.4, "sampled_miou": pytest.approx(0.3)}
+    assert summary["equal_steps"] == 20
+    assert summary["equal_device_s"] == {"with_scoring": 45, "without_scoring": 40}
+    opd, grpo = summary["arms"]["opd"]["miou"], summary["arms"]["grpo"]["miou"]
+    means = {name: entry["mean"] for name, entry in opd.items()}
     # GRPO's runs are the first 20 steps of the other's: its best on the way is 0.5, at step 10.
-    assert found["grpo_best"]["miou"]["mean"] == 0.5
-    to = opd["device_s_to_grpo_best"]
-    assert [to[name]["mean"] for name in to] == pytest.approx([20, 35, 135])
-    assert list(to) == ["without_scoring", "with_scoring", "with_teacher_training"]
-    assert grpo["device_s_to_grpo_best"]["with_teacher_training"]["mean"] == pytest.approx(25)
-    spent = found["arms"]["opd"]["device_s"]
-    assert spent["with_teacher_training"]["mean"] == 195 and spent["own_loop"]["mean"] == 95
-    assert found["arms"]["grpo"]["device_s"]["with_teacher_training"]["mean"] == 45
-    valid = found["valid"]
+    # The first level is 0.4 + 0.6 / 6.
+    assert means == pytest.approx(
+        {
+            "end": 0.7,
+            "at_equal_steps": 0.45,
+            "at_equal_device_s": 0.5 - 0.05 / 3,
+            "at_equal_device_s_without_scoring": 0.45,
+            "device_s_to_0.500": 35,
+            "device_s_to_0.600": 65 + 30 * 0.15 / 0.25,
+            "device_s_to_0.700": 95,
+            "device_s_to_0.800": None,
+            "device_s_to_0.900": None,
+            "device_s_to_GRPO_best": 35,
+            "device_s_to_GRPO_best_without_scoring": 20,
+            "device_s_to_GRPO_best_with_teacher_training": 135,
+        }
+    )
+    assert opd["at_equal_steps"]["seeds"] == [0.45, 0.45]
+    assert grpo["device_s_to_0.500"]["mean"] == pytest.approx(25)
+    assert grpo["device_s_to_GRPO_best_with_teacher_training"]["mean"] == pytest.approx(25)
+    assert grpo["device_s_to_0.600"]["mean"] is None
+    assert (summary["hardware"], summary["commit"]) == ("h", "0123456+")
+    assert summary["date"] == "2026-11-21" and summary["grpo_best"]["miou"]["mean"] == 0.5
+    spent = summary["arms"]["opd"]["device_s"]
+    assert [entry["mean"] for entry in spent.values()] == [95, 35, 195]
+    assert summary["arms"]["grpo"]["device_s"]["with_teacher_training"]["mean"] == 45
+    valid = summary["valid"]
     assert valid["best_rates_inside"] == {"grpo": True, "opd": True}
     assert valid["grpo_gains"] and valid["teacher_ahead"]
-    for run in protocol.tuned("opd"):
-        keep(run, [point(30, float(run.keys[-1].removeprefix("optim.lr=")) / 10, 0.3)])
-    for run in protocol.final("opd"):
-        keep(run, CURVE.points)
-    assert report(protocol, known)["valid"]["best_rates_inside"] == {"grpo": True, "opd": False}
-    rows = table(found, protocol.scores).splitlines()
-    (line,) = (row for row in rows if row.startswith("| opd | 2 |") and "0.700 (" in row)
-    assert "| 0.450 (0.450 to 0.450) | 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |" in line
-    assert "| opd | 95 (95 to 95) | 35 (35 to 35) | 195 (195 to 195) |" in "\n".join(rows)
-    assert "greedy mIoU: GRPO's best is 0.500 (0.500 to 0.500), the start 0.400." in rows
-    (line,) = (
-        row for row in rows if row.startswith("| opd | 35 (35 to 35) | 20 (20 to 20) | 135 ")
+    page = report.page(summary, protocol.scores)
+    assert (
+        "**greedy mIoU** (start 0.400, teacher 1.000, GRPO's best 0.500 (0.500 to 0.500))" in page
     )
-    assert line.endswith("| 0.483 (0.483 to 0.483) | 0.450 (0.450 to 0.450) |")
-    protocol.final("grpo")[1].result.unlink()
-    text = write(protocol, known).with_suffix(".md").read_text()
-    assert "| grpo | not measured |" in text and "| opd | 4 |" in text
+    assert (
+        "| opd | 0.700 (0.700 to 0.700) | 0.450 (0.450 to 0.450) | 0.483 (0.483 to 0.483) " in page
+    )
+    assert "| 35 (35 to 35) | 20 (20 to 20) | 135 (135 to 135) |" in page
+    assert "| opd | 95 (95 to 95) | 35 (35 to 35) | 195 (195 to 195) |" in page
+    assert "| grpo | 2 | 0.600 | 0.300 | best |" in page
 
 
-def test_the_published_loop_forwards_every_rollout_with_its_prompt() -> None:
-    names = ("vision", "prefill", "sample", "teacher", "extend", "loss", "backward", "idle")
-    spent = dict(zip(names, (1.0, 8.0, 2.0, 6.0, 2.0, 1.0, 20.0, 50.0), strict=True))
-    end = {"rollouts": 4, "generated_tokens": 100, "device_s": spent}
-    result = {"curve": [end], "tokens": 1000, "keys": ["num_rollouts=2"]}
-    # 900 prompt tokens twice and 100 generated: 1.9 times what is forwarded here.
-    generating = 10 * 1800 / 1000
-    assert published_style_s(result) == pytest.approx(generating + 1.9 * (30 + 6 + 20) + 4)
-    assert published_style_s(result | {"curve": [end | {"rollouts": 0}]}) == 40
+def test_what_is_not_measured_says_so(protocol: Protocol) -> None:
+    """With the plot that the other tests leave out."""
+    page = report.write_report(protocol, None).with_suffix(".md")
+    assert "No arm is measured to its end yet." in page.read_text()
+    for arm in protocol.arms:
+        for tuned in protocol.tuned(arm):
+            rate = float(tuned.keys[-1].removeprefix("optim.lr="))
+            keep(tuned, [point(30, rate / 10, 0.3)])
+    for final in protocol.final("opd"):
+        keep(final, CURVE.points)
+    path = report.write_report(protocol, None)
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    valid = json.loads(path.read_text())["valid"]
+    assert valid == {"best_rates_inside": {"grpo": False, "opd": False}}
+    assert "| grpo | not measured |" in page.read_text()
 
 
-def test_a_run_is_made_once_and_a_failed_one_is_named(
-    protocol: Protocol, videos: Path, tmp_path: Path
+def test_a_run_is_made_once(
+    protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run("opd", "bad", ("steps=0",), protocol.results / "opd" / "bad.json")
-    with pytest.raises(RuntimeError, match=r"bad: exit code 2: error: steps=0"):
-        carry_out(run, tmp_path / "runs")
-    assert run.outcome() is None
-    keys = ("steps=1", "batch_size=2", "data.limit_train=4", "data.limit_eval=2", "eval.draws=1")
-    run = protocol._run("opd", "good", *keys, "threads=1", f"data.video_root={videos}")
-    carry_out(run, tmp_path / "runs")
-    found = run.outcome()
-    assert found and [p["step"] for p in found["curve"]] == [0, 1]
-    assert found["versions"]["torch"] and found["hardware"] and found["gain"]["miou"]
-    (tmp_path / "runs" / "opd" / "good" / "summary.json").unlink()
-    carry_out(run, tmp_path / "runs")  # its result is there
-    assert run.outcome() == found
+    """What it was measured on is its own environment's commit, and this machine."""
+    trained: list[list[str]] = []
+
+    def train(keys: list[str], run_dir: Path) -> None:
+        run_dir.mkdir(parents=True)
+        summary = {"curve": [point(0, 0.4, 0.3)], "gain": {}, "steps": 9}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        (run_dir / "environment.jsonl").write_text('{"commit": "abc"}\n{"commit": "abc-dirty"}\n')
+        (run_dir / "metrics.jsonl").write_text('{"tokens": 3}\n{"tokens": 4}\n')
+        trained.append(keys)
+
+    monkeypatch.setattr(run, "train", train)
+    made = protocol.run("opd", "good", "seed=7")
+    carry_out(made, tmp_path / "runs")
+    result = made.outcome()
+    assert (result["arm"], result["tokens"], result["gain"]) == ("opd", 7, {})
+    assert result["commit"] == ["abc", "abc-dirty"] and result["keys"] == ["steps=30", "seed=7"]
+    assert result["versions"]["torch"] and result["hardware"] and "steps" not in result
+    carry_out(made, tmp_path / "runs")  # its result is there
+    made.result.unlink()
+    carry_out(made, tmp_path / "runs")  # the run itself is
+    assert trained == [["steps=30", "seed=7"]] and made.outcome() == result
 
 
 def test_the_model_that_arms_start_from_is_one_and_the_same(
@@ -234,7 +252,7 @@ def test_the_model_that_arms_start_from_is_one_and_the_same(
         (folder / "summary.json").write_text("{}")
         trained.append(keys)
 
-    monkeypatch.setattr("bench.methods.run.train", train)
+    monkeypatch.setattr(run, "train", train)
     protocol = replace(protocol, first={"keys": ["steps=2"], "run_dir": str(run_dir)})
     for _ in range(2):
         begin(protocol)
@@ -253,10 +271,10 @@ def test_every_run_of_the_protocols_is_a_configuration(name: str) -> None:
         assert load_config(keys).run_dir == protocol.first["run_dir"]
     seen = set()
     for arm in protocol.arms:
-        for run in [*protocol.tuned(arm), protocol._run(arm, "x", "optim.lr=1e-3", "seed=0")]:
-            config = load_config(list(run.keys))
+        for made in [*protocol.tuned(arm), protocol.run(arm, "x", "optim.lr=1e-3", "seed=0")]:
+            config = load_config(list(made.keys))
             assert config.threads == 1 and config.steps % (config.eval.every or 1) == 0
-            seen.add(run.keys)
+            seen.add(made.keys)
     text = yaml.safe_load((ROOT / "bench" / f"{name}.yaml").read_text())
     rates = [float(rate) for rate in text["rates"]]
     assert len(seen) == len(protocol.arms) * (len(rates) + 1)
@@ -265,53 +283,49 @@ def test_every_run_of_the_protocols_is_a_configuration(name: str) -> None:
 
 
 def test_the_short_form_is_the_full_one_cut_short() -> None:
-    full = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())
-    full["arms"]["grpo"]["best_rate"] = "7e-5"
+    arms = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())["arms"]
     long = load_config(list(Protocol.read(ROOT / "bench" / "methods.yaml").common))
-    for run, rate in zip(short_runs(Path("x"), full), (7e-5, 1e-3), strict=True):
-        config = load_config(list(run.keys))
-        assert config.optim.lr == rate, "that which won, wherever it is"
-        assert (config.method, config.num_rollouts) == (
-            ("grpo", 8) if run.arm == "grpo" else ("opd", 1)
-        )
+    for made in short_runs(Path("x")):
+        config = load_config(list(made.keys))
+        assert config.optim.lr == float(arms[made.arm]["best_rate"])
+        expected = ("grpo", 8) if made.arm == "grpo" else ("opd", 1)
+        assert (config.method, config.num_rollouts) == expected
         assert config.steps * config.optim.warmup == pytest.approx(long.steps * long.optim.warmup)
         assert config.batch_size == long.batch_size and config.optim.schedule == "constant"
 
 
+@pytest.mark.slow
 def test_the_short_form_makes_real_runs(videos: Path, tmp_path: Path) -> None:
-    full = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())
-    full["hardware"] = hardware()
     cut = ("steps=2", "eval.every=1", "batch_size=2", "data.limit_train=4", "data.limit_eval=2")
-    runs = short_runs(tmp_path, full, *cut, "eval.draws=1", f"data.video_root={videos}")
-    found = compared(runs, tmp_path, full)
-    assert found["equal_steps"] == 2 and set(found["arms"]) == {"grpo", "reverse_kl"}
-    spent = {arm: entry["device_s"] for arm, entry in found["arms"].items()}
-    assert (
-        spent["grpo"]["of_it_scoring"]["mean"] < spent["reverse_kl"]["of_it_scoring"]["mean"] / 10
-    )
-    own, with_teacher = (
-        spent["reverse_kl"][name]["mean"] for name in ("own_loop", "with_teacher_training")
-    )
-    assert with_teacher - own == pytest.approx(full["teacher"]["training_s"]) and own > 0
-    assert "num_rollouts=8" in found["arms"]["grpo"]["keys"]
-    for arm in found["arms"]:
-        assert any(line.startswith(f"| {arm} | ") for line in headline(found, ["miou"]))
+    runs = short_runs(tmp_path, *cut, "eval.draws=1", f"data.video_root={videos}")
+    figures = compared(runs, tmp_path)
+    assert figures["equal_steps"] == 2 and set(figures["arms"]) == {"grpo", "reverse_kl"}
+    spent = {arm: entry["device_s"] for arm, entry in figures["arms"].items()}
+    scoring = {arm: entry["of_it_scoring"]["mean"] for arm, entry in spent.items()}
+    assert scoring["grpo"] < scoring["reverse_kl"] / 10
+    assert "num_rollouts=8" in figures["keys"]["grpo"]
+    for arm in figures["arms"]:
+        assert sum(line.startswith(f"| {arm} | ") for line in score_tables(figures)) == 3
+    bad = Run("opd", "bad", ("steps=0",), tmp_path / "bad.json")
+    with pytest.raises(RuntimeError, match=r"bad: exit code 2: error: steps=0"):
+        carry_out(bad, tmp_path / "runs")
+    assert not bad.result.is_file()
 
 
 def test_grpo_is_measured_against_each_runs_own_best() -> None:
     """Two runs of GRPO with bests of 0.5 and 0.7; the mean of them is what the other must reach."""
 
     def outcome(points: Any) -> dict[str, Any]:
-        return {"curve": points, "gain": {}, "trained_share": None, "tokens": 9999, "keys": []}
+        return {"curve": points, "gain": {}, "trained_share": None}
 
     grpo = [outcome(CURVE.points[:3]), outcome(CURVE.points)]
-    found = side_by_side({"grpo": grpo, "opd": [outcome(CURVE.points)]}, ["miou"], None)
-    assert found["grpo_best"]["miou"]["seeds"] == [0.5, 0.7]
-    to = found["arms"]["grpo"]["miou"]["device_s_to_grpo_best"]
-    assert to["with_scoring"]["seeds"] == pytest.approx([35, 95])
-    to = found["arms"]["opd"]["miou"]["device_s_to_grpo_best"]
-    assert to["with_scoring"]["seeds"] == pytest.approx([65 + 30 * 0.15 / 0.25])
-    assert to["with_teacher_training"] is None, "the teacher is not known"
-    lines = headline(found, ["miou"])
-    assert any(line.startswith("| opd | 83 | 52 | - | 0.450 | 0.450 |") for line in lines)
-    assert headline(side_by_side({"opd": grpo}, ["miou"], None), ["miou"]) == []
+    figures = compare({"grpo": grpo, "opd": [outcome(CURVE.points)]}, ["miou"], None)
+    assert figures["grpo_best"]["miou"]["seeds"] == [0.5, 0.7]
+    own, other = (figures["arms"][arm]["miou"] for arm in ("grpo", "opd"))
+    assert own["device_s_to_GRPO_best"]["seeds"] == pytest.approx([35, 95])
+    assert other["device_s_to_GRPO_best"]["seeds"] == pytest.approx([65 + 30 * 0.15 / 0.25])
+    without_training = other["device_s_to_GRPO_best_with_teacher_training"]
+    assert without_training["mean"] is None, "the teacher is not known"
+    assert any(line.endswith("| 83 | 52 | - |") for line in score_tables(figures))
+    alone = compare({"opd": grpo}, ["miou"], None)
+    assert not alone["grpo_best"] and "device_s_to_GRPO_best" not in alone["arms"]["opd"]["miou"]

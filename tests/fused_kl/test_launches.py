@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.kernels.registers import SUMMARY_SPLITS, Variant, other_variants, row_variants
 from fused_kl import (
     jsd,
     linear_cross_entropy,
@@ -29,6 +28,7 @@ from fused_kl import (
     topk_reverse_kl,
 )
 from tests.fake import shape_of
+from tests.fused_kl.triton_variants import SUMMARY_SPLITS, Variant, other_variants, row_variants
 
 triton_rows = pytest.importorskip("fused_kl.triton_rows")
 V, TEACHER_V, HS, HT = 151_936, 152_064, 2048, 4096

@@ -246,30 +246,18 @@ def test_no_rows():
 
 
 COMPILE = """
-import re, sys
-from triton import JITFunction
+import re, subprocess, sys, tempfile
+from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
-from bench.kernels.registers import (
-    RESIDENT_THREADS,
-    compiled,
-    cuda_usage,
-    other_variants,
-    row_variants,
-)
-from bench.kernels.tune import REGISTERS
 from fused_kl import triton_divergence, triton_shared, triton_tokens
 from fused_kl.tiles import ROW_BLOCKS
+from tests.fused_kl.triton_variants import REGISTERS, compiled, other_variants, row_variants
 
 arch = sys.argv[1]
 amd = arch.startswith("gfx")
 target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-shapes = {shape: 255 for shape in ROW_BLOCKS["gpu"].items()}
-for name, blocks in ROW_BLOCKS.items():
-    if name != "gpu":  # a measurement chose them among those with so many registers
-        shapes |= {shape: REGISTERS for shape in blocks.items() if shape not in shapes}
-variants = [(v, v.register_limit) for v in other_variants()]
-for shape, limit in shapes.items():
-    variants += [(v, v.register_limit if limit == 255 else limit) for v in row_variants(shape)]
+shapes = {shape for blocks in ROW_BLOCKS.values() for shape in blocks.items()}
+variants = [*other_variants(), *(variant for shape in shapes for variant in row_variants(shape))]
 
 functions = {
     name: function
@@ -279,22 +267,28 @@ functions = {
 }
 # The others are parts of programs.
 programs = {name for name, function in functions.items() if "tl.program_id" in function.src}
-assert programs == set(RESIDENT_THREADS), "a program has no register limit"
-assert programs == {v.kernel.__name__ for v, _ in variants}, "a program is not compiled here"
+assert programs == {v.kernel.__name__ for v in variants}, "a program is not compiled here"
 
-for variant, limit in variants:
+for variant in variants:
     made = compiled(variant, target)
     if amd:
         text = made.asm["amdgcn"]
         registers, spills = (int(re.search(rf"\\.vgpr_{what}_?count: +(\\d+)", text)[1])
             for what in ("", "spill_"))
     else:
-        registers, spills, _ = cuda_usage(made)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, spills = (
+            int(re.search(rf"{what}:(\\d+)", text)[1]) for what in ("REG", "STACK")
+        )
     # The row index leaves 32 bits before anything multiplies it.
     ttir = made.asm["ttir"]
     index, rest = re.search(r"(%\\S+) = tt.get_program_id x(.*)", ttir, re.S).groups()
     uses = re.findall(rf"^.*[ (]{index}[ ,)].*$", rest, re.M)
-    assert registers <= limit and spills == 0, (variant, registers, spills)
+    assert registers <= REGISTERS and spills == 0, (variant, registers, spills)
     # Fp32 gradients under a ban exchange a block of logits between threads.
     assert made.metadata.shared <= 8192, variant
     assert uses and all("arith.extsi" in use and "i32 to i64" in use for use in uses), uses
@@ -348,7 +342,7 @@ def test_every_program_compiles_without_a_gpu(architecture):
         capture_output=True,
         text=True,
         env=environment,
-        cwd=Path(__file__).parents[2],  # bench is imported from there
+        cwd=Path(__file__).parents[2],  # tests is imported from there
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

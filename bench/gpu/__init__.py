@@ -1,1 +1,0 @@
-"""`python -m bench.gpu`: all that needs a GPU, in parts."""

@@ -1,5 +1,0 @@
-"""python -m bench.gpu"""
-
-from bench.gpu.command import main
-
-main()
