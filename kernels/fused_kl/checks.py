@@ -145,10 +145,15 @@ def check_clip(clip: float | None) -> None:
 
 def check_kl_coef(kl_coef: float, reference_logprobs: Tensor | None) -> None:
     """A finite number of 0 or more, and 0 where there is no reference."""
-    if not (math.isfinite(kl_coef) and kl_coef >= 0):
-        raise ValueError(f"kl_coef is {kl_coef}, expected a finite number >= 0")
+    check_coefficient("kl_coef", kl_coef)
     if kl_coef > 0 and reference_logprobs is None:
         raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
+
+
+def check_coefficient(name: str, value: float) -> None:
+    """A finite number of 0 or more."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}, expected a finite number >= 0")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

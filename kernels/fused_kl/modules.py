@@ -42,7 +42,7 @@ class TopKReverseKL(_Loss):
 
 
 class LinearPolicyLoss(_Loss):
-    """`linear_policy_loss`: options clip, temperature, ...; a call takes hidden states, head and
+    """`linear_policy_loss`: options clip, entropy_coef, ...; a call takes hidden states, head and
     token ids, `advantages`, and the optional old_logprobs, token_weights, ..."""
 
     function = linear_policy_loss

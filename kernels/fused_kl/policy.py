@@ -45,6 +45,7 @@ def linear_policy_loss(
     token_weights: Tensor | None = None,
     clip: float | None = None,
     kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -56,7 +57,9 @@ def linear_policy_loss(
 
     Without `clip` the loss is -sum_n w_n rho_n A_n. With `reference_logprobs` r the penalty
     kl_coef sum_n w_n (e^d - d - 1), d = r - logprob, is added; its expectation is the KL to the
-    reference. Gradients are computed in forward: 3 GEMM units, no `[N, V]`, a single backward.
+    reference. The entropy bonus entropy_coef sum_n w_n H_n is subtracted; H_n = -sum_v p log p over
+    the allowed columns, at the loss's temperature. Gradients are computed in forward: 3 GEMM units,
+    no `[N, V]`, a single backward.
 
     Args:
         hidden: `[N, H]` fp16, bf16, fp32 or fp64, after the final norm.
@@ -66,13 +69,15 @@ def linear_policy_loss(
         old_logprobs: `[N]`, without grad, under the policy that sampled; None stands for the
             current log-probabilities, so that rho = 1 and the gradient is -w A dlogprob.
         reference_logprobs: `[N]`, without grad, of a frozen policy, for the penalty.
-        token_weights: `[N]`, default ones: factors of each row's loss, penalty included, and of its
-            gradient. A row of weight 0 is left out and may hold NaN. If they include 1/denominator,
-            the loss needs no division, and backward makes no pass over the head's gradient.
+        token_weights: `[N]`, default ones: factors of each row's loss, penalty and bonus included,
+            and of its gradient. A row of weight 0 is left out and may hold NaN. If they include
+            1/denominator, the loss needs no division, and backward makes no pass over the head's
+            gradient.
         clip: half-width c of the interval around 1 that rho is clipped to, in (0, 1), or None.
         kl_coef: coefficient of the penalty, at least 0.
+        entropy_coef: coefficient of the entropy bonus, at least 0.
         allowed_columns: `[V]` bool; other columns get probability 0 before normalisation. A token
-            among these has logprob -inf and no gradient.
+            among these has logprob -inf, and its row has no gradient but that of the entropy bonus.
         temperature: divides the logits.
         bias: `[V]`, may require grad.
         softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
@@ -95,6 +100,7 @@ def linear_policy_loss(
     checks.check_same_device("hidden", hidden, **constants)
     checks.check_clip(clip)
     checks.check_kl_coef(kl_coef, reference_logprobs)
+    checks.check_coefficient("entropy_coef", entropy_coef)
 
     def row_loss(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         advantage = advantages[rows].to(logprobs.dtype)
@@ -122,6 +128,7 @@ def linear_policy_loss(
         ),
         token_weights,
         row_loss,
+        entropy_coef,
     )
 
 
@@ -163,6 +170,7 @@ def _token_loss(
     options: TokenOptions,
     token_weights: Tensor | None,
     row_loss: RowLoss,
+    entropy_coef: float = 0.0,
 ) -> LinearPolicyOutput:
     checks.check_tokens(inputs, options.logits)
     checks.check_rows(inputs.num_rows, token_weights=token_weights)
@@ -186,9 +194,19 @@ def _token_loss(
         value, slope = value * weights, slope * weights
         return value.masked_fill_(masked_rows, 0), slope.masked_fill_(masked_rows, 0)
 
-    losses, *details, gradients = token_pass.run(NeedsGrad.of(inputs.head), weighted)
+    entropy_slopes = None
+    if entropy_coef:
+        weights = token_weights
+        if weights is None:
+            weights = inputs.hidden.new_ones(inputs.num_rows)
+        entropy_slopes = -entropy_coef * weights.to(token_pass.dtype)
+    losses, *details, gradients = token_pass.run(
+        NeedsGrad.of(inputs.head), weighted, entropy_slopes=entropy_slopes
+    )
     if masked is not None:
         details = [detail.masked_fill_(masked, 0) for detail in details]
+    if entropy_slopes is not None:
+        losses.addcmul_(entropy_slopes, details[-1])
     computed = ComputedLoss(losses.sum(), tuple(details), gradients)
     loss, logprobs, entropy = LossWithGradients.apply(computed, *inputs.head)
     return LinearPolicyOutput(loss=loss, logprobs=logprobs, entropy=entropy, plan=token_pass.plan)

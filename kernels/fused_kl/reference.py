@@ -237,6 +237,7 @@ def linear_policy_loss(
     token_weights: Tensor | None = None,
     clip: float | None = None,
     kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
     allowed_columns: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -268,6 +269,7 @@ def linear_policy_loss(
     if reference_logprobs is not None:
         distance = reference_logprobs[kept].to(dtype) - logprobs
         loss = loss + kl_coef * (weights * (distance.exp() - distance - 1)).sum()
+    loss = loss - entropy_coef * (weights * token_entropy).sum()
     return loss, _scatter_rows(kept, logprobs), _scatter_rows(kept, token_entropy)
 
 

@@ -102,10 +102,12 @@ class RowPrograms(Protocol):
         *,
         banned: Banned | None,
         scale: TokenScale | None = None,
+        entropy_scale: Tensor | None = None,
         grad: Tensor | None = None,
     ) -> TokenRows:
         """Log-probability of one token per row, and entropy; writes scale dlogprob/dlogits =
-        scale (onehot - p) into `grad`.
+        scale (onehot - p) into `grad`, and given `entropy_scale` [n] adds entropy_scale
+        dentropy/dlogits = -entropy_scale p (log p + entropy) to it.
 
         A banned token has logprob -inf, and its scale must be 0.
         """

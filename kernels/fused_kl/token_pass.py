@@ -73,9 +73,18 @@ class TokenPass:
 
     @torch.no_grad()
     def run(
-        self, needs_grad: NeedsGrad, row_loss: RowLoss | None, *, keep_logits_grad: bool = False
+        self,
+        needs_grad: NeedsGrad,
+        row_loss: RowLoss | None,
+        *,
+        entropy_slopes: Tensor | None = None,
+        keep_logits_grad: bool = False,
     ) -> TokenResults:
-        """Go over all chunks; without `row_loss` the losses are left uninitialised."""
+        """Go over all chunks; without `row_loss` the losses are left uninitialised.
+
+        The gradients, and not the losses, include a term that is linear in the entropy of each row,
+        with the coefficients `entropy_slopes` [N].
+        """
         projection = self.projection
         sums = GradientSums(
             projection, needs_grad, vocab=self.num_columns, block_rows=self.plan.rows
@@ -92,6 +101,7 @@ class TokenPass:
         if with_grad and projection.half:
             grad_buffer = head.logit_buffer(losses, shape, torch.bfloat16)
         programs = head.row_programs(losses)
+        entropy_scale = None if entropy_slopes is None else entropy_slopes * projection.slope
         for rows in slices(self.num_rows, self.plan.rows):
             hidden_rows = projection.hidden_rows(rows)
             num_rows = rows.stop - rows.start
@@ -110,6 +120,7 @@ class TokenPass:
                 self.token_ids[rows],
                 banned=self.banned,
                 scale=scale if with_grad else None,
+                entropy_scale=None if entropy_scale is None else entropy_scale[rows],
                 grad=grad if with_grad else None,
             )
             if row_loss is not None and not with_grad:

@@ -133,6 +133,7 @@ def token_rows_(
     *,
     banned: Banned | None,
     scale: TokenScale | None = None,
+    entropy_scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> TokenRows:
     num_rows = len(logits)
@@ -144,10 +145,14 @@ def token_rows_(
         torch.exp(x, out=z)
         stats.entropy[rows] = x.mul_(z).sum(-1).neg_()
         if grad is not None and scale is not None:
+            if entropy_scale is not None:
+                x.addcmul_(z, stats.entropy[rows, None])  # x = p (log p + entropy)
             # 1 - p would cancel for a near-certain token; the sum over all others does not.
             z.neg_().scatter_(-1, ids, 0)
             z.scatter_(-1, ids, z.sum(-1, keepdim=True).neg_())
             z.mul_(scale(rows, stats.logprobs[rows])[:, None])
+            if entropy_scale is not None:
+                z.addcmul_(x, entropy_scale[rows, None], value=-1)
             if grad is not logits:
                 grad[rows] = z
     return stats

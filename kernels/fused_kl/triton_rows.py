@@ -232,6 +232,7 @@ def token_rows_(
     *,
     banned: Banned | None,
     scale: TokenScale | None = None,
+    entropy_scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> TokenRows:
     num_rows, num_columns = logits.shape
@@ -265,11 +266,14 @@ def token_rows_(
             log_sum,
             rest,
             scale(slice(0, num_rows), logprobs),
+            entropy,
+            logits if entropy_scale is None else entropy_scale,
             grad,
             num_columns,
             logits.stride(0),
             grad.stride(0),
             HAS_BANNED=banned is not None,
+            WITH_ENTROPY=entropy_scale is not None,
         )
     return TokenRows(logprobs, entropy)
 

@@ -92,12 +92,15 @@ def token_gradient(
     log_sums,
     others,
     scales,
+    entropies,
+    entropy_scales,
     grad,
     num_columns,
     stride,
     grad_stride,
     split_columns,
     HAS_BANNED: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -106,12 +109,18 @@ def token_gradient(
     end = tl.minimum(begin + split_columns, num_columns)
     largest, log_sum = tl.load(maxima + index), tl.load(log_sums + index)
     rest, scale = tl.load(others + index), tl.load(scales + index)
+    if WITH_ENTROPY:
+        entropy, entropy_scale = tl.load(entropies + index), tl.load(entropy_scales + index)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = load_logits(row, columns, end, banned, floor, HAS_BANNED)
         # 1 - p would cancel for a near-certain token; the sum over all others does not.
-        slope = tl.where(columns == chosen, rest, -tl.exp(z - largest - log_sum))
-        tl.store(grad + index * grad_stride + columns, scale * slope, mask=columns < end)
+        log_p = z - largest - log_sum
+        p = tl.exp(log_p)
+        value = scale * tl.where(columns == chosen, rest, -p)
+        if WITH_ENTROPY:
+            value -= entropy_scale * p * (log_p + entropy)
+        tl.store(grad + index * grad_stride + columns, value, mask=columns < end)
 
 
 @triton.jit

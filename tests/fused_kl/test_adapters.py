@@ -38,6 +38,7 @@ def assert_same_gradients(found, truth, leaves, error=1e-5):
 def test_modules_are_their_functions(case):
     tensors = case.build()
     ids, weights = tensors.token_ids, tensors.token_weights
+    policy = dict(clip=0.2, entropy_coef=0.1)
     pairs = [
         (modules.LinearReverseKL(beta=0.4), fused_kl.linear_reverse_kl, dict(beta=0.4), sides),
         (
@@ -47,7 +48,7 @@ def test_modules_are_their_functions(case):
             sides,
         ),
         (modules.LinearCrossEntropy(), fused_kl.linear_cross_entropy, {}, None),
-        (modules.LinearPolicyLoss(clip=0.2), fused_kl.linear_policy_loss, dict(clip=0.2), None),
+        (modules.LinearPolicyLoss(**policy), fused_kl.linear_policy_loss, policy, None),
     ]
     for module, function, options, wants in pairs:
         assert isinstance(module, nn.Module)

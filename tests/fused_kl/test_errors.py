@@ -237,6 +237,14 @@ POLICY_MISTAKES = [
         "kl_coef is 0.1 without reference_logprobs, expected both",
     ),
     (
+        dict(advantages=torch.ones(N), entropy_coef=-0.1),
+        "entropy_coef is -0.1, expected a finite number >= 0",
+    ),
+    (
+        dict(advantages=torch.ones(N), entropy_coef=float("inf")),
+        "entropy_coef is inf, expected a finite number >= 0",
+    ),
+    (
         dict(advantages=torch.ones(N), clip=1.5),
         "clip is 1.5, expected None or a number in (0, 1)",
     ),

@@ -217,6 +217,7 @@ LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {
     "logits": of_logits,
     "policy": token_loss(linear_policy_loss, ("advantages", "token_weights")),
     "clip": token_loss(linear_policy_loss, ALL_CONSTANTS, clip=0.2, kl_coef=0.1),
+    "bonus": token_loss(linear_policy_loss, ("advantages", "token_weights"), entropy_coef=1e-3),
     "cross entropy": token_loss(linear_cross_entropy, ("token_weights",)),
     "logprobs": token_loss(linear_logprobs, ()),
     "logprobs in chunks": token_loss(linear_logprobs, (), chunk_size=16),
@@ -271,9 +272,24 @@ def test_every_launch_is_of_a_variant_with_a_register_limit(launches):
         ("reverse", 640, 29),
         ("sampled", 32, 40),
         ("policy", 32, 37),
+        ("bonus", 32, 40),
     ],
 )
 def test_a_call_starts_few_kernels(launches, name, num_rows, limit):
     backward(LOSSES[name](build(num_rows)))
     assert launches.names["scale_in_place"] == 2, "one for each gradient"
     assert launches.names.total() <= limit, launches.names
+
+
+@pytest.mark.parametrize("num_rows", [32, 640])
+def test_the_entropy_bonus_starts_no_further_program(launches, num_rows):
+    started = {}
+    for name in ("policy", "bonus"):
+        launches.names.clear()
+        launches.programs.clear()
+        backward(LOSSES[name](build(num_rows)))
+        programs = {program for program, *_ in launches.programs}
+        started[name] = {program: launches.names[program] for program in programs}
+        flags = [dict(key[1]) for key in launches.programs if key[0] == "token_gradient"]
+        assert [flag["WITH_ENTROPY"] for flag in flags] == [name == "bonus"]
+    assert started["bonus"] == started["policy"]

@@ -1,5 +1,6 @@
 """Losses of sampled tokens against the dense definitions in fp64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,6 +162,112 @@ def test_policy_loss(case, old, clip, weighted, penalty):
         options["kl_coef"] = 0.3
         options["reference_logprobs"] = -tensors.token_weights
     compare("linear_policy_loss", tensors, ids, advantages=tensors.advantages, clip=clip, **options)
+
+
+@pytest.mark.parametrize("logit_std", [1.0, 30.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk_size", [5, "auto"])
+def test_entropy_bonus(case, multiplied, logit_std, softcap, chunk_size):
+    tensors = case.build(logit_std=logit_std, bias=True)
+    weights = tensors.token_weights.double()
+    weights[[2, 7]] = 0
+    args = (tensors.student_hidden, tensors.student_lm_head, allowed_ids(tensors))
+    options: dict[str, Any] = dict(
+        advantages=tensors.advantages,
+        token_weights=weights,
+        entropy_coef=0.7,
+        allowed_columns=tensors.allowed_columns,
+        temperature=1.3,
+        bias=tensors.student_bias,
+        softcap=softcap,
+        logit_scale=0.8,
+    )
+    out = linear_policy_loss(*args, chunk_size=chunk_size, **options)
+    assert sum(multiplied) == 3 * args[0].numel() * len(args[1]), "products of N x V x H"
+    with torch.no_grad():
+        alone = linear_policy_loss(*args, chunk_size=chunk_size, **options)
+        plain = linear_policy_loss(*args, **options | dict(entropy_coef=0.0))
+    bonus = 0.7 * (weights * plain.entropy).sum()
+    assert_close(plain.loss - bonus, out.loss.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(alone.loss, out.loss)
+    loss, *_ = reference.linear_policy_loss(*args, **options)
+    assert_close(out.loss, loss, rtol=1e-12, atol=1e-12)
+    leaves = leaves_of(tensors)
+    exact = torch.autograd.grad(loss, leaves)
+    for fused, dense in zip(torch.autograd.grad(out.loss, leaves), exact, strict=True):
+        assert (fused - dense).norm() <= 1e-12 * dense.norm()
+
+
+def test_entropy_bonus_of_two_columns():
+    """p = (3/4, 1/4), for which dH/ds_0 = -p_0 p_1 log(p_0 / p_1) / temperature."""
+    log_3 = torch.tensor(3.0, dtype=torch.float64).log()
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    lm_head = torch.stack([2 * log_3, 0 * log_3])[:, None].requires_grad_()
+    out = linear_policy_loss(
+        hidden,
+        lm_head,
+        torch.tensor([0]),
+        advantages=torch.zeros(1),
+        token_weights=torch.tensor([0.5]),
+        entropy_coef=0.1,
+        temperature=2.0,
+    )
+    assert_close(out.loss.item(), -0.5 * 0.1 * 0.5623351446188083)
+    out.loss.backward()
+    slope = 0.5 * 0.1 * 3 / 16 * log_3 / 2
+    assert lm_head.grad is not None
+    assert_close(lm_head.grad[:, 0], torch.stack([slope, -slope]))
+
+
+class Repeatable(torch.autograd.Function):
+    """A policy loss that is computed again in each backward, which gradcheck repeats."""
+
+    @staticmethod
+    def forward(ctx, loss, *leaves):
+        ctx.loss, ctx.leaves = loss, [leaf.detach().requires_grad_() for leaf in leaves]
+        return loss(*leaves).detach()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        with torch.enable_grad():
+            return None, *torch.autograd.grad(ctx.loss(*ctx.leaves) * grad, ctx.leaves)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_entropy_bonus_gradcheck(case, softcap):
+    tensors = case.build(num_rows=3, vocab=11, student_size=4, logit_std=1.0, bias=True)
+
+    def loss(hidden, lm_head, bias):
+        return linear_policy_loss(
+            hidden,
+            lm_head,
+            allowed_ids(tensors),
+            advantages=tensors.advantages,
+            old_logprobs=torch.full((3,), -2.0),
+            token_weights=tensors.token_weights,
+            entropy_coef=0.6,
+            allowed_columns=tensors.allowed_columns,
+            temperature=0.7,
+            bias=bias,
+            softcap=softcap,
+            chunk_size=2,
+        ).loss
+
+    assert torch.autograd.gradcheck(partial(Repeatable.apply, loss), leaves_of(tensors))
+
+
+def test_a_banned_token_keeps_the_entropy_bonus_of_its_row(case):
+    tensors = case.build()
+    allowed = torch.ones(1187, dtype=torch.bool)
+    allowed[tensors.token_ids] = False
+    args = (tensors.student_hidden, tensors.student_lm_head, tensors.token_ids)
+    rules: dict[str, Any] = dict(allowed_columns=allowed, temperature=0.7)
+    advantages = torch.ones(13)
+    out = linear_policy_loss(*args, advantages=advantages, entropy_coef=0.5, **rules)
+    _, entropy = reference.linear_logprobs(*args, **rules)
+    exact = torch.autograd.grad(-0.5 * entropy.sum(), args[:2])
+    for fused, dense in zip(torch.autograd.grad(out.loss, args[:2]), exact, strict=True):
+        assert (fused - dense).norm() <= 1e-12 * dense.norm()
 
 
 def test_clip_stops_the_gradient_only_where_it_makes_the_loss_worse(case):

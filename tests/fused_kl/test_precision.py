@@ -120,11 +120,12 @@ def test_far_apart_models_stay_finite(case, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logit_std", STDS)
-def test_policy_loss(case, dtype, logit_std):
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
+def test_policy_loss(case, dtype, logit_std, entropy_coef):
     tensors = case.build(logit_std=logit_std, dtype=dtype)
     leaves = (tensors.student_hidden, tensors.student_lm_head)
     args = (*leaves, tensors.token_ids)
-    options: dict[str, Any] = dict(advantages=tensors.advantages)
+    options: dict[str, Any] = dict(advantages=tensors.advantages, entropy_coef=entropy_coef)
     out = linear_policy_loss(*args, chunk_size=5, **options)
     gradients = torch.autograd.grad(out.loss, leaves)
     fused = dict(loss=out.loss, detail=out.logprobs, hidden=gradients[0], lm_head=gradients[1])
@@ -174,19 +175,20 @@ def test_bf16_gradients_of_fp32_logits_stay_within_one_percent(
 
 
 @pytest.mark.parametrize("chunk_size", [5, "auto"])
-@pytest.mark.parametrize("function", [linear_policy_loss, linear_logprobs])
-def test_token_gradients_in_bf16(case, half_products, function, chunk_size):
+@pytest.mark.parametrize(
+    ("function", "entropy_coef"),
+    [(linear_policy_loss, 0.0), (linear_policy_loss, 0.5), (linear_logprobs, 0.0)],
+)
+def test_token_gradients_in_bf16(case, half_products, function, entropy_coef, chunk_size):
     tensors = case.build(dtype=torch.bfloat16)
     leaves = sides(tensors)[:2]
+    options: dict[str, Any] = dict(advantages=tensors.advantages, entropy_coef=entropy_coef)
     if function is linear_policy_loss:
-        options: dict[str, Any] = dict(advantages=tensors.advantages, chunk_size=chunk_size)
-        loss = function(*leaves, tensors.token_ids, **options).loss
+        loss = function(*leaves, tensors.token_ids, chunk_size=chunk_size, **options).loss
     else:
         out = function(*leaves, tensors.token_ids, chunk_size=chunk_size)
         loss = -out.logprobs @ tensors.advantages.float()
-    dense, *_ = reference.linear_policy_loss(
-        *leaves, tensors.token_ids, advantages=tensors.advantages
-    )
+    dense, *_ = reference.linear_policy_loss(*leaves, tensors.token_ids, **options)
     for gradient, exact in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(dense, leaves), strict=True
     ):

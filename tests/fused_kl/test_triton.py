@@ -119,8 +119,9 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("with_entropy", [False, True])
 @SHAPES
-def test_token_rows(share, num_columns, std, splits, split_rows):
+def test_token_rows(share, with_entropy, num_columns, std, splits, split_rows):
     values, _ = logits(4, num_columns, std, None)
     values[0, num_columns // 2] = 40 + values.max()  # near-certain
     banned = banned_of(num_columns, share)
@@ -131,13 +132,24 @@ def test_token_rows(share, num_columns, std, splits, split_rows):
     def scale(rows, logprobs):
         return logprobs.masked_fill(logprobs.isneginf(), 0) + 2
 
+    of_entropy = torch.tensor([-0.5, 0.0, -3.0, 0.25]) if with_entropy else None
     expected_grad = values.double()
     expected = torch_rows.token_rows_(
-        expected_grad, ids, banned=wide, scale=scale, grad=expected_grad
+        expected_grad,
+        ids,
+        banned=wide,
+        scale=scale,
+        entropy_scale=None if of_entropy is None else of_entropy.double(),
+        grad=expected_grad,
     )
     grad = values.to(DEVICE, copy=True)
     found = triton_rows.token_rows_(
-        grad, ids.to(DEVICE), banned=place(banned), scale=scale, grad=grad
+        grad,
+        ids.to(DEVICE),
+        banned=place(banned),
+        scale=scale,
+        entropy_scale=None if of_entropy is None else of_entropy.to(DEVICE),
+        grad=grad,
     )
     for value, truth in zip(found, expected, strict=True):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
@@ -437,6 +449,32 @@ def test_token_losses_through_them(device, dtype, case):
         for gradient, right in zip(torch.autograd.grad(found, made[:2]), wanted, strict=True):
             assert_near(gradient, right, ERRORS[dtype])
     assert_near(plain.logprobs.detach(), log_p.detach(), 1e-5)
+
+
+@dtypes
+def test_an_entropy_bonus_through_them(device, dtype, case):
+    tensors = case.build()
+    made, exact = (leaves[:2] for leaves in sides(tensors, device, dtype))
+    columns = tensors.allowed_columns.nonzero().squeeze(-1)
+    ids = columns[tensors.token_ids % len(columns)]
+    tensors.token_weights[4] = 0
+    rules, wide = rules_of(tensors, device, F32), rules_of(tensors, "cpu", F64)
+    advantages = 0 * tensors.advantages  # the bonus alone
+    out = linear_policy_loss(
+        *made,
+        ids.to(device),
+        advantages=advantages.to(device),
+        entropy_coef=0.5,
+        chunk_size=5,
+        **rules,
+    )
+    truth, *_ = reference.linear_policy_loss(
+        *exact, ids, advantages=advantages, entropy_coef=0.5, **wide
+    )
+    assert_near(out.loss.detach(), truth.detach(), 1e-5)
+    wanted = torch.autograd.grad(truth, exact)
+    for gradient, right in zip(torch.autograd.grad(out.loss, made), wanted, strict=True):
+        assert_near(gradient, right, ERRORS[dtype])
 
 
 def test_without_triton_torch_does_the_work_and_says_so(monkeypatch):

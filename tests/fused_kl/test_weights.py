@@ -102,6 +102,7 @@ LOSSES = {
     "policy": token_loss(linear_policy_loss, ("advantages",)),
     "clip": token_loss(linear_policy_loss, PAST, clip=0.2),
     "penalty": token_loss(linear_policy_loss, (*PAST, "reference_logprobs"), clip=0.2, kl_coef=0.3),
+    "bonus": token_loss(linear_policy_loss, PAST, clip=0.2, entropy_coef=0.3),
     "cross entropy": token_loss(linear_cross_entropy),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES)

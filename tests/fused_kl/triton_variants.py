@@ -40,13 +40,14 @@ def row_variants(shape: Blocks) -> Iterator[Variant]:
         constants: Kinds = {"BLOCK": block, "HAS_BANNED": banned}
         yield Variant(triton_divergence.divergence_statistics, constants, num_warps)
         yield Variant(triton_tokens.token_statistics, constants, num_warps)
-        for types in written:
-            yield Variant(triton_tokens.token_gradient, constants, num_warps, types)
+        for types, entropy in product(written, (True, False)):
+            flags: Kinds = {"WITH_ENTROPY": entropy}
+            yield Variant(triton_tokens.token_gradient, constants | flags, num_warps, types)
         for kind, value, grad in product((0, 1, 2), (True, False), (True, False)):
             # The JSD's gradient needs its value first; without both there is nothing to do.
             if (value and grad and kind == 2) or not (value or grad):
                 continue
-            flags: Kinds = {"KIND": kind, "WITH_VALUE": value, "WITH_GRAD": grad}
+            flags = {"KIND": kind, "WITH_VALUE": value, "WITH_GRAD": grad}
             for types in written if grad else [{}]:
                 yield Variant(
                     triton_divergence.divergence_gradient, constants | flags, num_warps, types
