@@ -21,7 +21,6 @@ from opd.data.sources import load_examples
 from opd.data.synthetic.clips import COLOURS
 from opd.generation.prefix import forward
 from opd.generation.sampling import Policy, decode_answers, sample
-from opd.generation.shared_video import forward_by_video
 from opd.models.load import load_model, load_options, load_processor
 
 ROUNDS, QUERIES, LENGTH = 4, 8, 20
@@ -44,14 +43,14 @@ def queries_of(config: Config) -> Prompts:
     return Prompts(examples, config.data, load_processor(config.model.student), lm)
 
 
-def answers(prompts: Prompts, made: list[PromptBatch], begin: Callable[..., Any]) -> list[str]:
+def answers(prompts: Prompts, made: list[PromptBatch]) -> list[str]:
     """Greedy answers to batches, from pixels on."""
     policy = Policy.of(prompts.lm, prompts.tokenizer, 1.0)
     texts: list[str] = []
     for batch in made:
         for prompt in batch.prompts:  # what the round before left
             prompt.features.update(dict.fromkeys(prompt.features))
-        rollouts = sample(prompts.lm, begin(prompts.lm, batch), policy, LENGTH, None)
+        rollouts = sample(prompts.lm, forward(prompts.lm, batch), policy, LENGTH, None)
         texts += [text for (text,) in decode_answers(rollouts, prompts.tokenizer)]
     return texts
 
@@ -64,18 +63,18 @@ def test_queries_behind_one_forward(benchmark: Any, tokens: str) -> None:
     config = load_config(["data.prompt=video_first", "data.cache_mb=0", *keys])
     prompts, plan = queries_of(config), [list(range(QUERIES))]
     shared = list(batches(prompts, plan, models=[prompts.lm]))
-    apart = list(batches(prompts, plan))  # every query with its own frames
-    expected = answers(prompts, apart, forward)
-    assert answers(prompts, shared, forward_by_video) == expected
+    each = list(batches(prompts, plan, models=[prompts.lm], queries_per_video=1))
+    apart = list(batches(prompts, plan, queries_per_video=1))  # every query with its own frames
+    assert answers(prompts, shared) == answers(prompts, apart)
     calls: dict[str, Callable[[int], object]] = {
-        "video": lambda _: answers(prompts, shared, forward_by_video),
-        "each": lambda _: answers(prompts, shared, forward),
-        "alone": lambda _: answers(prompts, apart, forward),
+        "video": lambda _: answers(prompts, shared),
+        "each": lambda _: answers(prompts, each),
+        "alone": lambda _: answers(prompts, apart),
     }
     times = interleaved(benchmark, calls, ROUNDS, warmup=1)
     for name in ("each", "alone"):
         speed = ratio(times[name], times["video"]) | {"better": "higher"}
         benchmark.extra_info[name] = speed
         print(f"\n{benchmark.name}, one forward a video against {name}: {speed}")
-    num_tokens = shared[0].num_tokens // QUERIES
+    num_tokens = each[0].num_tokens // QUERIES
     benchmark.extra_info.update({"prompt_tokens": num_tokens, "queries": QUERIES})

@@ -26,7 +26,7 @@ from opd.data.batch import PromptBatch
 from opd.data.examples import Example
 from opd.data.loader import batches
 from opd.data.prompts import Prompts
-from opd.data.schedule import micro_batches, schedule
+from opd.data.schedule import micro_batches, plan_steps
 from opd.data.sources import check_leak, check_sources, load_split
 from opd.distributed import progress_bar, set_up
 from opd.errors import Stopped, UserError
@@ -188,18 +188,15 @@ class Run:
                     progress=lambda _: self.interrupts.check(),
                 )
             self.ledger.close_step()  # choosing belongs to no step
-            weights = [pool.examples[i].weight for i in chosen]
-            seed = config.seed + number
-            plan = schedule(len(chosen), len(steps), config.batch_size, seed, weights)
-            plan = [[chosen[i] for i in batch] for batch in plan[remaining.start - steps.start :]]
-            shares = micro_batches(config)
-            micro_plan = [[batch[i] for i in share] for batch in plan for share in shares]
-            models = list(trainer.costs)
-            loader = batches(pool, micro_plan, trainer.student.device, models, refill=True)
+            plan = plan_steps(config, pool.examples, chosen, len(steps), config.seed + number)
+            plan = plan[remaining.start - steps.start :]
+            micro_plan, models = [own for step in plan for own in step], list(trainer.costs)
+            options = {"refill": True, "queries_per_video": config.data.queries_per_video}
+            loader = batches(pool, micro_plan, trainer.student.device, models, **options)
             for step in remaining:
                 begun = time.perf_counter()
                 with self.ledger.phase("decode-wait"):
-                    step_batches = [next(loader) for _ in shares]
+                    step_batches = [next(loader) for _ in plan[0]]
                 yield step, step_batches, begun
 
     def evaluate(self, name: str, lm: VideoLM | None = None) -> Evaluation:

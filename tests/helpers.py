@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,25 @@ def make_prompt(
     )
 
 
+def queries_about(lm: VideoLM, name: str, lengths: Sequence[int], **shape: Any) -> list[Prompt]:
+    """Prompts about one video that differ in what follows it: `lengths` tokens each. Further
+    options are those of `make_prompt`."""
+    first = make_prompt(lm, name, **shape)
+    shared = int((first.input_ids == lm.model.config.vision_end_token_id).nonzero()[-1]) + 1
+    seconds_per_pair = shape.get("seconds_per_pair", 0.7)
+    prompts = []
+    for number, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(100 * ord(name[0]) + number)
+        own = torch.randint(300, (length,), generator=generator)
+        own[0] = number  # so that no further token is shared
+        ids = torch.cat([first.input_ids[:shared], own])
+        positions, next_position = lm.positions(ids, first.grid_thw, seconds_per_pair)
+        example = replace(first.example, id=f"{name}{number}", video=Path(f"{name}.mp4"))
+        changes = {"input_ids": ids, "position_ids": positions, "next_position": next_position}
+        prompts.append(replace(first, example=example, **changes))
+    return prompts
+
+
 def unequal_prompts(lm: VideoLM) -> list[Prompt]:
     """Three prompts of different lengths, frame counts and frame sizes."""
     return [
@@ -125,6 +144,12 @@ def unequal_prompts(lm: VideoLM) -> list[Prompt]:
         make_prompt(lm, "b", pairs=2, text=7, rows=3, columns=1),
         make_prompt(lm, "c", pairs=2, text=2),
     ]
+
+
+def grouped(lm: VideoLM, prompts: Sequence[Prompt], size: int | None = None) -> PromptBatch:
+    """Collate with at most `size` queries about a video in a group."""
+    token = lm.model.config.video_token_id
+    return collate(prompts, PAD, queries_per_video=size, video_token_id=token)
 
 
 def batch_of(prompts: Sequence[Prompt], extra_padding: int = 0) -> PromptBatch:
@@ -139,7 +164,7 @@ def batch_of(prompts: Sequence[Prompt], extra_padding: int = 0) -> PromptBatch:
     videos = sum(len(p.pixel_values) for p in prompts)
     count = len(prompts)
     return PromptBatch(
-        prompts=tuple(prompts),
+        groups=batch.groups[:count],
         input_ids=batch.input_ids[:count],
         mask=batch.mask[:count],
         position_ids=batch.position_ids[:, :count],
@@ -156,6 +181,24 @@ def prefill_of(lm: VideoLM, batch: PromptBatch, recompute: str = "none") -> Pref
             for part in batch.parts()
         ]
     )
+
+
+def kept_bytes(lm: VideoLM, batch: PromptBatch, recompute: str) -> int:
+    """Bytes that autograd keeps of a real forward, with its keys and values, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        prefix = prefill_of(lm, batch, recompute)
+    for tensor in (*prefix.keys, *prefix.values):
+        keep(tensor)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def random_completions(batch: int, rollouts: int, length: int = 5) -> Completions:

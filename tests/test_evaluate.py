@@ -74,7 +74,7 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
     keys = [*keys_for(annotations, tmp_path / "whole"), "data.prompt=video_first"]
     whole = result(capsys, "embedded:student", *keys)
     keys[-2] = f"run_dir={tmp_path / 'stopped'}"
-    forward, calls = answering.forward_by_video, []
+    forward, calls = answering.forward, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(len(arguments[1].examples))
@@ -82,7 +82,7 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
             raise KeyboardInterrupt
         return forward(*arguments)
 
-    monkeypatch.setattr(answering, "forward_by_video", interrupted)
+    monkeypatch.setattr(answering, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["embedded:student", *keys])
     part = tmp_path / "stopped" / "evaluation.0.part"

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from opd.config.options import check_values, option
-from opd.errors import ConfigError, require
+from opd.errors import ConfigError, printable, require
 from opd.text.templates import Template, load_template
 
 Family = Literal["qwen3_vl", "qwen2_5_vl"]
@@ -89,6 +89,12 @@ class DataConfig:
         "Wording of the prompt and form of the answer: the name of a template, a template file, or "
         "a text in which {query} and {video} mark the places of the query and the frames.",
     )
+    queries_per_video: int = option(
+        1,
+        "Maximum number of queries about one video that training answers behind one forward of it; "
+        "more than 1 needs a prompt with the video before the query.",
+        least=1,
+    )
     reading: str = option(
         "lenient",
         "Parsing of answers: lenient accepts every known form, strict only the form that the "
@@ -133,6 +139,11 @@ class DataConfig:
             message = str(error)
             prefix = "" if "data.prompt" in message else "data.prompt: "
             raise ConfigError(f"{prefix}{message}") from None
+        require(
+            self.queries_per_video == 1 or self.template.video_first,
+            f"data.queries_per_video={self.queries_per_video}: needs a prompt with the video "
+            f"before the query, which data.prompt={printable(self.prompt)} is not",
+        )
         for key in ("min_frame_tokens", "max_frame_tokens"):
             value = getattr(self, key)
             require(

@@ -32,6 +32,7 @@ def batches(
     models: Sequence[Any] = (),
     refill: bool = False,
     ahead: int = 2,
+    queries_per_video: int | None = None,
 ) -> Iterator[PromptBatch]:
     """Yield the batches of a plan, in its order, prepared by one thread.
 
@@ -42,6 +43,8 @@ def batches(
         refill: replace an example that does not decode by the next one that does, so that batches
             keep their size. Otherwise it is left out, and so is a batch that becomes empty.
         ahead: number of batches that are prepared in advance.
+        queries_per_video: most neighbouring prompts about one video that share its forward; None
+            is any number.
 
     Raises DataError where no video decodes.
     """
@@ -64,7 +67,13 @@ def batches(
         usable = [prompt for prompt in candidates if prompt is not None]
         if not usable:
             return None
-        batch = collate(prompts.arranged(usable, models), pad, pixel_dtype=pixel_dtype)
+        batch = collate(
+            prompts.arranged(usable, models),
+            pad,
+            pixel_dtype=pixel_dtype,
+            queries_per_video=queries_per_video,
+            video_token_id=prompts.lm.model.config.video_token_id,
+        )
         if device.type == "cuda":
             batch = replace(batch, pixel_values=pin(batch.pixel_values))
         return batch

@@ -1,11 +1,12 @@
 """Which examples each step trains on, in a reproducible order, and how ranks divide a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from opd import distributed
 from opd.config.run import Config
+from opd.data.examples import Example
 from opd.errors import require
 
 
@@ -21,31 +22,96 @@ def schedule(
     batch_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
+    videos: Sequence[Hashable] = (),
+    queries_per_video: int = 1,
+    micro_batches: Sequence[range] = (),
 ) -> list[list[int]]:
-    """Return the indices of the examples of each step: freshly shuffled epochs, one after another.
+    """Return the indices of the examples of each step: freshly shuffled epochs, one after another,
+    each with every example once.
+
+    With `queries_per_video` above 1, every epoch divides the queries about a video anew into groups
+    of at most so many, and shuffles the groups. A micro-batch takes the next groups that fit into
+    it; where none fits, the next one is divided.
 
     Args:
-        weights: how often each example is drawn, relative to others. Examples of equal weight form
-            a group with epochs of its own, and every batch holds each group's share of it, to
-            within one example.
+        weights: how often each example is drawn, relative to others. Examples of equal weight have
+            epochs of their own, and every batch holds their share of it, to within one example or
+            group.
+        videos: the video of each example.
+        micro_batches: positions in the batch of every micro-batch of every rank.
     """
+    videos = videos or range(num_examples)
+    if queries_per_video == 1 or not micro_batches:
+        micro_batches = [range(batch_size)]
     weights = weights or [1.0] * num_examples
     members: dict[float, list[int]] = {}
     for index, weight in enumerate(weights):
         members.setdefault(weight, []).append(index)
-    groups = list(members.values())
-    shares = np.array([weight * len(group) for weight, group in members.items()]) / sum(weights)
-    orders: list[list[int]] = [[] for _ in groups]
-    drawn = np.zeros(len(groups), dtype=int)
-    order = []
-    for position in range(steps * batch_size):
-        number = int((shares * (position + 1) - drawn).argmax())  # furthest behind its share
-        group, taken = groups[number], int(drawn[number])
-        if taken == len(orders[number]):
-            orders[number] += shuffled(len(group), seed, taken // len(group), number)
-        order.append(group[orders[number][taken]])
-        drawn[number] += 1
-    return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
+    shares = np.array([weight * len(some) for weight, some in members.items()]) / sum(weights)
+    pending: list[list[list[int]]] = [[] for _ in members]
+    epochs, drawn = [0] * len(members), np.zeros(len(members), dtype=int)
+
+    def draw(number: int, room: int) -> list[int]:
+        """The next group of these members that fits into the room, or a part of the next one."""
+        if not pending[number]:
+            some = [*members.values()][number]
+            order = [some[i] for i in shuffled(len(some), seed, epochs[number], number)]
+            pending[number] = _groups(order, videos, queries_per_video, seed, epochs[number])
+            epochs[number] += 1
+        queue = pending[number]
+        at = next((i for i, group in enumerate(queue) if len(group) <= room), 0)
+        group = queue.pop(at)
+        if len(group) > room:
+            queue.insert(at, group[room:])
+        return group[:room]
+
+    plan = []
+    for _ in range(steps):
+        batch = [0] * batch_size
+        for positions in micro_batches:
+            taken: list[int] = []
+            while len(taken) < len(positions):
+                behind = shares * (drawn.sum() + 1) - drawn
+                number = int(behind.argmax())  # furthest behind its share
+                group = draw(number, len(positions) - len(taken))
+                taken += group
+                drawn[number] += len(group)
+            for position, index in zip(positions, taken, strict=True):
+                batch[position] = index
+        plan.append(batch)
+    return plan
+
+
+def _groups(
+    order: list[int], videos: Sequence[Hashable], size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Divide an epoch into groups of at most `size` examples of one video, in random order."""
+    if size == 1:
+        return [[index] for index in order]
+    of_video: dict[Hashable, list[int]] = {}
+    for index in order:
+        of_video.setdefault(videos[index], []).append(index)
+    groups = [some for indices in of_video.values() for some in split(indices, size)]
+    key = [seed, epoch, size]
+    return [groups[i] for i in np.random.default_rng(key).permutation(len(groups))]
+
+
+def plan_steps(
+    config: Config, examples: Sequence[Example], chosen: Sequence[int], steps: int, seed: int
+) -> list[list[list[int]]]:
+    """Return the indices of the examples of this rank's micro-batches, by step; all are among
+    `chosen`."""
+    plan = schedule(
+        len(chosen),
+        steps,
+        config.batch_size,
+        seed,
+        [examples[i].weight for i in chosen],
+        [examples[i].video for i in chosen],
+        config.data.queries_per_video,
+        [own for rank in range(distributed.world_size()) for own in micro_batches(config, rank)],
+    )
+    return [[[chosen[batch[i]] for i in own] for own in micro_batches(config)] for batch in plan]
 
 
 def split(batch: list[int], size: int | None) -> list[list[int]]:
@@ -54,13 +120,15 @@ def split(batch: list[int], size: int | None) -> list[list[int]]:
     return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
-def micro_batches(config: Config) -> list[range]:
-    """Return this rank's share of every batch: positions in the batch, one range per micro-batch.
+def micro_batches(config: Config, rank: int | None = None) -> list[range]:
+    """Return a rank's share of every batch (None: this rank's): positions in the batch, one range
+    per micro-batch.
 
-    Raises ConfigError where the batch does not divide evenly among ranks and micro-batches.
+    Raises ConfigError where the batch does not divide evenly among ranks and micro-batches, or
+    these are smaller than `data.queries_per_video`.
     """
     batch_size, ranks = config.batch_size, distributed.world_size()
-    own_positions = range(distributed.rank(), batch_size, ranks)
+    own_positions = range(distributed.rank() if rank is None else rank, batch_size, ranks)
     size = config.micro_batch_size or len(own_positions)
     require(
         batch_size % ranks == 0,
@@ -69,5 +137,10 @@ def micro_batches(config: Config) -> list[range]:
     require(
         len(own_positions) % size == 0,
         f"micro_batch_size={size}: must divide batch_size={batch_size}/{ranks} ranks",
+    )
+    queries = config.data.queries_per_video
+    require(
+        queries <= size,
+        f"data.queries_per_video={queries}: more than the {size} prompts of a micro-batch",
     )
     return [own_positions[i : i + size] for i in range(0, len(own_positions), size)]

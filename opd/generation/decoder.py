@@ -5,25 +5,28 @@ from typing import Any
 import torch
 
 from opd.generation.layer_counter import LayerCounter
-from opd.generation.prefix import Prefix, run_layer
+from opd.generation.prefix import Prefix
+from opd.models.layers import run_layer
 from opd.models.video_lm import VideoLM
 
 
 class Decoder:
     """Decodes R completions per prompt, one token at a time, into a preallocated cache per layer.
 
-    The prefix is copied into the cache once. Step t appends the R new tokens of each prompt behind
-    those of step t - 1, so that the filled part of the cache is contiguous: `P + R * (t + 1)`
-    columns, of which each completion attends to the prompt's and to its own.
+    The prefix is copied into the cache once. Step t appends the `K * R` new tokens of each group of
+    prompts behind those of step t - 1, so that the filled part of the cache is contiguous:
+    `P + K * R * (t + 1)` columns, of which each completion attends to its prompt's and to its own.
     """
 
     def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
-        self.lm, self.rollouts, self.step_index = lm, rollouts, 0
-        self.mask, self.next_position = prefix.mask, prefix.next_position
+        self.lm, self.prefix, self.rollouts, self.step_index = lm, prefix, rollouts, 0
+        self.branches = prefix.width * rollouts  # of a group
+        self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)
+        self.next_position = prefix.by_group(prefix.next_position).repeat_interleave(rollouts, 1)
         self.prompt_length = prefix.mask.shape[1]
         self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         for key, value in zip(prefix.keys, prefix.values, strict=True):
-            shape = (*key.shape[:2], self.prompt_length + rollouts * max_steps, key.shape[3])
+            shape = (*key.shape[:2], self.prompt_length + self.branches * max_steps, key.shape[3])
             pair = key.new_empty(shape), value.new_empty(shape)
             for buffer, source in zip(pair, (key, value), strict=True):
                 buffer[:, :, : self.prompt_length] = source.detach()
@@ -34,32 +37,28 @@ class Decoder:
         """Append one token to each completion and return the hidden states that predict the next.
 
         Args:
-            token_ids: int64 `[B, R]`.
+            token_ids: int64 `[N, R]`.
 
-        Returns: `[B, R, H]`, after the final norm.
+        Returns: `[N, R, H]`, after the final norm.
         """
         language_model = self.lm.language_model
-        hidden = language_model.embed_tokens(token_ids)
-        positions = (self.next_position + self.step_index)[:, None].expand(3, -1, self.rollouts)
+        hidden = language_model.embed_tokens(self.prefix.by_group(token_ids).flatten(1))
+        positions = (self.next_position + self.step_index).expand(3, -1, -1)
         rotary = language_model.rotary_emb(hidden, positions)
-        start = self.prompt_length + self.rollouts * self.step_index
+        start = self.prompt_length + self.branches * self.step_index
         self.step_index += 1
-        # Column r of every step belongs to rollout r: the identity, once per step.
-        own = torch.eye(self.rollouts, dtype=torch.bool, device=hidden.device).repeat(
+        # Column b of every step belongs to branch b: the identity, once per step.
+        own = torch.eye(self.branches, dtype=torch.bool, device=hidden.device).repeat(
             1, self.step_index
         )
-        attention_mask = torch.cat(
-            [
-                self.mask[:, None].expand(-1, self.rollouts, -1),
-                own.expand(len(hidden), -1, -1),
-            ],
-            dim=2,
-        )[:, None]
+        own = own.expand(len(hidden), -1, -1)
+        attention_mask = torch.cat([self.mask, own], dim=2)[:, None]
         with (counter or LayerCounter()).label("decode"):
             for layer, buffers in zip(language_model.layers, self.cache, strict=True):
                 layer_cache = _PreallocatedCache(buffers, start)
                 hidden = run_layer(layer, hidden, rotary, layer_cache, attention_mask)
-        return language_model.norm(hidden)
+        hidden = language_model.norm(hidden).unflatten(1, (-1, self.rollouts))
+        return self.prefix.by_prompt(hidden)
 
 
 class _PreallocatedCache:

@@ -5,16 +5,18 @@
     extend   forward completions against them, so that one backward also reaches the prompt
     forward  prefill of prompts of different lengths, without gradients
 
-`Decoder` (opd/generation/decoder.py) samples from a detached prefix. The completions of one prompt
-are packed along the sequence, and each attends to the prompt and to itself: the prompt's keys and
-values exist once, whatever the number of rollouts.
+`Decoder` (opd/generation/decoder.py) samples from a detached prefix.
+
+A row of a prefix is a group of prompts about one video: a tree, whose trunk is the video, with a
+branch for each query and further branches for the completions behind it. All branches are packed
+along the sequence, and each token attends to the path from the root to itself. So the keys and
+values of a video exist once, whatever the number of its queries and of their rollouts.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from inspect import signature
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,18 +26,19 @@ from opd import distributed
 from opd.data.batch import PromptBatch
 from opd.device import send
 from opd.generation.layer_counter import LayerCounter
+from opd.models.layers import KeyValue, LayerCache, run_layer
 from opd.models.video_lm import Video, VideoLM
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [B, kv_heads, P, D]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Result of forwarding B prompts: each layer's keys and values `[B, kv_heads, P, D]`.
+    """Result of forwarding N prompts in G groups: each layer's keys and values `[G, kv_heads, P,
+    D]`.
 
-    `mask` is boolean `[B, P]`, False at left padding. `last_hidden` `[B, H]` is the last token's
-    hidden state after the final norm, which predicts the first completion token. `next_position`
-    int64 `[B]` is the position id of that token.
+    `mask` is boolean `[N, P]`, True at the columns of its group that a prompt sees. `last_hidden`
+    `[N, H]` is the last token's hidden state after the final norm, which predicts the first
+    completion token. `next_position` int64 `[N]` is the position id of that token. `counts` has the
+    number of prompts in each group.
     """
 
     keys: list[torch.Tensor]
@@ -43,6 +46,7 @@ class Prefix:
     mask: torch.Tensor
     last_hidden: torch.Tensor
     next_position: torch.Tensor
+    counts: tuple[int, ...]
 
     @property
     def layers(self) -> list[KeyValue]:
@@ -58,9 +62,47 @@ class Prefix:
             last_hidden=self.last_hidden.detach(),
         )
 
+    def take(self, indices: Sequence[int]) -> "Prefix":
+        """The prompts at these indices of a prefix with one group; the keys stay as they are."""
+        if len(indices) == len(self.last_hidden):
+            return self
+        assert len(self.counts) == 1
+        rows = send(torch.tensor(indices), self.mask.device)
+        names = ("mask", "last_hidden", "next_position")
+        chosen = {name: getattr(self, name).index_select(0, rows) for name in names}
+        return replace(self, counts=(len(indices),), **chosen)
+
+    @property
+    def width(self) -> int:
+        """K, the number of prompts in the largest group."""
+        return max(self.counts)
+
+    def by_group(self, values: torch.Tensor) -> torch.Tensor:
+        """Arrange `values` `[N, ...]` of the prompts by group: `[G, K, ...]`, where a smaller group
+        repeats its last prompt."""
+        if min(self.counts) < self.width:
+            values = values.index_select(0, self._slots[0])
+        return values.unflatten(0, (len(self.counts), self.width))
+
+    def by_prompt(self, values: torch.Tensor) -> torch.Tensor:
+        """Undo `by_group`: `[G, K, ...]` become `[N, ...]`."""
+        values = values.flatten(0, 1)
+        return values if len(values) == len(self.mask) else values.index_select(0, self._slots[1])
+
+    @cached_property
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt in each of the `G * K` slots, and the slot of each prompt; on the device."""
+        prompts, slots, first = [], [], 0
+        for row, count in enumerate(self.counts):
+            prompts += [first + min(i, count - 1) for i in range(self.width)]
+            slots += [row * self.width + i for i in range(count)]
+            first += count
+        device = self.mask.device
+        return send(torch.tensor(prompts), device), send(torch.tensor(slots), device)
+
     @classmethod
     def join(cls, parts: Sequence["Prefix"]) -> "Prefix":
-        """Concatenate along the batch, left-padded to the longest; each part keeps its graph."""
+        """Concatenate groups, left-padded to the longest; each part keeps its graph."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.mask.shape[1] for part in parts)
@@ -80,19 +122,8 @@ class Prefix:
             mask=torch.cat([padded(part.mask, 1) for part in parts]),
             last_hidden=torch.cat([part.last_hidden for part in parts]),
             next_position=torch.cat([part.next_position for part in parts]),
+            counts=tuple(count for part in parts for count in part.counts),
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Prefilled:
-    """A batch in parts without padding (`PromptBatch.parts`), and the prefix of each part."""
-
-    parts: list[PromptBatch]
-    prefixes: list[Prefix]
-
-    def take(self, indices: Sequence[int]) -> "Prefilled":
-        """The parts at these indices."""
-        return Prefilled([self.parts[i] for i in indices], [self.prefixes[i] for i in indices])
 
 
 def encode(lm: VideoLM, batch: PromptBatch) -> Video:
@@ -105,12 +136,13 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
     if lm.trains_vision:
         return lm.encode_video(batch.pixel_values, batch.video_grid_thw)
     videos = []
-    for prompt, pixels, grid in zip(batch.prompts, batch.pixels, batch.video_grid_thw, strict=True):
-        video = prompt.features.get(lm)
+    for group, pixels, grid in zip(batch.groups, batch.pixels, batch.video_grid_thw, strict=True):
+        features = group.prompts[0].features  # the same for all prompts about a video
+        video = features.get(lm)
         if video is None:
             video = lm.encode_video(pixels, grid[None])
-            if lm in prompt.features:
-                prompt.features[lm] = video
+            if lm in features:
+                features[lm] = video
         videos.append(video)
     embeds, levels = zip(*videos, strict=True)
     return torch.cat(embeds), [torch.cat(level) for level in zip(*levels, strict=True)]
@@ -129,8 +161,8 @@ def prefill(
     recompute: str = "none",
     counter: LayerCounter | None = None,
 ) -> Prefix:
-    """Forward prompts of equal length (`PromptBatch.parts`) once. Under autograd the prefix keeps
-    its graph, which `extend` continues.
+    """Forward groups of one layout (`PromptBatch.parts`) once. Under autograd the prefix keeps its
+    graph, which `extend` continues.
 
     Args:
         video: vision tokens from `encode`.
@@ -138,6 +170,7 @@ def prefill(
             recomputed in backward; keys and values stay on the graph in every mode.
     """
     assert batch.input_ids.numel() == batch.num_tokens, "padded prompts"
+    counts = tuple(len(group.prompts) for group in batch.groups)
     counter = counter or LayerCounter()
     language_model = lm.language_model
     embeds, deepstack = video
@@ -146,11 +179,11 @@ def prefill(
     assert len(rows) == len(embeds), "as many vision tokens as video tokens in the prompts"
     rows, shape = send(rows, hidden.device), hidden.shape
     hidden = hidden.flatten(0, 1).index_copy(0, rows, embeds.to(hidden.dtype)).view(shape)
-    rotary = language_model.rotary_emb(hidden, batch.position_ids)
+    rotary, own_mask = language_model.rotary_emb(hidden, batch.position_ids), batch.own_mask()
 
     def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer_cache = _LayerCache()
-        out = run_layer(layer, hidden, rotary, layer_cache)
+        layer_cache = LayerCache()
+        out = run_layer(layer, hidden, rotary, layer_cache, own_mask)
         return out, layer_cache.key, layer_cache.value
 
     def contexts() -> tuple[Any, Any]:
@@ -173,8 +206,8 @@ def prefill(
             if index < len(deepstack):
                 level = deepstack[index].to(hidden.dtype)
                 hidden = hidden.flatten(0, 1).index_add(0, rows, level).view(shape)
-    last_hidden = language_model.norm(hidden[:, -1])
-    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position)
+    last_hidden = language_model.norm(hidden.index_select(1, batch.last_columns()).flatten(0, 1))
+    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, counts)
 
 
 @torch.no_grad()
@@ -197,30 +230,38 @@ def extend(
     tokens, after the final norm.
 
     Args:
-        completion_ids: int64 `[B, R, T]`, R completions per prompt, right-padded.
+        completion_ids: int64 `[N, R, T]`, R completions per prompt, right-padded.
 
-    Returns: `[B, R, T, H]`. Position 0 is the prompt's last hidden state, so only the first T - 1
+    Returns: `[N, R, T, H]`. Position 0 is the prompt's last hidden state, so only the first T - 1
         tokens of each completion run through the layers.
     """
-    batch, rollouts, length = completion_ids.shape
+    _, rollouts, length = completion_ids.shape
     first = prefix.last_hidden[:, None, None].expand(-1, rollouts, 1, -1)
     if length == 1:
         if not lm.sharded:
             return first
         # Another rank may have longer completions, for which this one must gather weights, too.
         return extend(lm, prefix, completion_ids.expand(-1, -1, 2), counter)[:, :, :1]
-    steps = length - 1
-    inputs = completion_ids[:, :, :-1].reshape(batch, rollouts * steps)
-    offsets = torch.arange(steps, device=inputs.device).repeat(rollouts)
-    rollout = torch.arange(rollouts, device=inputs.device).repeat_interleave(steps)
-    block = (rollout[:, None] == rollout) & (offsets[:, None] >= offsets)
-    attention_mask = torch.cat(
-        [prefix.mask[:, None].expand(-1, rollouts * steps, -1), block.expand(batch, -1, -1)], dim=2
-    )[:, None]
-    positions = (prefix.next_position[:, None] + offsets).expand(3, -1, -1)
+    steps, branches = length - 1, prefix.width * rollouts
+    inputs = prefix.by_group(completion_ids[:, :, :-1]).flatten(1)
+    device, groups = inputs.device, len(inputs)
+    offsets = torch.arange(steps, device=device).repeat(branches)
+    branch = torch.arange(branches, device=device).repeat_interleave(steps)
+    block = (branch[:, None] == branch) & (offsets[:, None] >= offsets)
+
+    def of_tokens(values: torch.Tensor) -> torch.Tensor:
+        """Repeat `[N, ...]` of the prompts for each token of their completions."""
+        grouped = prefix.by_group(values)[:, :, None]
+        return grouped.expand(-1, -1, rollouts * steps, *grouped.shape[3:]).flatten(1, 2)
+
+    attention_mask = torch.cat([of_tokens(prefix.mask), block.expand(groups, -1, -1)], dim=2)[
+        :, None
+    ]
+    positions = (of_tokens(prefix.next_position) + offsets).expand(3, -1, -1)
     with (counter or LayerCounter()).label("completion"):
         hidden, _ = forward_against(lm, prefix.layers, inputs, positions, attention_mask)
-    return torch.cat([first, hidden.view(batch, rollouts, steps, -1)], dim=2)
+    hidden = prefix.by_prompt(hidden.unflatten(1, (prefix.width, rollouts, steps)))
+    return torch.cat([first, hidden], dim=2)
 
 
 def forward_against(
@@ -246,40 +287,7 @@ def forward_against(
     rotary = language_model.rotary_emb(hidden, position_ids)
     new = []
     for layer, past_of_layer in zip(language_model.layers, past, strict=True):
-        layer_cache = _LayerCache(past_of_layer)
+        layer_cache = LayerCache(past_of_layer)
         hidden = run_layer(layer, hidden, rotary, layer_cache, attention_mask)
         new.append((layer_cache.key, layer_cache.value))
     return language_model.norm(hidden), new
-
-
-def run_layer(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    layer_cache: Any,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Forward `hidden` `[B, T, H]` through one decoder layer, which calls `layer_cache.update` with
-    its new keys and values and attends to what that returns."""
-    options = {"attention_mask": attention_mask, _cache_argument(type(layer)): layer_cache}
-    return layer(hidden, position_embeddings=rotary, **options)
-
-
-@cache
-def _cache_argument(layer_class: type[torch.nn.Module]) -> str:
-    """Name of the cache argument of a class of decoder layers; transformers 5.24 renamed it."""
-    return "cache" if "cache" in signature(layer_class.forward).parameters else "past_key_values"
-
-
-class _LayerCache:
-    """One layer's cache: keeps the new keys and values, and returns them appended to the past's."""
-
-    def __init__(self, past: KeyValue | None = None) -> None:
-        self.past = past
-        self.key = self.value = torch.empty(0)
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> KeyValue:
-        self.key, self.value = key, value
-        if self.past is None:
-            return key, value
-        return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)

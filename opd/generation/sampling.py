@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -134,26 +135,33 @@ class Rollouts:
         ids, logprobs = fetch(self.completion_ids), fetch(self.rollout_logprobs)
         return replace(self, completion_ids=ids, rollout_logprobs=logprobs)
 
-    def routed(self, lockstep: bool = False) -> tuple[list[int], "Rollouts"]:
+    def routed(self, counts: Sequence[int], lockstep: bool = False) -> tuple[list[int], "Rollouts"]:
         """Keep the prompts with a trained completion, and of their rollouts the trained ones.
 
         R and T shrink to what these need; the tokens in the loss keep their order. With `lockstep`
-        every rank keeps as many prompts as the rank with the most, at least one, and fills up with
-        prompts that have no trained completion.
+        every rank keeps as many groups of prompts as the rank with the most, at least one, and
+        fills up with prompts that have no trained completion.
+
+        Args:
+            counts: number of prompts in each group.
 
         Returns: the indices of the kept prompts, and their rollouts.
         """
         assert self.trained is not None
+        group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         rows = self.trained.any(1).nonzero().flatten()
         if lockstep:
-            others = (~self.trained.any(1)).nonzero().flatten()
-            rows = torch.cat([rows, others[: max(1, distributed.all_max(len(rows))) - len(rows)]])
+            kept = set(group[rows].tolist())
+            missing = max(1, distributed.all_max(len(kept))) - len(kept)
+            starts = [0, *accumulate(counts)]
+            others = [starts[number] for number in range(len(counts)) if number not in kept]
+            rows = torch.cat([rows, torch.tensor(others[:missing], dtype=torch.long)])
         width = max(1, int(self.trained[rows].sum(1).max())) if len(rows) else 0
         # A stable sort puts each prompt's trained completions first, in their order.
         first = (~self.trained[rows]).byte().argsort(dim=1, stable=True)[:, :width]
-        kept = rows[:, None], first
-        lengths = self.lengths[kept]
-        longest = max(1, int((lengths * self.trained[kept]).max())) if len(rows) else 0
+        chosen = rows[:, None], first
+        lengths = self.lengths[chosen]
+        longest = max(1, int((lengths * self.trained[chosen]).max())) if len(rows) else 0
         # A single index for the device, into `[B * R]`.
         indices = send(rows[:, None] * self.lengths.shape[1] + first, self.completion_ids.device)
 
@@ -165,9 +173,9 @@ class Rollouts:
             completion_ids=select(self.completion_ids),
             lengths=lengths.clamp_max(longest),
             rollout_logprobs=select(self.rollout_logprobs),
-            truncated=self.truncated[kept],
-            rewards=None if self.rewards is None else self.rewards[kept],
-            trained=self.trained[kept],
+            truncated=self.truncated[chosen],
+            rewards=None if self.rewards is None else self.rewards[chosen],
+            trained=self.trained[chosen],
         )
 
     @classmethod

@@ -11,8 +11,8 @@ from opd.config.run import Config
 from opd.data.batch import PromptBatch
 from opd.data.loader import rows_of
 from opd.data.prompts import Prompts
+from opd.generation.prefix import forward
 from opd.generation.sampling import Policy, decode_answers, sample, uniforms
-from opd.generation.shared_video import forward_by_video
 from opd.models.video_lm import VideoLM
 from opd.scoring.evaluation import Evaluation, EvaluationRow, write_evaluation
 
@@ -46,7 +46,7 @@ def evaluate(
     draws, length = config.eval.draws, config.sample.max_completion_length
 
     def answer(batch: PromptBatch) -> list[EvaluationRow]:
-        prefix = forward_by_video(lm, batch)
+        prefix = forward(lm, batch)
         greedy = decode_answers(sample(lm, prefix, policy, length, None), prompts.tokenizer)
         sampled: list[list[str]] = [[] for _ in batch.examples]
         if draws:

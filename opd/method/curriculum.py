@@ -33,8 +33,8 @@ from opd.data.loader import rows_of
 from opd.data.prompts import Prompts
 from opd.errors import DataError
 from opd.files import read_rows, write_rows
+from opd.generation.prefix import forward
 from opd.generation.sampling import Policy, decode_answers, sample, uniforms
-from opd.generation.shared_video import forward_by_video
 from opd.method.teacher import Teacher
 from opd.models.video_lm import VideoLM
 from opd.scoring.evaluation import EvaluationRow
@@ -197,7 +197,7 @@ def score_answers(
 
     def answer(batch: PromptBatch) -> list[EvaluationRow]:
         draws = uniforms(config.seed, SCORING_STEP, [e.id for e in batch.examples], number, length)
-        rollouts = sample(lm, forward_by_video(lm, batch), policy, length, draws)
+        rollouts = sample(lm, forward(lm, batch), policy, length, draws)
         texts = decode_answers(rollouts, prompts.tokenizer)
         return [
             EvaluationRow.of(example, None, answers, config)

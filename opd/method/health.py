@@ -17,16 +17,19 @@ from opd.scoring.judge import named_span, readable
 
 def gather_step(
     results: Sequence[tuple[Loss, Rollouts]], batches: Sequence[PromptBatch]
-) -> tuple[list[Loss], list[Rollouts], list[Example], int]:
-    """Losses, rollouts and examples of every rank's micro-batches, on the host, and the number of
-    their prompt tokens. Each rank passes its own and receives all."""
+) -> tuple[list[Loss], list[Rollouts], list[Example], dict[str, int]]:
+    """Losses, rollouts and examples of every rank's micro-batches, on the host, and the numbers of
+    their prompts, groups of prompts and prompt tokens. Each rank passes its own and receives
+    all."""
     mine = [
-        (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens)
+        (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens, len(batch.groups))
         for (loss, rollouts), batch in zip(results, batches, strict=True)
     ]
     everyone = [micro_batch for rank in distributed.all_gather(mine) for micro_batch in rank]
-    losses, rollouts, examples, num_tokens = zip(*everyone, strict=True)
-    return [*losses], [*rollouts], [e for of_batch in examples for e in of_batch], sum(num_tokens)
+    losses, rollouts, of_batches, num_tokens, num_groups = zip(*everyone, strict=True)
+    examples = [example for of_batch in of_batches for example in of_batch]
+    counts = {"prompts": len(examples), "groups": sum(num_groups), "prompt_tokens": sum(num_tokens)}
+    return [*losses], [*rollouts], examples, counts
 
 
 def signals(

@@ -33,7 +33,8 @@ from opd.device import fetch, send
 from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
 from opd.generation.layer_counter import LayerCounter
-from opd.generation.prefix import Prefilled, Prefix, encode, extend, prefill, recomputed_layers
+from opd.generation.prefilled import Prefilled
+from opd.generation.prefix import Prefix, encode, extend, prefill, recomputed_layers
 from opd.generation.sampling import Policy, Rollouts, sample, uniforms
 from opd.method.advantages import advantages, grade, trained_rollouts
 from opd.method.health import gather_step, signals
@@ -93,18 +94,17 @@ class Trainer:
 
     def prefill(self, batch: PromptBatch) -> Prefilled:
         """Forward the student's prompts once, with their graph."""
-        # With routing, every prompt has a graph of its own, so that backward visits only the
-        # prompts that are trained on. Sharded weights are gathered as often on every rank.
+        if self.sharded:  # weights are gathered as often on every rank
+            batch = batch.divided(distributed.all_max(len(batch.groups)))
+        # With routing, every group has a graph of its own: backward visits those trained on.
         parts = batch.parts(alone=self.config.routes or self.sharded)
         with self.ledger.phase("vision"):
             videos = [encode(self.student, part) for part in parts]
         with self.ledger.phase("prefill"):
-            recompute = self.config.prefix.recompute
-            prefixes = [
-                prefill(self.student, part, video, recompute, self.counter)
-                for part, video in zip(parts, videos, strict=True)
-            ]
-        return Prefilled(parts, prefixes)
+            options = self.config.prefix.recompute, self.counter
+            pairs = zip(parts, videos, strict=True)
+            prefixes = [prefill(self.student, part, video, *options) for part, video in pairs]
+        return Prefilled.of(parts, prefixes)
 
     def sample(self, batch: PromptBatch, prompts: Prefilled, step: int) -> Rollouts:
         """Continue the detached prompts into completions."""
@@ -132,7 +132,7 @@ class Trainer:
         enough yet. The others cost neither a teacher forward nor a backward."""
         if not self.config.routes:
             return prompts, rollouts
-        rows, kept = rollouts.routed(lockstep=self.engine.lockstep or self.sharded)
+        rows, kept = rollouts.routed(prompts.counts, self.engine.lockstep or self.sharded)
         return prompts.take(rows), kept
 
     def score(self, prompts: Prefilled, answers: Rollouts) -> torch.Tensor | None:
@@ -141,7 +141,7 @@ class Trainer:
         if self.teacher is None or not prompts.parts:
             return None
         with self.ledger.phase("teacher"):
-            prefix = Prefix.join([self.teacher.prefill(part) for part in prompts.parts])
+            prefix = prompts.forwarded_by(self.teacher.prefill)
             return answers.in_loss(self.teacher.extend(prefix, answers.completion_ids))
 
     def learn(
@@ -252,9 +252,8 @@ class Trainer:
     ) -> None:
         """Charge a micro-batch to the ledger; `decoded` masks the completions sampled in it."""
         recomputed = recomputed_layers(self.config.prefix.recompute, self.counter.num_layers)
-        flops = step_flops(
-            self.costs, prompts.parts, decoded, kept.parts, answers.completion_mask, recomputed
-        )
+        mask = answers.completion_mask
+        flops = step_flops(self.costs, prompts.parts, decoded, kept, mask, recomputed)
         tokens, *spent = distributed.all_sum((num_tokens, *flops.values()))
         self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
 
@@ -266,14 +265,14 @@ class Trainer:
         lr: float,
     ) -> dict[str, Any]:
         """Count the step of all ranks in the progress; returns the metrics of its first epoch."""
-        losses, rollouts, examples, prompt_tokens = gather_step(results, batches)
+        losses, rollouts, examples, counts = gather_step(results, batches)
         tokenizer = self.processor.tokenizer if self.processor is not None else None
         health = signals(losses, rollouts, examples, tokenizer, self.config)
         finite = all(math.isfinite(number) for update in updates for number in update)
         sampled = [] if self.config.on_references else rollouts
         self.progress.count(
             finite,
-            prompt_tokens=prompt_tokens,
+            **counts,
             rollouts=sum(r.truncated.numel() for r in sampled),
             generated_tokens=sum(r.num_tokens for r in sampled),
             trained_rollouts=sum(int((r.loss_lengths > 0).sum()) for r in sampled),
@@ -284,6 +283,7 @@ class Trainer:
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "lr": lr,
+            "prompt_tokens_per_query": counts["prompt_tokens"] / counts["prompts"],
             **health,
             "skipped": None if finite else [example.id for example in examples],
         }

@@ -203,7 +203,8 @@ def attend(
     Args:
         query: `[B, heads, L, D]`; key and value: `[B, kv_heads, K, D]`.
         attention_mask: `[B, 1, L, K]`, boolean (True attends) or added to the scores; None is
-            causal where L = K.
+            causal where L = K. A mask with fewer rows is for the last of the L = K tokens; those
+            before them are causal.
 
     Returns: `[B, L, heads, D]` and None, as transformers expects.
     """
@@ -218,6 +219,11 @@ def attend(
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
         out = packed(backend, q, k, v, edges, length, scaling, True)
         return out.view(batch, length, heads, dim), None
+    if unmasked := length - attention_mask.shape[2]:
+        q, k, v = (x[:, :, :unmasked] for x in (query, key, value))
+        first = attend(module, q, k, v, None, scaling, backend)[0]
+        last = attend(module, query[:, :, unmasked:], key, value, attention_mask, scaling)[0]
+        return torch.cat([first, last], 1), None
     # Query groups fold into the length: every key/value head is read once and never repeated.
     folded = query.reshape(batch, heads // groups, groups * length, dim)
     mask = attention_mask if groups == 1 else attention_mask.repeat(1, 1, groups, 1)

@@ -4,6 +4,7 @@
 allocate what the fused kernels allocate.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from opd.models.attention import attend
 
 MASKS = "attention masks"
 JOINED = "keys and values, joined"
@@ -176,6 +179,26 @@ class FusedAttention(TorchFunctionMode):
                 if live.device_type == "cuda" and width > mask.shape[-1]:
                     mask = mask.new_empty(*mask.shape[:-1], width)
         return _Fused.apply(query, key, value, mask)
+
+
+def stand_in_attention(*args: Any, **kwargs: Any) -> Any:
+    """The language model's attention, with a stand-in for torch's kernels."""
+    with FusedAttention():
+        return attend(*args, **kwargs)
+
+
+def stand_in_vision_attention(
+    self: Any, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any
+) -> torch.Tensor:
+    """Vision attention without segments, which do not change the sizes of its tensors."""
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
+    size = len(hidden_states)
+    query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
+    query, key = rotate(query, key, *position_embeddings)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    with FusedAttention():
+        out = scaled_dot_product_attention(query, key, value)
+    return self.proj(out[0].transpose(0, 1).reshape(size, -1))
 
 
 class _Fused(torch.autograd.Function):

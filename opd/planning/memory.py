@@ -119,7 +119,8 @@ class Shapes:
     def work(self, ranks: int) -> Work:
         """Work of a rank in a micro-batch."""
         config, prompts = self.config, self.prompts(ranks)
-        whole = prompts, self.tokens, self.video_tokens, config.batch_size // ranks > prompts
+        several = config.batch_size // ranks > prompts
+        whole = prompts, self.tokens, self.video_tokens, TEXT, several
         return Work.of(config, self.device_type, _bytes(self.dtype) >= 4, *whole)
 
     def plan(self, ranks: int, recompute: str, placement: str) -> Plan:
@@ -162,6 +163,7 @@ class Shapes:
             held["NCCL's buffers"] = NCCL_BYTES if ranks > 1 else 0
         else:  # in the same memory: frames of a step, and copies in the parts of a micro-batch
             frames = max(1, self.config.batch_size // ranks) + work.prompts
+            frames = -(-frames // work.queries_per_video)
             held["pixels of a step"] = frames * pixel_bytes(student, self.video_tokens)
         sizes = {"student": size}
         if self.teacher is not None:

@@ -5,7 +5,6 @@ A step runs the trainer's own functions (`prefill`, `Decoder`, `extend`, backwar
 and loss are stand-ins that allocate what the real ones allocate.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,21 +12,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForImageTextToText as AutoModel
 from transformers.masking_utils import sdpa_mask
 
 from opd.config.run import Config
-from opd.data.batch import PromptBatch
+from opd.data.batch import Group, PromptBatch
 from opd.generation.decoder import Decoder
 from opd.generation.prefix import Prefix, extend, prefill
 from opd.generation.sampling import Policy, choose
 from opd.models import tiny
-from opd.models.attention import attend
 from opd.models.load import prepare, resolve
 from opd.models.video_lm import Video, VideoLM
-from opd.planning.live import FusedAttention, FusedLoss, Live
+from opd.planning.live import (
+    FusedLoss,
+    Live,
+    stand_in_attention,
+    stand_in_vision_attention,
+)
 
 MOMENTS = {  # of a step, and how messages refer to them
     "vision": "in the student's vision tower",
@@ -65,11 +67,11 @@ def on_meta(spec: str, dtype: torch.dtype) -> VideoLM:
         else:
             model = AutoModel.from_config(AutoConfig.from_pretrained(resolve(spec)), dtype=dtype)
         lm = prepare(model.to(dtype))
-    AttentionInterface.register(ATTENTION, _attend)
+    AttentionInterface.register(ATTENTION, stand_in_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
     for block in lm.visual.blocks:
-        block.attn.forward = partial(_vision_attention, block.attn)
+        block.attn.forward = partial(stand_in_vision_attention, block.attn)
     return lm
 
 
@@ -87,26 +89,6 @@ def size_of(lm: VideoLM) -> Size:
         trained=_count(p for p in lm.model.parameters() if p.requires_grad),
         layer=max(_count(layer.parameters()) for layer in lm.language_model.layers),
     )
-
-
-def _attend(*args: Any, **kwargs: Any) -> Any:
-    """The language model's attention, with a stand-in for torch's kernels."""
-    with FusedAttention():
-        return attend(*args, **kwargs)
-
-
-def _vision_attention(
-    self: Any, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any
-) -> torch.Tensor:
-    """Vision attention without segments, which do not change the sizes of its tensors."""
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
-    size = len(hidden_states)
-    query, key, value = self.qkv(hidden_states).reshape(size, 3, self.num_heads, -1).unbind(1)
-    query, key = rotate(query, key, *position_embeddings)
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    with FusedAttention():
-        out = scaled_dot_product_attention(query, key, value)
-    return self.proj(out[0].transpose(0, 1).reshape(size, -1))
 
 
 def pixel_bytes(lm: VideoLM, video_tokens: int) -> int:
@@ -153,6 +135,8 @@ class Work:
     prompts: int
     tokens: int  # of a prompt
     video_tokens: int  # of them
+    queries_per_video: int  # prompts that share all tokens but `own_tokens`
+    own_tokens: int
     rollouts: int
     length: int  # of a completion
     sampled: bool  # completions are sampled, not reference answers
@@ -170,6 +154,7 @@ class Work:
         prompts: int,
         tokens: int,
         video_tokens: int,
+        own_tokens: int,
         several: bool,
     ) -> "Work":
         """Work under a configuration; `wide` says that weights are fp32 already."""
@@ -180,6 +165,8 @@ class Work:
             prompts=prompts,
             tokens=tokens,
             video_tokens=video_tokens,
+            queries_per_video=config.data.queries_per_video,
+            own_tokens=own_tokens,
             rollouts=config.num_rollouts,
             length=max(2, config.sample.max_completion_length),
             sampled=not config.on_references,
@@ -195,20 +182,29 @@ class Work:
         return self.prompts * self.rollouts * self.length
 
 
-def one_prompt(lm: VideoLM, work: Work) -> PromptBatch:
-    """Batch of one prompt: prompts rarely have the same length, so each is a part of its own."""
+def prompts_of(lm: VideoLM, work: Work) -> list[PromptBatch]:
+    """The prompts by video: prompts rarely have the same length, so each group of queries about a
+    video is a part of its own."""
     meta: dict[str, Any] = {"device": "meta"}
     ids = torch.zeros(work.tokens, dtype=torch.long)
     ids[: work.video_tokens] = lm.model.config.video_token_id
-    return PromptBatch(
-        prompts=(_Shape(ids),),  # type: ignore[arg-type]
-        input_ids=ids[None].to("meta"),
-        mask=torch.empty(1, work.tokens, dtype=torch.bool, **meta),
-        position_ids=torch.empty(3, 1, work.tokens, dtype=torch.long, **meta),
-        next_position=torch.empty(1, dtype=torch.long, **meta),
-        pixel_values=torch.empty(0, **meta),
-        video_grid_thw=torch.empty(1, 3, dtype=torch.long, **meta),
-    )
+    parts = []
+    for first in range(0, work.prompts, work.queries_per_video):
+        count = min(work.queries_per_video, work.prompts - first)
+        shared = work.tokens - work.own_tokens * (count > 1)
+        group = Group((_Shape(ids),) * count, shared)  # type: ignore[arg-type]
+        length = group.num_tokens
+        part = PromptBatch(
+            groups=(group,),
+            input_ids=torch.empty(1, length, dtype=torch.long, **meta),
+            mask=torch.empty(count, length, dtype=torch.bool, **meta),
+            position_ids=torch.empty(3, 1, length, dtype=torch.long, **meta),
+            next_position=torch.empty(count, dtype=torch.long, **meta),
+            pixel_values=torch.empty(0, **meta),
+            video_grid_thw=torch.empty(1, 3, dtype=torch.long, **meta),
+        )
+        parts.append(part)
+    return parts
 
 
 def completions(work: Work) -> torch.Tensor:
@@ -269,7 +265,7 @@ def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str,
     live = Live(lm.model.parameters(), work.device_type)
     with torch.enable_grad(), live:
         with live.moment("vision", "vision tower's activations, tokens"):
-            parts = [one_prompt(lm, work) for _ in range(work.prompts)]
+            parts = prompts_of(lm, work)
             videos = [see(lm, live, work.video_tokens) for _ in parts]
         with live.moment("prefill", "prompts' activations"):
             prefixes = [
@@ -301,10 +297,7 @@ def teacher_step(lm: VideoLM, work: Work) -> dict[str, int]:
     live = Live(lm.model.parameters(), work.device_type)
     with torch.no_grad(), live, live.moment("teacher", "activations, cache"):
         prefix = Prefix.join(
-            [
-                prefill(lm, one_prompt(lm, work), see(lm, live, work.video_tokens))
-                for _ in range(work.prompts)
-            ]
+            [prefill(lm, part, see(lm, live, work.video_tokens)) for part in prompts_of(lm, work)]
         )
         rows_of(extend(lm, prefix, completions(work)))
     return live.peaks["teacher"]

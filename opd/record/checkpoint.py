@@ -21,7 +21,9 @@ class Progress:
     step: int = 0  # steps done
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
-    prompt_tokens: int = 0
+    prompts: int = 0
+    groups: int = 0  # of prompts about one video, forwarded together
+    prompt_tokens: int = 0  # those that prompts of a group share once
     rollouts: int = 0  # sampled for training
     generated_tokens: int = 0  # of these rollouts, end tokens included
     trained_rollouts: int = 0  # rollouts with tokens in the loss

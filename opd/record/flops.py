@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opd.data.batch import PromptBatch
+from opd.generation.prefilled import Prefilled
 from opd.models.video_lm import VideoLM
 
 FLOPS: tuple[str, ...] = ("student", "teacher", "recompute")  # who spends them
@@ -90,9 +91,11 @@ class Cost:
             self.per_patch * patches + self.per_vision_token * tokens + self.per_vision_pair * pairs
         )
 
-    def prompt(self, batch: int, length: int) -> float:
-        """Prefill of `batch` prompts of `length` tokens, padding included."""
-        return batch * (self.per_token * length + self.per_pair * length**2 / 2)
+    def prompt(self, batch: int, length: int, own_lengths: Sequence[int] = ()) -> float:
+        """Prefill of `batch` sequences of `length` tokens, and of branches of these lengths behind
+        each."""
+        pairs = length**2 / 2 + sum(own * length + own**2 / 2 for own in own_lengths)
+        return batch * (self.per_token * (length + sum(own_lengths)) + self.per_pair * pairs)
 
     def completions(self, batch: int, length: int, rollouts: int, tokens: int) -> float:
         """Extension of each prompt of `length` tokens by `rollouts` completions of `tokens` tokens,
@@ -105,47 +108,45 @@ def step_flops(
     costs: dict[VideoLM, Cost],
     forwarded: Sequence[PromptBatch],
     decoded: torch.Tensor | None,
-    trained: Sequence[PromptBatch],
+    trained: Prefilled,
     completion_mask: torch.Tensor,
     recomputed_layers: int,
 ) -> dict[str, float]:
-    """FLOPs of one micro-batch, by the names of `FLOPS`. The vision tower counts for every video,
-    also where its tokens were cached by an earlier step.
+    """FLOPs of one micro-batch, by the names of `FLOPS`. The vision tower counts for every group of
+    prompts, also where its tokens were cached by an earlier step.
 
     Args:
         costs: of the student, then of the teacher if there is one.
         forwarded: parts of the batch whose prompts the student forwarded.
-        decoded: mask `[B, R, T]` of the completions that were sampled; None where none were.
-        trained: those of `forwarded` that the teacher and the backward see.
-        completion_mask: `[B', R', T']`, of the completions of `trained`.
+        decoded: mask `[N, R, T]` of the completions that were sampled; None where none were.
+        trained: what the teacher and the backward see of them.
+        completion_mask: `[N', R', T']`, of the completions of `trained`.
         recomputed_layers: number of layers whose prompt forward is repeated in backward.
     """
-    (_, rollouts, longest), num_tokens = completion_mask.shape, int(completion_mask.sum())
-    flops = dict.fromkeys(FLOPS, 0.0)
+    num_tokens, flops = int(completion_mask.sum()), dict.fromkeys(FLOPS, 0.0)
+
+    def completions(cost: Cost, lengths: Sequence[int], mask: torch.Tensor) -> float:
+        """FLOPs of completions `[N, R, T]` behind prompts of these lengths."""
+        _, rollouts, longest = mask.shape
+        return sum(cost.completions(1, length, rollouts, longest - 1) for length in lengths)
+
+    def prompts(cost: Cost, parts: Sequence[PromptBatch]) -> tuple[float, float]:
+        """FLOPs of vision tower and prompts."""
+        groups = [group for part in parts for group in part.groups]
+        vision = sum(cost.vision(group.prompts[0].grid_thw) for group in groups)
+        return vision, sum(cost.prompt(1, group.shared, group.own_lengths) for group in groups)
+
     for name, (lm, cost) in zip(FLOPS, costs.items(), strict=False):
-
-        def of(
-            parts: Sequence[PromptBatch], rollouts: int, tokens: int, cost: Cost = cost
-        ) -> tuple[float, float, float]:
-            """FLOPs of vision tower, prompts and completions."""
-            sizes = [(len(part.input_ids), part.input_ids.shape[1]) for part in parts]
-            return (
-                sum(cost.vision(prompt.grid_thw) for part in parts for prompt in part.prompts),
-                sum(cost.prompt(*size) for size in sizes),
-                sum(cost.completions(*size, rollouts, tokens) for size in sizes),
-            )
-
-        vision, prefill, extension = of(trained, rollouts, longest - 1)
-        extension += cost.per_head * num_tokens
+        vision, prefill = prompts(cost, trained.parts)
+        extension = completions(cost, trained.lengths, completion_mask) + cost.per_head * num_tokens
         if name == "teacher":
             flops[name] = vision + prefill + extension
             continue
         # Backward of everything, and the forward of the completions.
         flops[name] = 2 * vision * lm.trains_vision + 2 * prefill + 3 * extension
-        vision, forward, _ = of(forwarded, 0, 0)
-        flops[name] += vision + forward
+        flops[name] += sum(prompts(cost, forwarded))
         if decoded is not None:
-            _, _, decoding = of(forwarded, decoded.shape[1], decoded.shape[2] - 1)
-            flops[name] += decoding + cost.per_head * decoded.numel()
+            lengths = [len(prompt.input_ids) for part in forwarded for prompt in part.prompts]
+            flops[name] += completions(cost, lengths, decoded) + cost.per_head * decoded.numel()
         flops["recompute"] = prefill * recomputed_layers / cost.num_layers
     return flops

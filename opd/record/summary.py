@@ -59,6 +59,8 @@ def summarise(
         "flops": ledger.flops | {"total": sum(ledger.flops.values())},
         "tokens_per_s": ledger.tokens / progress.train_s,
         "mfu": mfu(ledger.flops, busy_s),
+        "queries_per_video": progress.prompts / progress.groups,
+        "prompt_tokens_per_query": progress.prompt_tokens / progress.prompts,
         "student_prompt_forwards_per_step": trainer.counter.passes(
             "prompt", progress.prompt_tokens
         ),

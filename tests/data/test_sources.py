@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,39 @@ def test_every_format_can_be_configured():
     assert tuple(FORMATS) == data.FORMATS
     for name in FORMATS:
         assert DataConfig(format=name).format == name
+
+
+VIDEOS = [video for video in range(12) for _ in range(1 + video % 5)]  # 1 to 5 queries each
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_queries_about_one_video_are_scheduled_together(size: int) -> None:
+    positions = [range(0, 16, 2)[:4], range(0, 16, 2)[4:], range(1, 16, 2)[:4], range(1, 16, 2)[4:]]
+    options = {"videos": VIDEOS, "queries_per_video": size, "micro_batches": positions}
+    plan = schedule(len(VIDEOS), 40, 16, 3, **options)
+    assert plan == schedule(len(VIDEOS), 40, 16, 3, **options)
+    assert plan != schedule(len(VIDEOS), 40, 16, 4, **options)
+    number = len(VIDEOS)
+    order = [index for batch in plan for own in positions for index in [batch[i] for i in own]]
+    for epoch in range(len(order) // number):
+        assert sorted(order[epoch * number : (epoch + 1) * number]) == list(range(number))
+    groups = []
+    for batch in plan:
+        for own in positions:
+            videos = [VIDEOS[batch[i]] for i in own]
+            runs = [len(list(run)) for _, run in groupby(videos)]
+            assert sum(runs) == 4
+            groups += runs
+    # 12 videos with 34 queries make 24 groups of at most 2, or 15 of at most 4; few are divided.
+    assert sum(groups) / len(groups) > 0.85 * number / {2: 21, 4: 14}[size]
+
+
+def test_scheduled_groups_keep_the_shares_of_weights() -> None:
+    weights = [1.0 if video < 6 else 3.0 for video in VIDEOS]
+    heavy = sum(w for w in weights if w == 3) / sum(weights)
+    options = {"videos": VIDEOS, "queries_per_video": 4, "micro_batches": [range(8), range(8, 16)]}
+    plan = schedule(len(VIDEOS), 60, 16, 0, weights, **options)
+    drawn = 0
+    for step, batch in enumerate(plan):
+        drawn += sum(weights[i] == 3 for i in batch)
+        assert abs(drawn - heavy * 16 * (step + 1)) <= 4  # a group

@@ -27,7 +27,7 @@ from opd.models import tiny
 from opd.models.load import prepare
 from opd.models.sharded import load_frozen
 from opd.models.video_lm import VideoLM
-from tests.helpers import PAD, build, make_prompt, policy_of
+from tests.helpers import PAD, build, grouped, make_prompt, policy_of, queries_about
 
 PROMPTS = 6
 COMMON = (
@@ -42,6 +42,8 @@ COMMON = (
     "sample.max_completion_length=5",
     "engine.persistence_threshold=0",
 )
+VIDEO_FIRST = ("data.prompt={video}{query}",)
+ROUTED = ("curriculum.routing=on", "curriculum.route_below=0.5")
 CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "plain": (),
     "accumulated": ("micro_batch_size=1",),
@@ -49,8 +51,8 @@ CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "tied": (),
     "sampled": ("objective=sampled",),
     "recomputed": ("prefix.recompute=all",),
-    "routed": ("curriculum.routing=on", "curriculum.route_below=0.5"),
-    "nothing_routed": ("curriculum.routing=on", "curriculum.route_below=0.5"),
+    "routed": ROUTED,
+    "nothing_routed": ROUTED,
     "grpo": ("method=grpo", "micro_batch_size=1"),
     "sft": ("method=sft", "num_rollouts=1"),
     "lora": ("model.lora_rank=2",),
@@ -59,19 +61,15 @@ CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "offloaded": ("engine.offload=true",),
     "no_number": (),
     "bf16": ("model.dtype=bfloat16", "normalize=token", "micro_batch_size=1", "optim.lr=1e-5"),
-    "teacher_replica": ("curriculum.routing=on", "curriculum.route_below=0.5"),
-    "teacher_shard": (
-        "curriculum.routing=on",
-        "curriculum.route_below=0.5",
-        "teacher.placement=shard",
-    ),
-    "teacher_offload": (
-        "curriculum.routing=on",
-        "curriculum.route_below=0.5",
-        "teacher.placement=offload",
-    ),
+    "teacher_replica": ROUTED,
+    "teacher_shard": (*ROUTED, "teacher.placement=shard"),
+    "teacher_offload": (*ROUTED, "teacher.placement=offload"),
     "interrupted": (),
     "persistent": ("engine.persistence_threshold=1000",),  # norms and adapters stay whole
+    "separate": VIDEO_FIRST,
+    "grouped": (*VIDEO_FIRST, "data.queries_per_video=3"),
+    "separate_routed": (*VIDEO_FIRST, *ROUTED),
+    "grouped_routed": (*VIDEO_FIRST, *ROUTED, "data.queries_per_video=3"),
     "gathers": ("engine.gather=false", "teacher.placement=shard"),
     "gathers_recomputed": ("engine.gather=false", "prefix.recompute=all"),
 }
@@ -145,6 +143,8 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     trainer.seen = {}
     incoming, whole_after_backward = watch_backward(trainer)
     prompts = [make_prompt(student, name, pairs=1 + i % 3) for i, name in enumerate("abcdef")]
+    if case.startswith(("separate", "grouped")):
+        prompts = prompts_of_videos(student)
     prompts = [replace(p, pixel_values=p.pixel_values.float()) for p in prompts]
     if case == "no_number":
         prompts[1].pixel_values[0] = torch.nan  # on one rank only
@@ -155,7 +155,12 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     with mock.patch("opd.method.trainer.grade", grades(case)), watched:
         for step in range(2):
             batches = [
-                collate([prompts[i] for i in places], PAD) for places in micro_batches(config)
+                grouped(
+                    student,
+                    sorted([prompts[i] for i in places], key=lambda p: p.example.video),
+                    config.data.queries_per_video,
+                )
+                for places in micro_batches(config)
             ]
             rows.append(trainer.step(batches, step))
     kept = ("loss", "grad_norm", "lr", "kl", "completion_length", "trained_share", "skipped")
@@ -173,6 +178,16 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
         "overlapping": gathers.overlapping,
         "most_layers": gathers.most_layers,
     }
+
+
+def prompts_of_videos(lm: VideoLM) -> list[Prompt]:
+    """Prompts a to f about three videos. Of two ranks one has two groups, the other has one."""
+    prompts = {}
+    for video, names in {"u": "ac", "v": "e", "w": "bdf"}.items():
+        about = queries_about(lm, video, (5, 3, 7)[: len(names)])
+        for name, prompt in zip(names, about, strict=True):
+            prompts[name] = replace(prompt, example=replace(prompt.example, id=name))
+    return [prompts[name] for name in sorted(prompts)]
 
 
 class Gathers:

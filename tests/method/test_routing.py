@@ -12,6 +12,7 @@ from opd.config.method import CurriculumConfig, SampleConfig
 from opd.config.optimisation import OptimConfig
 from opd.config.run import Config, load_config
 from opd.errors import ConfigError
+from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import Prefix, encode, extend, prefill
 from opd.generation.sampling import Rollouts, sample, uniforms
 from opd.method.teacher import Teacher
@@ -152,16 +153,17 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     assert [tuple(shape) for shape in seen[:2]] == [(1, a), (1, c)]
     assert len(seen) == 3 and seen[2][0] == 2
     assert sorted(walked) == ["a", "c"]
-    rows, answers = whole.routed()
+    rows, answers = whole.routed([1] * 3)
     assert rows == [0, 2]
     alone = batch.parts(alone=True)
-    trained = [alone[i] for i in rows]
+    every = Prefilled.of(alone, [prefill_of(made.student, part) for part in alone])
+    trained = every.take(rows)
     wanted = step_flops(
         made.costs, alone, whole.completion_mask, trained, answers.completion_mask, 0
     )
     assert made.ledger.flops == wanted
     everything = step_flops(
-        made.costs, alone, whole.completion_mask, alone, whole.completion_mask, 0
+        made.costs, alone, whole.completion_mask, every, whole.completion_mask, 0
     )
     assert wanted["teacher"] < 0.7 * everything["teacher"]
 
@@ -189,17 +191,17 @@ def test_routed_keeps_the_order_of_the_tokens():
     trained = torch.tensor([[False, True, True], [False] * 3, [True, True, False]])
     truncated = torch.zeros(3, 3, dtype=torch.bool)
     whole = Rollouts(ids, lengths, ids.float(), truncated, trained=trained)
-    rows, found = whole.routed()
+    rows, found = whole.routed([1] * 3)
     assert rows == [0, 2]
     assert found.completion_ids.shape == (2, 2, 3)  # the longest routed has 3 tokens
     assert found.completion_ids[0, 0, 0] == 4 and found.completion_ids[0, 1].tolist() == [8, 9, 10]
     assert torch.equal(found.completion_ids[found.loss_mask], ids[whole.loss_mask])
     ragged = replace(whole, trained=torch.tensor([[True] * 3, [False] * 3, [False, False, True]]))
-    rows, found = ragged.routed()
+    rows, found = ragged.routed([1] * 3)
     assert rows == [0, 2] and found.trained.tolist() == [[True] * 3, [True, False, False]]
     assert torch.equal(found.completion_ids[found.loss_mask], ids[ragged.loss_mask])
     nothing = replace(whole, trained=torch.zeros_like(trained))
-    rows, found = nothing.routed()
+    rows, found = nothing.routed([1] * 3)
     assert rows == [] and found.completion_ids.shape == (0, 0, 0)
 
 

@@ -13,19 +13,17 @@ from bench.steps import published_sizes as sizes
 from fused_kl.tiles import FAST_BYTES, make_plan
 from opd.check import main
 from opd.config.run import load_config
-from opd.data.batch import PromptBatch
 from opd.errors import ConfigError
 from opd.generation.prefix import Prefix, extend
 from opd.models.load import prepare
 from opd.models.tiny import build
-from opd.models.video_lm import VideoLM
 from opd.planning.auto import resolve_auto
 from opd.planning.live import LOGIT_BYTES, Live, logit_rows
 from opd.planning.memory import NCCL_BYTES, Shapes
 from opd.planning.shapes import Work, on_meta, pixel_bytes, size_of, student_step
 from opd.record.flops import Cost
 from tests.engine.test_zero import torchrun
-from tests.helpers import batch_of, make_prompt, prefill_of
+from tests.helpers import batch_of, kept_bytes, make_prompt
 from tests.planning.memory_worker import VOCABULARY, write
 
 GIB = 2**30
@@ -45,26 +43,10 @@ def work_of(prompt_tokens: int, video_tokens: int, **changes: Any) -> Work:
         "several": True,
         "fp32_gradients": False,
         "kept_gradients": False,
+        "queries_per_video": 1,
+        "own_tokens": 0,
     }
     return Work(tokens=prompt_tokens, video_tokens=video_tokens, **(usual | changes))
-
-
-def kept_bytes(lm: VideoLM, batch: PromptBatch, recompute: str) -> int:
-    """Bytes that autograd keeps of a real forward, with its keys and values, without weights."""
-    weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        prefix = prefill_of(lm, batch, recompute)
-    for tensor in (*prefix.keys, *prefix.values):
-        keep(tensor)
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
@@ -158,7 +140,9 @@ def test_extend_joins_keys_and_values_in_every_layer(moments: dict[str, dict[str
 def test_the_decode_cache_holds_prompts_and_completions(
     moments: dict[str, dict[str, int]],
 ) -> None:
-    assert moments["sample"]["decode cache"] == 6 * 2 * 3 * 2 * (300 + 2 * 4) * 64 * 2
+    positions = 8 * 3 * 2
+    cache = 6 * 2 * 3 * 2 * (300 + 2 * 4) * 64 * 2
+    assert moments["sample"]["decode cache"] == cache + positions
     # A row of the vocabulary in fp32 at least twice, and in fp64 with its sum, for each rollout.
     assert moments["sample"]["logits"] >= 3 * 2 * VOCABULARY * 2 * 8
     assert "decode cache" not in {k for k, v in moments["backward"].items() if v}
@@ -335,7 +319,8 @@ def test_a_full_size_step_on_the_meta_device(
     ]
     hidden = torch.empty(prompts, config.hidden_size, dtype=torch.bfloat16, device=meta)
     mask = torch.ones(prompts, tokens, dtype=torch.bool, device=meta)
-    prefix = Prefix(keys, keys, mask, hidden, torch.zeros(prompts, dtype=torch.long, device=meta))
+    places = torch.zeros(prompts, dtype=torch.long, device=meta)
+    prefix = Prefix(keys, keys, mask, hidden, places, counts=(1,) * prompts)
     ids = torch.zeros(prompts, rollouts, length, dtype=torch.long, device=meta)
     with Live(lm.model.parameters(), "cuda"):
         hidden = extend(lm, prefix, ids)

@@ -18,6 +18,7 @@ from opd.data.batch import Prompt
 from opd.data.prompts import Prompts
 from opd.errors import Stopped
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import encode, extend
 from opd.generation.sampling import Rollouts, sample, uniforms
 from opd.method.health import signals
@@ -239,16 +240,17 @@ def test_a_step_is_charged_what_it_did() -> None:
         return vision, cost.prompt(size, length), extension, cost.per_head
 
     vision, prompt, extension, head = parts(student)
-    found = step_flops(costs, [batch], mask, [batch], mask, costs[student].num_layers)
+    every = Prefilled.of([batch], [prefill_of(student, batch)])
+    found = step_flops(costs, [batch], mask, every, mask, costs[student].num_layers)
     student.train_only("language")
-    frozen = step_flops(costs, [batch], mask, [batch], mask, 0)
+    frozen = step_flops(costs, [batch], mask, every, mask, 0)
     trained = 3 * (prompt + extension + head * valid) + extension + head * 4 * longest
     assert frozen["student"] == pytest.approx(trained + vision)
     assert found["student"] == pytest.approx(trained + 3 * vision)
     assert (frozen["recompute"], found["recompute"]) == (0, pytest.approx(prompt))
     vision, prompt, extension, head = parts(teacher)
     assert frozen["teacher"] == pytest.approx(vision + prompt + extension + head * valid)
-    references = step_flops({student: costs[student]}, [batch], None, [batch], mask, 0)
+    references = step_flops({student: costs[student]}, [batch], None, every, mask, 0)
     assert references["teacher"] == 0 and references["student"] < frozen["student"]
 
 

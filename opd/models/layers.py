@@ -1,0 +1,42 @@
+"""One decoder layer of a language model, with a cache of our own."""
+
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [G, kv_heads, P, D]
+
+
+def run_layer(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    layer_cache: Any,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Forward `hidden` `[B, T, H]` through one decoder layer, which calls `layer_cache.update` with
+    its new keys and values and attends to what that returns."""
+    options = {"attention_mask": attention_mask, _cache_argument(type(layer)): layer_cache}
+    return layer(hidden, position_embeddings=rotary, **options)
+
+
+@cache
+def _cache_argument(layer_class: type[torch.nn.Module]) -> str:
+    """Name of the cache argument of a class of decoder layers; transformers 5.24 renamed it."""
+    return "cache" if "cache" in signature(layer_class.forward).parameters else "past_key_values"
+
+
+class LayerCache:
+    """One layer's cache: keeps the new keys and values, and returns them appended to the past's."""
+
+    def __init__(self, past: KeyValue | None = None) -> None:
+        self.past = past
+        self.key = self.value = torch.empty(0)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> KeyValue:
+        self.key, self.value = key, value
+        if self.past is None:
+            return key, value
+        return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
