@@ -1,12 +1,13 @@
 """What the tests of the step share: synthetic prompts, fp64 models, the stock forward as truth."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +27,19 @@ FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 PAD = tiny.tokenizer().pad_token_id
 END = tiny.tokenizer().eos_token_id
 Completions = tuple[Tensor, Tensor]  # ids and mask, [B, R, T]
+
+
+def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, all but the first `count` of which are marked slow."""
+    slow = pytest.mark.slow
+    return [
+        value if number < count else pytest.param(*_arguments(value), marks=slow)
+        for number, value in enumerate(values)
+    ]
+
+
+def _arguments(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def build(size: str, family: str = "qwen3_vl", *, seed: int = 0, layers: int | None = None) -> Any:

@@ -231,6 +231,7 @@ def test_metrics_that_the_data_cannot_have(annotations, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_ranks_share_an_evaluation(annotations, tmp_path, capsys):
     keys = [*keys_for(annotations, tmp_path / "one"), "data.prompt=video_first"]
     alone = result(capsys, "embedded:student", *keys)

@@ -288,6 +288,7 @@ def keys(draw: st.DrawFn) -> str:
     edits=st.lists(st.tuples(keys(), VALUES), min_size=1, max_size=3, unique_by=lambda e: e[0]),
     in_file=st.booleans(),
 )
+@pytest.mark.slow
 def test_an_edit_is_applied_or_rejected(
     edits: list[tuple[str, Any]], in_file: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -218,6 +218,7 @@ def activitynet(e: Example) -> Any:
 @given(
     data=st.data(), format=st.sampled_from(["timerft", "qvhighlights", "activitynet", "charades"])
 )
+@pytest.mark.slow
 def test_an_edit_touches_its_own_example_only(data: st.DataObject, format: str, root: Path) -> None:
     originals = load_examples(str(root / "eval-5.json"), config_of(root), None)
     path = root / "fuzzed"

@@ -68,6 +68,7 @@ def test_a_data_set_is_inspected(data, capsys):
     assert len(load_examples(f"charades:{data}", config, None)) == 4
 
 
+@pytest.mark.slow
 def test_a_configuration_is_inspected_and_leaks_are_reported(data, capsys):
     source = f"charades:{data}?root={data.parent / 'clips'}"
     arguments = [f"data.train={source}", f"data.eval={source}", "data.video_tokens=96"]

@@ -78,10 +78,31 @@ def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+QUICK = (  # cases that are not slow
+    *((1, case) for case in ("plain:0", "grouped:0", "grouped_routed:0")),
+    *((2, case) for case in ("plain:0", "plain:2", "plain:3", "grouped:3", "grouped_routed:3")),
+)
+
+
+def case(ranks: int, name: str) -> Any:
+    return pytest.param(ranks, name, marks=() if (ranks, name) in QUICK else pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Results of the cases by number of ranks and name; those of the selected tests run together,
+    where the first of them is asked for."""
     out = tmp_path_factory.mktemp("zero")
     done: set[int] = set()
+    quick = all(item.get_closest_marker("slow") is None for item in request.session.items)
+
+    def launched(ranks: int) -> list[str]:
+        if not quick:
+            return [*LAUNCHES[ranks], *(AHEAD if ranks == 2 else [])]
+        cases = [name for number, name in QUICK if number == ranks]
+        if ranks == 1:
+            cases += [f"{SAME[n]}:0" for n in SAME if n.startswith("grouped")]
+        return cases
 
     def result(ranks: int, case: str) -> dict[str, Any]:
         if ranks not in done:
@@ -89,9 +110,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
             command = [
                 str(ROOT / "tests" / "engine" / "zero_worker.py"),
                 str(out),
-                *LAUNCHES[ranks],
+                *launched(ranks),
             ]
-            command += AHEAD if ranks == 2 else []
             process = torchrun(ranks, *command)
             assert process.returncode == 0, process.stderr[-3000:]
         return torch.load(out / f"{ranks}_{case.replace(':', '_')}.pt")
@@ -107,7 +127,7 @@ def length(weights: dict[str, Tensor], others: dict[str, Tensor] | None = None) 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "case"), [(n, case) for n, cases in LAUNCHES.items() for case in cases]
+    ("ranks", "case"), [case(n, name) for n, names in LAUNCHES.items() for name in names]
 )
 def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
     name = case.split(":")[0]
@@ -140,6 +160,7 @@ def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
         assert length(actual["weights"], expected["weights"]) <= share * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BLOCKING)
 def test_a_layer_gathered_ahead_changes_no_bit(results: Any, case: str) -> None:
     ahead, blocking = results(2, case), results(2, BLOCKING[case])
@@ -152,6 +173,7 @@ def test_a_layer_gathered_ahead_changes_no_bit(results: Any, case: str) -> None:
         assert ahead["whole_after_backward"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GATHERS)
 def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> None:
     ahead, blocking = results(2, f"{case}:3"), results(2, "gathers:blocking")

@@ -251,6 +251,7 @@ def test_a_host_that_waits_is_seen(launches, wait):
         wait(build(32))
 
 
+@pytest.mark.slow
 def test_every_launch_is_of_a_variant_with_a_register_limit(launches):
     for dtype in (BF16, torch.float32):
         for num_rows in (1, 40):

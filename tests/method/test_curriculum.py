@@ -14,7 +14,7 @@ from opd.errors import ConfigError, DataError, Stopped
 from opd.files import read_rows
 from opd.method import curriculum
 from opd.method.curriculum import Score, rounds, select
-from tests.helpers import metric_rows, run
+from tests.helpers import metric_rows, run, slow_after
 
 
 def pool(size: int = 200, seed: int = 0) -> list[Score]:
@@ -201,6 +201,7 @@ def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_what_it_chose(whole):
     first, second = (read_rows(whole / f"curriculum/round_{i}.jsonl") for i in (0, 1))
     assert len(first) == len(second) == 12
@@ -225,6 +226,7 @@ def test_its_cost_is_on_the_ledger(whole):
     assert summary["student_prompt_forwards_per_step"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_teacher_is_asked_once_and_a_rerun_asks_nobody(whole, videos, monkeypatch):
     scores = sorted((whole / "curriculum/scores").iterdir())
     assert len(scores) == 3  # the teacher, and the student before each round
@@ -258,7 +260,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "after"), [*[("tvdf", i) for i in (1, 2, 3)], *[(k, 3) for k in OTHERS]]
+    ("kind", "after"), slow_after(1, [*[("tvdf", i) for i in (2, 1, 3)], *[(k, 3) for k in OTHERS]])
 )
 def test_a_stopped_run_goes_on_in_the_same_order(kind, after, whole, videos, tmp_path, monkeypatch):
     from opd.method.trainer import Trainer

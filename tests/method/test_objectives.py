@@ -507,6 +507,7 @@ def train_leaky(kind: type[Trainer], steps: int) -> float:
     return banned_mass(lm, batch, policy)
 
 
+@pytest.mark.slow
 def test_banned_mass_does_not_grow():
     assert train_leaky(Trainer, 150) <= 0.3
 

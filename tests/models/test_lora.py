@@ -77,6 +77,7 @@ def test_a_run_with_adapters(videos: Path, tmp_path: Path) -> None:
     assert [row["answer"] for row in again] == [row["answer"] for row in after]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_adapters(videos: Path, tmp_path: Path) -> None:
     keys = ["steps=4", "batch_size=2", "data.limit_train=8", "data.limit_eval=2", "eval.draws=0"]
     more = ["model.lora_rank=2", "eval.teacher=false", "save_every=2"]

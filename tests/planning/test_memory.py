@@ -278,6 +278,7 @@ COMMON = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_near_the_measured_peak(case: str, folder: Path) -> None:
     ranks, keys = CASES[case]
@@ -371,6 +372,7 @@ def test_auto_prints_its_choice_and_reports_what_cannot_fit(
         resolve_auto(config, cpu)
 
 
+@pytest.mark.slow
 def test_fewer_layers_are_recomputed_where_there_is_more_room(published: dict[str, str]) -> None:
     names = "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
     models = [
@@ -395,9 +397,14 @@ TOO_LARGE = {
 }
 
 
+QUICK = ("video_opd_8b.yaml", "opd_qwen2_5_3b.yaml")  # not slow
+
+
 def recipe(path: Path) -> Any:
     reason = TOO_LARGE.get(path.name)
-    marks = pytest.mark.xfail(reason=reason, raises=SystemExit, strict=True) if reason else ()
+    marks = [] if path.name in QUICK else [pytest.mark.slow]
+    if reason:
+        marks.append(pytest.mark.xfail(reason=reason, raises=SystemExit, strict=True))
     return pytest.param(path, id=path.name, marks=marks)
 
 

@@ -31,7 +31,16 @@ from opd.record.ledger import Ledger
 from opd.record.summary import table
 from opd.scoring.evaluation import Evaluation
 from opd.train import main
-from tests.helpers import FAMILIES, batch_of, make_prompt, ours, policy_of, prefill_of, run
+from tests.helpers import (
+    FAMILIES,
+    batch_of,
+    make_prompt,
+    ours,
+    policy_of,
+    prefill_of,
+    run,
+    slow_after,
+)
 
 SHORT = (
     "batch_size=2",
@@ -104,6 +113,7 @@ def test_signals_by_hand() -> None:
 # Losses that are not finite.
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_stop_the_run(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +141,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.student.model.named_parameters()}
 
 
-@pytest.mark.parametrize("where", ["teacher", "frame"])
+@pytest.mark.parametrize("where", slow_after(1, ["teacher", "frame"]))
 def test_a_step_without_a_finite_loss_changes_nothing(
     where: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

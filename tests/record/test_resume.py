@@ -21,7 +21,7 @@ from opd.evaluate import main as evaluate_again
 from opd.files import read_rows
 from opd.method import trainer
 from opd.method.trainer import Trainer
-from tests.helpers import metric_rows, run
+from tests.helpers import metric_rows, run, slow_after
 
 SHORT = (
     "steps=6",
@@ -59,7 +59,7 @@ def whole(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return outcome(run_dir)
 
 
-@pytest.mark.parametrize("draw", range(10))
+@pytest.mark.parametrize("draw", slow_after(1, range(10)))
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     draw: int, whole: list[Any], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +94,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_as_a_user_meets_it(whole: list[Any], videos: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     places = [f"data.video_root={videos}", f"run_dir={run_dir}", "threads=1"]
@@ -226,6 +227,7 @@ def rows_in(run_dir: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 @pytest.mark.parametrize("draw", range(KILLS))
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
@@ -264,8 +266,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert outcome(run_dir) == expected
 
 
-@pytest.mark.parametrize("where", ["fsync", "rename", "rmtree"])
-@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("where", slow_after(1, ["fsync", "rename", "rmtree"]))
+@pytest.mark.parametrize("call", slow_after(1, [1, 3]))
 def test_a_crash_while_saving_leaves_the_state_before(
     where: str, call: int, whole: list[Any], videos: Path, tmp_path: Path
 ) -> None:
@@ -335,6 +337,7 @@ def test_another_number_of_ranks_is_told(
         run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
 
 
+@pytest.mark.slow
 def test_the_best_student_is_kept(videos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     keys = ["steps=4", "batch_size=2", "data.limit_train=6", "data.limit_eval=4", "eval.draws=0"]

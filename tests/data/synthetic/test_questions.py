@@ -204,6 +204,7 @@ def mixed_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_all_tasks_mix_in_one_run(mixed_videos, tmp_path):
     keys = ["method=grpo", "num_rollouts=3", "reward.choice=1", "curriculum.kind=variance"]
     summary = whole(mixed_videos, tmp_path / "grpo", *keys, "curriculum.min_std=0.01")
@@ -219,6 +220,7 @@ def test_all_tasks_mix_in_one_run(mixed_videos, tmp_path):
     assert any(row["student_std"] is not None for row in chosen)
 
 
+@pytest.mark.slow
 def test_a_run_without_any_time_to_tell(mixed_videos, tmp_path):
     keys = ["method=grpo", "num_rollouts=2", "reward.choice=1", "reward.tiou=0"]
     summary = whole(mixed_videos, tmp_path / "qa", *keys)

@@ -354,6 +354,7 @@ def test_a_forgotten_pool_ends_its_workers(coded: list[Path]) -> None:
     assert is_gone(pid)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(coded: list[Path]) -> None:
     code = (
         "import os, sys; from opd.data.video.pool import Decoders; d = Decoders(1);"
