@@ -78,7 +78,7 @@ def dense_loss(
         return -(ratio * (chosen(teacher_log_probs, rollouts) - old)).sum()
     if name == "sft":
         return -logprobs.sum()
-    if name == "grpo" and not config.grpo.kl_coef:
+    if name == "grpo" and not config.grpo.regularised:
         assert rollouts.rewards is not None
         relative = advantages(rollouts.rewards, config.grpo.advantage)
         relative = relative[..., None].expand_as(mask)[mask].to(ratio.device)

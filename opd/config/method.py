@@ -86,7 +86,15 @@ class GRPOConfig:
         0.2, "Probability ratios are clipped to [1 - clip, 1 + clip].", above=0, below=1
     )
     kl_coef: float = option(0.0, "Weight of the KL divergence from the initial student.", least=0)
+    entropy_coef: float = option(
+        0.0, "Weight of the student's entropy, which is subtracted from each token's loss.", least=0
+    )
     epochs: int = option(1, "Optimizer steps per batch of rollouts.", least=1)
+
+    @property
+    def regularised(self) -> bool:
+        """Whether the loss has a term that does not depend on rewards."""
+        return self.kl_coef > 0 or self.entropy_coef > 0
 
     def __post_init__(self) -> None:
         check_values(self, "grpo")

@@ -48,12 +48,12 @@ def grade(
 def trained_rollouts(rollouts: Rollouts, config: Config) -> torch.Tensor | None:
     """Boolean `[B, R]`: the rollouts that take part in the loss; None where all do.
 
-    GRPO leaves out groups with equal rewards, which prefer no answer, unless there is a KL penalty,
-    which has a gradient there too. Routing suspends answers whose reward reaches
-    `curriculum.route_below`.
+    GRPO leaves out groups with equal rewards, which prefer no answer, unless there is a KL penalty
+    or an entropy bonus, which have a gradient there too. Routing suspends answers whose reward
+    reaches `curriculum.route_below`.
     """
     rewards = rollouts.rewards
-    if config.method == "grpo" and not config.grpo.kl_coef:
+    if config.method == "grpo" and not config.grpo.regularised:
         assert rewards is not None
         return (~all_equal(rewards))[:, None].expand_as(rewards)
     if config.routes:

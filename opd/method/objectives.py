@@ -7,8 +7,9 @@
     topk         sum_t KL(p_S || p_T) on the k likeliest tokens  renormalised, or with a tail
     constant     sum_t log p_S(y_t)                              control: every advantage is -1
     sft          -sum_t log p_S(y_t)                             on the reference answer
-    grpo         -sum_t min(rho_t A, clip(rho_t) A) + kl_coef KL(p_S || initial p_S), where A is
-                 the completion's advantage over its group and rho_t = p_S(y_t) / p_old(y_t)
+    grpo         -sum_t min(rho_t A, clip(rho_t) A) + kl_coef KL(p_S || initial p_S) - entropy_coef
+                 H(p_S), where A is the completion's advantage over its group and
+                 rho_t = p_S(y_t) / p_old(y_t)
 
 S is the student, T the teacher, y the completion. Every distribution is restricted to the policy's
 allowed tokens at the policy's temperature, for student and teacher alike. An objective runs inside
@@ -165,6 +166,7 @@ def grpo(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.
         reference_logprobs=reference,
         clip=targets.config.grpo.clip,
         kl_coef=targets.config.grpo.kl_coef,
+        entropy_coef=targets.config.grpo.entropy_coef,
         **rules,
     )
     return Loss(out.loss, student_entropy=out.entropy, student_logprobs=out.logprobs)

@@ -220,12 +220,33 @@ def test_the_penalty_is_the_kl_to_the_reference():
     assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(twin.loss, (hidden, head)))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_bonus_is_the_entropy_of_the_policy(weight):
+    hidden, head, *_, policy = small()
+    ids, relative = torch.tensor([0, 3, 6]), torch.tensor([1.0, -0.5, 0.0])
+    rules = GRPOConfig(entropy_coef=0.7)
+    config = Config(method="grpo", num_rollouts=2, grpo=rules)
+    targets = Targets(ids, policy, advantages=relative, config=config, token_weight=weight)
+    log_p = (hidden @ head[policy.allowed_columns].T / 1.7).log_softmax(-1)
+    now = log_p[torch.arange(3), torch.tensor([0, 2, 4])]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    truth = weight * (-((now - now.detach()).exp() * relative) - 0.7 * entropy).sum()
+    found: Loss = grpo(targets, hidden, head)
+    assert_close(found.loss, truth, rtol=1e-12, atol=1e-12)
+    assert_close(found.student_entropy, entropy.detach())
+    wanted = torch.autograd.grad(truth, (hidden, head))
+    for a, b in zip(torch.autograd.grad(found.loss, (hidden, head)), wanted, strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.usefixtures("exact_modules")
 @pytest.mark.parametrize("size", [None, 1])
-def test_groups_of_equal_rewards_keep_the_penalty(trainer, size):
-    """All twelve rollouts are in loss and denominator; the second prompt's have the KL alone."""
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+def test_groups_of_equal_rewards_keep_penalty_and_bonus(trainer, size, kl_coef, entropy_coef):
+    """All twelve rollouts are in loss and denominator, the second prompt's with advantage 0."""
     lm, reference = ours("student", layers=2), ours("student", seed=5, layers=2)
-    made = trainer(lm, Teacher(reference), grpo=GRPOConfig(kl_coef=0.3), micro_batch_size=size)
+    rules = GRPOConfig(kl_coef=kl_coef, entropy_coef=entropy_coef)
+    made = trainer(lm, Teacher(reference), grpo=rules, micro_batch_size=size)
     prompts = unequal_prompts(lm)
     batch = batch_of(prompts)
     rollouts = replace(drawn(lm, made.policy, batch), trained=None)
@@ -233,15 +254,20 @@ def test_groups_of_equal_rewards_keep_the_penalty(trainer, size):
     def log_probs(model: VideoLM) -> Tensor:
         hidden = extend(model, prefill_of(model, batch), rollouts.completion_ids)
         logits = hidden @ model.model.lm_head.weight.T / made.policy.temperature
-        log_p = logits.masked_fill(~made.policy.allowed_columns, -1e30).log_softmax(-1)
+        return logits.masked_fill(~made.policy.allowed_columns, -1e30).log_softmax(-1)
+
+    def chosen(log_p: Tensor) -> Tensor:
         return log_p.gather(-1, rollouts.completion_ids[..., None])[..., 0]
 
     def whole() -> Tensor:
-        distance = log_probs(reference).detach() - log_probs(lm)
+        log_p = log_probs(lm)
+        distance = chosen(log_probs(reference)).detach() - chosen(log_p)
         penalty = (distance.exp() - distance - 1) * rollouts.loss_mask
-        assert penalty[1].sum() > 0
+        entropy = -(log_p.exp() * log_p).sum(-1) * rollouts.loss_mask
+        assert penalty[1].sum() > 0 and entropy[1].sum() > 0
         rewarded = dense(lm, batch, made.policy, rollouts, None, 0.2)
-        return (rewarded + 0.3 * penalty.sum()) / (3 * GROUP)
+        more = kl_coef * penalty.sum() - entropy_coef * entropy.sum()
+        return (rewarded + more) / (3 * GROUP)
 
     expected = backward(lm.model, whole)
     lm.model.zero_grad()
@@ -279,7 +305,10 @@ def test_a_mix_with_the_reward_is_the_sum(objective, trainer, monkeypatch):
             )
 
 
-@pytest.mark.parametrize("more", [[], ["grpo.kl_coef=0.05", "grpo.epochs=2", "normalize=token"]])
+MORE = ["grpo.kl_coef=0.05", "grpo.entropy_coef=0.01", "grpo.epochs=2", "normalize=token"]
+
+
+@pytest.mark.parametrize("more", [[], MORE])
 def test_a_run(more, videos, tmp_path):
     arguments = ["method=grpo", "num_rollouts=3", "steps=3", "batch_size=2", "optim.lr=1e-4"]
     arguments += ["data.limit_train=8", "data.limit_eval=4", "eval.draws=1", *more]
