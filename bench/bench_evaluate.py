@@ -43,11 +43,11 @@ def queries_of(config: Config) -> Prompts:
     return Prompts(examples, config.data, load_processor(config.model.student), lm)
 
 
-def answers(prompts: Prompts, made: list[PromptBatch]) -> list[str]:
+def answers(prompts: Prompts, prompt_batches: list[PromptBatch]) -> list[str]:
     """Greedy answers to batches, from pixels on."""
     policy = Policy.of(prompts.lm, prompts.tokenizer, 1.0)
     texts: list[str] = []
-    for batch in made:
+    for batch in prompt_batches:
         for prompt in batch.prompts:  # what the round before left
             prompt.features.update(dict.fromkeys(prompt.features))
         rollouts = sample(prompts.lm, forward(prompts.lm, batch), policy, LENGTH, None)

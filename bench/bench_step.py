@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench.steps.loops import loop_step, published_style, trl_style
-from bench.steps.measure import make_trainer, measure, phases, prove_equal, stepper
+from bench.steps.measure import make_trainer, measure, phases, prove_equal, single_pass_step
 from opd.config.run import Config, load_config
 
 ROUNDS = 5
@@ -47,8 +47,11 @@ def test_single_pass_against(benchmark: Any, config: Config, name: str) -> None:
     loop, objective, target = LOOPS[name]
     trainer, batch = make_trainer(replace(config, objective=objective, batch_size=PROMPTS))
     proof = prove_equal(trainer, batch, loop)
-    calls = {"single pass": stepper(trainer, batch), name: partial(loop_step, loop, trainer, batch)}
-    result = measure(benchmark, calls, ROUNDS).against("single pass", name)
+    calls = {
+        "ours": partial(single_pass_step, trainer, batch),
+        name: partial(loop_step, loop, trainer, batch),
+    }
+    result = measure(benchmark, calls, ROUNDS).against("ours", name)
     spent = phases(trainer, ROUNDS)
     keep(benchmark, **result, target=target, phases_ms=spent, proof=proof)
 
@@ -80,7 +83,7 @@ def test_steps(benchmark: Any, config: Config) -> None:
 
     sides = {name: make_trainer(changed(keys)) for name, keys in STEPS.items()}
     proof = {name: prove_equal(*side) for name, side in sides.items()}
-    calls = {name: stepper(*side) for name, side in sides.items()}
+    calls = {name: partial(single_pass_step, *side) for name, side in sides.items()}
     measured = measure(benchmark, calls, ROUNDS)
     results = {
         f"{first} / {second}": measured.against(first, second) | {"target": target}
@@ -102,6 +105,9 @@ def test_against_trl_trainer(benchmark: Any, config: Config, tmp_path: Path) -> 
     batch = trl_trainer.text_only(trainer, batch)
     theirs = trl_trainer.peer(trainer, batch, tmp_path)
     proof = trl_trainer.prove_equal(trainer, batch, theirs)
-    calls = {"ours": stepper(trainer, batch), "trl": partial(trl_trainer.step, theirs, batch)}
+    calls = {
+        "ours": partial(single_pass_step, trainer, batch),
+        "trl": partial(trl_trainer.step, theirs, batch),
+    }
     result = measure(benchmark, calls, ROUNDS).against("ours", "trl")
     keep(benchmark, **result, phases_ms=phases(trainer, ROUNDS), proof=proof)

@@ -56,12 +56,12 @@ KERNELS, STEPS = "bench/bench_kernels.py -k", "bench/bench_full_size.py -k"
 PARTS = {  # in the order of what they are worth
     "tests": Part("the tests marked gpu", 120, "tests/fused_kl tests/models -m gpu"),
     "step_opd": Part("OPD steps of Qwen3-VL-2B from 8B, random weights", 150, f"{STEPS} opd"),
-    "kernels_2b": Part("Qwen3-VL 2B from 8B", 240, f"{KERNELS} '2B and not 32B'"),
+    "kernels_2b": Part("kernels, Qwen3-VL 2B from 8B", 240, f"{KERNELS} '2B and not 32B'"),
     "tune": Part("sizes of the kernels' pieces", 120, f"{KERNELS} test_tune"),
     "step_grpo": Part("GRPO steps of Qwen3-VL-2B, random weights", 90, f"{STEPS} grpo"),
     "precision": Part("gradient errors against fp64", 40, f"{KERNELS} test_precision"),
-    "kernels_8b": Part("Qwen3-VL 8B from 32B", 240, f"{KERNELS} 32B"),
-    "kernels_3b": Part("Qwen2.5-VL 3B from 7B", 240, f"{KERNELS} 3B"),
+    "kernels_8b": Part("kernels, Qwen3-VL 8B from 32B", 240, f"{KERNELS} 32B"),
+    "kernels_3b": Part("kernels, Qwen2.5-VL 3B from 7B", 240, f"{KERNELS} 3B"),
 }
 
 
@@ -86,14 +86,15 @@ def kept(path: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_part(
-    part: Part, limit_s: float, path: Path | None, now: dict[str, Any], again: bool
+    part: Part, limit_s: float, path: Path | None, now: dict[str, Any], earlier: dict[str, Any]
 ) -> dict[str, Any]:
     """The record of a part, which runs for so many seconds at most. It is unfinished where the part
-    was stopped or pytest broke; the next run does not repeat the benchmarks that it has, except
-    with `again`. It is written to a path, and into $OUT, as soon as the part has ended, even where
+    was stopped or pytest broke; the benchmarks of such an `earlier` record are not repeated, unless
+    they failed. It is written to a path, and into $OUT, as soon as the part has ended, even where
     this process is told to end; without a path it is a smoke run."""
-    earlier = {} if path is None else kept(path, now)
-    resumed = {} if again or earlier.get("finished") else earlier.get("benchmarks", {})
+    failed = " ".join(earlier.get("failed", ()))
+    benchmarks = earlier.get("benchmarks", {}).items()
+    resumed = {name: info for name, info in benchmarks if name.partition("::")[2] not in failed}
     environment = os.environ | {"BENCH_SMOKE": "1" if path is None else ""}
     begun, code = time.monotonic(), None
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +116,7 @@ def run_part(
             how = "finished" if finished else "stopped" if code is None else f"exit code {code}"
             how += f" after {time.monotonic() - begun:.0f} s"
             record["outcome"] = ", ".join([how, f"{record['passed']} passed", *counts])
-            if path and (finished or not earlier.get("finished")):
+            if path and (finished or not kept(path, now).get("finished")):
                 write(path, record)
                 if out := os.environ.get("OUT"):
                     write(Path(out, path.name), record)
@@ -161,14 +162,15 @@ def run_all(names: Sequence[str], end_s: float, smoke: bool, again: bool) -> int
     for name in names:
         usual_s, left_s = PARTS[name].usual_s, end_s - time.monotonic() - GRACE_S
         path = None if smoke else RESULTS / f"gpu_{name}.json"
-        if path and not again and kept(path, now).get("finished"):
+        earlier = kept(path, now) if path and not again else {}
+        if earlier.get("finished"):
             outcomes[name] = "finished before"
         elif left_s < usual_s:
             outcomes[name] = f"skipped: {max(0, left_s):.0f} s left, takes about {usual_s:.0f}"
         else:
             print(f"== {name}", flush=True)
-            command = {"command": f"python -m bench.gpu {name}"}
-            record = run_part(PARTS[name], min(3 * usual_s, left_s), path, now | command, again)
+            about, limit_s = {"command": f"python -m bench.gpu {name}"}, min(3 * usual_s, left_s)
+            record = run_part(PARTS[name], limit_s, path, now | about, earlier)
             outcomes[name] = record["outcome"]
             failed |= bool(record["failed"]) or not record["finished"]
     print("\n== what became of each part")
@@ -200,18 +202,15 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """One that ends with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     begun = time.monotonic()
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="bench.gpu", description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        prog="bench.gpu",
+        usage=argparse.SUPPRESS,  # a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--lease", type=float, metavar="MINUTES")

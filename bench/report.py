@@ -13,7 +13,7 @@ from typing import Any
 from bench.kernels.measure import PAIRS
 from bench.methods.report import behind, score_tables
 from bench.record import RESULTS, Refused, read
-from bench.tables import benchmark, cell, listed, table, walk, with_interval
+from bench.tables import LABELS, benchmark, cell, listed, table, walk, with_interval
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]  # by the name of the file, without its end
@@ -22,11 +22,7 @@ Results = Mapping[str, Result]  # by the name of the file, without its end
 # relative to ours, the limit is the least.
 SMALL, SMALLER = "512 from 1024, 256 tokens", "512 from 1024, 32 tokens"
 LONG, SHORT = (f"{next(iter(PAIRS))}, {count} tokens" for count in (16_384, 640))
-UNITS = {
-    "ratio": "x bare products",
-    "over_fast": "x fast",
-    "peak_mb_beyond_head_gradient": "MB beyond the head's gradient",
-}
+UNITS = LABELS | {"ratio": "x bare products"}
 TARGETS = (
     (SMALL, "fast", "ratio", 1.25),
     (SMALLER, "fast", "ratio", 1.4),
@@ -42,11 +38,6 @@ TARGETS = (
     (LONG, "fast", "peak_mb_beyond_head_gradient", 2600),
     (LONG, "lowmem", "peak_mb_beyond_head_gradient", 700),
 )
-
-
-def on_gpu(result: Result) -> bool:
-    """Whether it was measured on a GPU, by what it says of its hardware."""
-    return "no GPU" not in result["hardware"]
 
 
 def read_all(folder: Path) -> Results:
@@ -69,8 +60,9 @@ def document(results: Results) -> str:
     missed: list[str] = []
     measured: list[str] = []
     for kind in ("GPU", "CPU"):
-        group = {name: r for name, r in results.items() if on_gpu(r) == (kind == "GPU")}
-        checked = targets(group, kind == "GPU")
+        on_cpu = kind == "CPU"
+        group = {name: r for name, r in results.items() if ("no GPU" in r["hardware"]) == on_cpu}
+        checked = targets(group, not on_cpu)
         missed += [f"- {s} ({name}, on a {kind})" for name in group for s in negative(group[name])]
         missed += [
             f"- {what}: {value}, asked {limit}. ({name})"

@@ -44,9 +44,8 @@ def compare(
     except where a name says otherwise; equal ones are those of the shortest run.
     """
     curves = {arm: [Curve(run["curve"]) for run in runs] for arm, runs in results.items()}
-    training_s = teacher["training_s"] if teacher else None
-    taught = {arm: with_training(found, training_s) for arm, found in curves.items()}
-    every = [curve for found in curves.values() for curve in found]
+    trained = {arm: with_training(curves[arm], teacher) for arm in curves}
+    every = [curve for arm in curves for curve in curves[arm]]
     steps = min(curve.along("step")[-1] for curve in every)
     with_scoring, without = (
         min(c.seconds(scoring)[-1] for c in every) for scoring in (True, False)
@@ -59,31 +58,32 @@ def compare(
     }
 
     def of_score(arm: str, score: str) -> dict[str, Any]:
-        found = curves[arm]
-
         def at(position: float, axis: str, scoring: bool = True) -> dict[str, Any]:
-            return spread([curve.at(position, score, axis, scoring) for curve in found])
+            return spread([curve.at(position, score, axis, scoring) for curve in curves[arm]])
 
         def seconds_to(
-            levels: Sequence[float], found: Sequence[Curve] = found, scoring: bool = True
+            levels: Sequence[float],
+            of: Mapping[str, Sequence[Curve]] = curves,
+            scoring: bool = True,
         ) -> dict[str, Any]:
-            pairs = zip(found, levels, strict=False)  # none where the training is not known
+            pairs = zip(of[arm], levels, strict=False)  # none where the training is not known
             return spread([c.reaches(level, score, "device_s", scoring) for c, level in pairs])
 
         entry = {
-            "end": spread([curve.points[-1][score] for curve in found]),
+            "end": spread([curve.points[-1][score] for curve in curves[arm]]),
             "at_equal_steps": at(steps, "step"),
             "at_equal_device_s": at(with_scoring, "device_s"),
             "at_equal_device_s_without_scoring": at(without, "device_s", False),
         }
         if teacher and score in teacher:
             for level in thresholds(start[score], teacher[score]):
-                entry[f"device_s_to_{level:.3f}"] = seconds_to([level] * len(found))
+                entry[f"device_s_to_{level:.3f}"] = seconds_to([level] * len(curves[arm]))
         if best := highest[score]:
-            levels = best if arm == "grpo" else [sum(best) / len(best)] * len(found)
+            mean = sum(best) / len(best)
+            levels = best if arm == "grpo" else [mean] * len(curves[arm])
             entry["device_s_to_GRPO_best"] = seconds_to(levels)
             entry["device_s_to_GRPO_best_without_scoring"] = seconds_to(levels, scoring=False)
-            entry["device_s_to_GRPO_best_with_teacher_training"] = seconds_to(levels, taught[arm])
+            entry["device_s_to_GRPO_best_with_teacher_training"] = seconds_to(levels, trained)
         return entry
 
     def totals(arm: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def compare(
         return {
             "own_loop": spread([curve.seconds()[-1] for curve in curves[arm]]),
             "of_it_scoring": spread(scoring),
-            "with_teacher_training": spread([curve.seconds()[-1] for curve in taught[arm]]),
+            "with_teacher_training": spread([curve.seconds()[-1] for curve in trained[arm]]),
         }
 
     return {
@@ -112,16 +112,14 @@ def compare(
     }
 
 
-def with_training(curves: Sequence[Curve], training_s: float | None) -> list[Curve]:
+def with_training(curves: Sequence[Curve], teacher: Teacher | None) -> list[Curve]:
     """The curves with the teacher's training before them, where a teacher was used; none where its
     seconds are not known."""
-    if training_s is None:
+    if teacher is None:
         return []
     uses_teacher = [curve.points[-1]["device_s"]["teacher"] > 0 for curve in curves]
-    return [
-        Curve(curve.points, training_s if used else 0.0)
-        for curve, used in zip(curves, uses_teacher, strict=True)
-    ]
+    before_s = [teacher["training_s"] if used else 0.0 for used in uses_teacher]
+    return [Curve(curve.points, s) for curve, s in zip(curves, before_s, strict=True)]
 
 
 def summarise(protocol: Protocol, teacher: Teacher | None = None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def teacher(protocol: Protocol) -> dict[str, Any] | None:
         folder = RUNS / protocol.name / "teacher"
         keys = [f"run_dir={folder / 'scores'}", "overwrite=true", "threads=1"]
         command = [sys.executable, "-m", "opd.evaluate", "embedded:teacher", *keys]
-        scores = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        scores = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         del scores["answers"]
         steps = timed["timed_steps"]
         train([*timed["keys"], f"steps={steps}", "eval.draws=0", "data.limit_eval=2"], folder / "t")
@@ -99,7 +99,8 @@ def teacher(protocol: Protocol) -> dict[str, Any] | None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="bench.methods", description=__doc__)
+    hidden = argparse.SUPPRESS  # a mistake is one line, without the usage
+    parser = argparse.ArgumentParser(prog="bench.methods", usage=hidden, description=__doc__)
     parser.add_argument("protocol", nargs="?", type=Path, default=Path("bench/methods.yaml"))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="of the protocol; default all")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")

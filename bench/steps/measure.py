@@ -21,8 +21,6 @@ from opd.distributed import set_up
 from opd.method.trainer import Trainer
 from opd.planning.auto import resolve_auto
 
-RESIDENT = 0.1  # what a heap's fragments make of resident memory, from one run to another
-
 
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
@@ -37,11 +35,6 @@ def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
 def single_pass_step(trainer: Trainer, batch: PromptBatch, step: int) -> None:
     """What `opd.train` does in a step, its ledger included."""
     trainer.ledger.close_step(trainer.step([batch], step))
-
-
-def stepper(trainer: Trainer, batch: PromptBatch) -> Callable[[int], None]:
-    """`single_pass_step` of a step's number."""
-    return partial(single_pass_step, trainer, batch)
 
 
 def gradient(trainer: Trainer, run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
@@ -103,16 +96,12 @@ class Measured:
 
     def against(self, first: str, second: str) -> dict[str, Any]:
         """Ratios first / second of seconds, paired, of FLOPs and of peak memory."""
-        share = self.flops[first] / self.flops[second]
-        counts = {"first": self.flops[first], "second": self.flops[second]}
-        first_mb, second_mb = (self.peaks[name] / 1e6 for name in (first, second))
-        memory = first_mb / second_mb
-        interval = [memory * (1 - RESIDENT), memory * (1 + RESIDENT)]
-        peak = {"ratio": memory, "first_mb": first_mb, "second_mb": second_mb}
+        flops, other_flops = self.flops[first], self.flops[second]
+        mb, other_mb = (self.peaks[name] / 1e6 for name in (first, second))
         return {
             **ratio(self.times[first], self.times[second]),
-            "flops": {"ratio": share, "ratio_interval": [share, share], **counts},
-            "peak": {"ratio_interval": interval, **peak},
+            "flops": {"ratio": flops / other_flops, "first": flops, "second": other_flops},
+            "peak": {"ratio": mb / other_mb, "first_mb": mb, "second_mb": other_mb},
         }
 
 

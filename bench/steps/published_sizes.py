@@ -35,11 +35,11 @@ def text(sizes: Sequence[int], rows: int, **rope: Any) -> dict[str, Any]:
 
 def write(folder: Path) -> dict[str, str]:
     """A folder with `config.json` for each; where they are, by hub id."""
-    found: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for name, ((*sizes, tied), (depth, width, mlp, levels)) in QWEN3.items():
         rope: dict[str, Any] = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
         more = {"head_dim": 128, "max_position_embeddings": 262144}
-        found[name] = Qwen3VLConfig(
+        configs[name] = Qwen3VLConfig(
             text_config=text(sizes, 151936, rope_theta=5e6, **rope) | more,
             vision_config={
                 "depth": depth,
@@ -53,7 +53,7 @@ def write(folder: Path) -> dict[str, str]:
         )
     for name, (*sizes, tied, rows) in QWEN2_5.items():
         more = {"max_position_embeddings": 128000}
-        found[name] = Qwen2_5_VLConfig(
+        configs[name] = Qwen2_5_VLConfig(
             text_config=text(sizes, rows, rope_theta=1e6, mrope_section=[16, 24, 24]) | more,
             vision_config={
                 "depth": 32,
@@ -66,6 +66,6 @@ def write(folder: Path) -> dict[str, str]:
             },
             tie_word_embeddings=tied,
         )
-    for name, config in found.items():
+    for name, config in configs.items():
         config.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in found}
+    return {name: str(folder / name) for name in configs}

@@ -90,7 +90,8 @@ def test_a_mistake_is_one_line(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main(arguments)
-    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1 and line.endswith(f"error: {message}\n")
 
 
 def test_missing_packages_are_named(
@@ -144,12 +145,14 @@ def test_end(benchmark):
 
 
 def run(folder: Path, end: str, limit_s: float = 600, again: bool = False) -> dict[str, Any]:
-    """A real part: its record, which is also in a file."""
+    """A real part, which goes on with what its file has: its record, which is in that file."""
     (folder / "bench").mkdir(exist_ok=True)
     (folder / "pytest.ini").touch()
     test = folder / "bench" / "test_x.py"
     test.write_text(TESTS.format(end=end))
-    return gpu.run_part(Part("", 9, str(test)), limit_s, folder / "gpu_x.json", NOW, again)
+    path = folder / "gpu_x.json"
+    earlier = {} if again else gpu.kept(path, NOW)
+    return gpu.run_part(Part("", 9, str(test)), limit_s, path, NOW, earlier)
 
 
 @pytest.fixture
@@ -202,8 +205,9 @@ def test_a_part_that_hangs_is_stopped_and_goes_on_later(
     assert "first runs" in capfd.readouterr().out
     record = run(tmp_path, "pass")
     assert record["finished"] and len(record["benchmarks"]) == 2
+    assert list(record["failed"]) == ["bench.test_x.test_wrong"], "what failed is repeated"
     assert "first runs" not in capfd.readouterr().out
-    assert run(tmp_path, "os.abort()")["outcome"].startswith("exit code -6 after ")
+    assert run(tmp_path, "os.abort()", again=True)["outcome"].startswith("exit code -6 after ")
     kept = json.loads((tmp_path / "gpu_x.json").read_text())
     assert kept == record, "a broken run does not replace a finished one"
 
@@ -213,7 +217,7 @@ def test_parts_follow_one_another_within_a_lease(
 ) -> None:
     clock, seen = [0.0], []
 
-    def run_part(part: Part, limit_s: float, path: Path, now: Any, again: bool) -> dict[str, Any]:
+    def run_part(part: Part, limit_s: float, path: Path, now: Any, earlier: Any) -> dict[str, Any]:
         seen.append((part.about, limit_s))
         clock[0] += 100
         record = now | {"finished": part.about != "hangs", "failed": {}, "outcome": part.about}

@@ -329,3 +329,26 @@ def test_grpo_is_measured_against_each_runs_own_best() -> None:
     assert any(line.endswith("| 83 | 52 | - |") for line in score_tables(figures))
     alone = compare({"opd": grpo}, ["miou"], None)
     assert not alone["grpo_best"] and "device_s_to_GRPO_best" not in alone["arms"]["opd"]["miou"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml"], "none.yaml: no such file"),
+        (["--arms", "gpro"], "gpro: no such arm (known: grpo, reverse_kl, "),
+        (["--job"], "argument --jobs: expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["bench.methods", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1
+    assert line.startswith(f"bench.methods: error: {message}")
