@@ -1,5 +1,6 @@
 """The configuration of a run: all sections, the checks between them, loading and printing."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -230,6 +231,8 @@ def load_config(arguments: list[str]) -> Config:
     return replace(merged, data=merged.data.filled())
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; loading it gives an equal configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+def to_yaml(config: Config, without: Collection[str] = ()) -> str:
+    """The configuration as YAML, except for the keys and sections in `without`; loading the whole
+    one gives an equal configuration."""
+    kept = {key: value for key, value in asdict(config).items() if key not in without}
+    return OmegaConf.to_yaml(OmegaConf.create(kept))

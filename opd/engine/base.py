@@ -5,16 +5,22 @@ An engine holds the trained weights, accumulates gradients and updates; `opd.eng
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from opd import distributed
 from opd.config.optimisation import OptimConfig
+
+FILE_BYTES = 2**30
+"""Size above which a file of a checkpoint is closed, since a rank holds it in CPU memory."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
@@ -52,11 +58,12 @@ class Engine:
     """Interface of an engine: the learning-rate schedule, and the calls of a training step."""
 
     optimizer: torch.optim.Optimizer
-    parameters: list[torch.nn.Parameter]  # the trained ones
     lockstep = False  # whether every rank must run the same number of forwards and backwards
 
-    def __init__(self, config: OptimConfig, steps: int) -> None:
-        self.config = config
+    def __init__(self, module: nn.Module, config: OptimConfig, steps: int) -> None:
+        self.module, self.config = module, config
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self._factor = lr_factor(config, steps)
 
     def _go_to(self, step: int) -> None:
@@ -104,11 +111,43 @@ class Engine:
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write master weights, optimizer state and step number to a checkpoint folder."""
-        raise NotImplementedError
+        """Write master weights, optimizer state and number of steps to a checkpoint folder.
+
+        The files hold whole parameters, of which each rank writes its share, so that they fit any
+        engine and any number of ranks.
+        """
+        part: dict[str, torch.Tensor] = {}
+        for index, name in enumerate(self.names):
+            state = self.full_state(index)
+            if index % distributed.world_size() == distributed.rank():
+                part |= {f"{name}:{key}": tensor.cpu() for key, tensor in state.items()}
+            full = sum(tensor.nbytes for tensor in part.values()) > FILE_BYTES
+            if part and (full or index == len(self.names) - 1):
+                path = folder / f"engine_{distributed.rank()}_{index}.safetensors"
+                save_file(part, path, {"steps": str(self.steps_done)})
+                part = {}
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
+        """Restore what `save` wrote, with any engine and any number of ranks."""
+        with ExitStack() as stack:
+            files: list[Any] = [
+                stack.enter_context(safe_open(path, "pt"))
+                for path in sorted(folder.glob("engine_*.safetensors"))
+            ]
+            places = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+            for index, name in enumerate(self.names):
+                keys = [f"{name}:{key}" for key in ("weight", "step", *MOMENTS)]
+                tensors = {key: places[key].get_tensor(key) for key in keys if key in places}
+                self.restore(index, {k.rpartition(":")[2]: t for k, t in tensors.items()})
+            self._go_to(int(files[0].metadata()["steps"]))
+
+    def full_state(self, index: int) -> dict[str, torch.Tensor]:
+        """The whole master weight of a parameter, as `weight`, and from its first update on
+        AdamW's state; every rank must call this."""
+        raise NotImplementedError
+
+    def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:
+        """Set a parameter, its master weight and AdamW's state to what `full_state` returned."""
         raise NotImplementedError
 
 
@@ -120,9 +159,7 @@ class TorchEngine(Engine):
     """
 
     def __init__(self, module: nn.Module, config: OptimConfig, steps: int) -> None:
-        super().__init__(config, steps)
-        self.module = module
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        super().__init__(module, config, steps)
         self.masters = [
             p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
             for p in self.parameters
@@ -176,22 +213,15 @@ class TorchEngine(Engine):
     def weights(self) -> dict[str, torch.Tensor]:
         return self.module.state_dict()
 
-    def save(self, folder: Path) -> None:
-        if distributed.is_first():  # every rank holds the same state
-            state = {
-                "masters": [master.detach() for master in self.masters],
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.steps_done,
-            }
-            torch.save(state, folder / "engine.pt")
+    def full_state(self, index: int) -> dict[str, torch.Tensor]:
+        master = self.masters[index]
+        return {"weight": master.detach(), **self.optimizer.state.get(master, {})}
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
-        for parameter, master, saved in zip(
-            self.parameters, self.masters, state["masters"], strict=True
-        ):
-            master.copy_(saved)
-            parameter.copy_(master)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._go_to(state["step"])
+    def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:
+        master = self.masters[index]
+        master.copy_(state["weight"])
+        self.parameters[index].copy_(master)
+        moments = {key: state[key].to(master.device) for key in MOMENTS if key in state}
+        if moments:
+            self.optimizer.state[master] = {"step": state["step"], **moments}

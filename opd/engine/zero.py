@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from opd import distributed
 from opd.config.optimisation import EngineConfig, OptimConfig
-from opd.engine.base import Engine, adamw
+from opd.engine.base import MOMENTS, Engine, adamw
 from opd.models.prefetch import LayersAhead
 from opd.models.sharded import gathered, import_deepspeed
 from opd.models.video_lm import VideoLM
 
 BUCKET = 200_000_000  # elements of a reduction buffer
-TAG = "zero"  # folder of DeepSpeed's own files in a checkpoint
 
 
 class _AdamW(torch.optim.AdamW):
@@ -45,10 +45,9 @@ class ZeroEngine(Engine):
         settings: EngineConfig,
         micro_batches: int,
     ) -> None:
-        super().__init__(config, steps)
+        super().__init__(lm.model, config, steps)
         self.lm, self.micro_batches, self.settings = lm, micro_batches, settings
         self._backwards = 0
-        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
         self.optimizer: _AdamW = adamw(self.parameters, config, _AdamW)
         self.engine: Any
         self.engine, *_ = import_deepspeed().initialize(
@@ -137,13 +136,71 @@ class ZeroEngine(Engine):
 
     def save(self, folder: Path) -> None:
         self._settle()
-        self.engine.save_checkpoint(str(folder), TAG, {"step": self.steps_done}, save_latest=False)
+        super().save(folder)
 
     def load(self, folder: Path) -> None:
         self._settle()
-        options = {"load_lr_scheduler_states": False}
-        _, client_state = self.engine.load_checkpoint(str(folder), TAG, **options)
-        self._go_to(client_state["step"])
+        super().load(folder)
+
+    def full_state(self, index: int) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.parameters[index]
+        state: dict[str, Any] = {"weight": safe_get_full_fp32_param(parameter)}
+        steps = [of_shard["step"] for of_shard in self.optimizer.state.values() if of_shard]
+        if steps:
+            self._link_moments()
+            state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            state["step"] = steps[0].clone()
+        return state
+
+    @torch.no_grad()
+    def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:
+        from deepspeed import utils
+
+        parameter: Any = self.parameters[index]
+        if "step" in state:
+            for shard in self._shards():
+                of_shard = self.optimizer.state[shard]
+                if not of_shard:
+                    of_shard |= {key: torch.zeros_like(shard) for key in MOMENTS}
+                of_shard["step"] = state["step"].clone()
+            self._link_moments()
+        moments = {key: state[key] for key in MOMENTS if key in state}
+        if self.settings.zero_stage < 3:
+            utils.safe_set_full_fp32_param(parameter, state["weight"])
+            for key, moment in moments.items():
+                utils.safe_set_full_optimizer_state(parameter, moment, key)
+            parameter.copy_(state["weight"])
+            return
+        size = parameter.ds_tensor.ds_numel  # of every rank's share, the last of which are padded
+
+        def share(whole: torch.Tensor) -> torch.Tensor:
+            padded = nn.functional.pad(
+                whole.flatten(), (0, size * distributed.world_size() - whole.numel())
+            )
+            return padded.narrow(0, size * distributed.rank(), size)
+
+        utils.safe_set_local_fp32_param(parameter, share(state["weight"]))
+        for key, moment in moments.items():
+            utils.safe_set_local_optimizer_state(parameter, share(moment), key)
+        parameter.ds_tensor.copy_(share(state["weight"]))
+        if parameter.numel() == parameter.ds_numel:  # also kept whole on every rank
+            parameter.copy_(state["weight"])
+
+    def _shards(self) -> list[torch.Tensor]:
+        """This rank's shards of the master weights, by which the optimizer keeps its state."""
+        optimizer = self.engine.optimizer
+        if self.settings.zero_stage == 3:
+            return optimizer.fp32_partitioned_groups_flat
+        return optimizer.single_partition_of_fp32_groups
+
+    def _link_moments(self) -> None:
+        """Let stages 1 and 2 find each parameter's part of the optimizer state, which DeepSpeed
+        looks up once, after the first step, even where that was skipped."""
+        if self.settings.zero_stage < 3:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def zero_settings(

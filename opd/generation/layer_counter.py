@@ -41,8 +41,12 @@ class LayerCounter:
 
     def passes(self, label: str, prompt_tokens: int) -> float:
         """Number of passes through the whole stack per prompt token, over all ranks."""
-        (tokens,) = distributed.all_sum([self.tokens.get(label, 0)])
-        return tokens / (self.num_layers * prompt_tokens)
+        return self.totals().get(label, 0) / (self.num_layers * prompt_tokens)
+
+    def totals(self) -> dict[str, int]:
+        """`tokens`, summed over all ranks."""
+        counts = distributed.all_gather(self.tokens)
+        return {label: sum(c.get(label, 0) for c in counts) for label in set().union(*counts)}
 
     def _count(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         batch, length, _hidden = inputs[0].shape

@@ -289,22 +289,22 @@ class Trainer:
         }
 
     def save(self, folder: Path) -> None:
-        """Write this rank's state for a resumed run; all else follows from seed and step."""
+        """Write a state for any number of ranks; all else follows from seed and step."""
         state = {
             "ledger": self.ledger.state(),
-            "counter": dict(self.counter.tokens),
+            "counter": self.counter.totals(),
             "progress": asdict(self.progress),
             "rng": torch.get_rng_state(),
         }
-        torch.save(state, folder / f"rank_{distributed.rank()}.pt")
+        if distributed.is_first():
+            torch.save(state, folder / "trainer.pt")
         self.engine.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
-        path = folder / f"rank_{distributed.rank()}.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.engine.load(folder)
         self.ledger.load_state(state["ledger"])
-        self.counter.tokens = dict(state["counter"])
+        self.counter.tokens = state["counter"] if distributed.is_first() else {}  # of all ranks
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])

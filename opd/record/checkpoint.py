@@ -67,8 +67,7 @@ class Checkpoints:
         distributed.barrier()
         sums = _checksums(part)
         if distributed.is_first():
-            manifest = {"ranks": distributed.world_size(), "files": sums}
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            (part / MANIFEST).write_text(json.dumps({"checksums": sums}, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # the same step, saved twice
             part.rename(path)
             for old in self.steps()[: -self.keep]:
@@ -77,20 +76,14 @@ class Checkpoints:
 
     def load(self, read: Callable[[Path], object]) -> None:
         """Load the last state: `read` is called with its folder. Raises ConfigError if the state is
-        damaged or was saved by another number of ranks."""
+        damaged."""
         *earlier, last = self.steps()
         path = self.folder / f"step_{last}"
         remedy = f"delete it to resume from {f'step_{earlier[-1]}' if earlier else 'the start'}"
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            ranks, files = manifest["ranks"], manifest["files"]
+            files = json.loads((path / MANIFEST).read_text())["checksums"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: no readable {MANIFEST}; {remedy}") from error
-        if ranks != distributed.world_size():
-            here = distributed.world_size()
-            raise ConfigError(
-                f"{path}: saved by {ranks} ranks, but this run has {here}; start it with {ranks}"
-            )
         checksums = _checksums(path)
         for name in sorted(files.keys() | checksums.keys()):
             if files.get(name) != checksums.get(name):

@@ -33,6 +33,16 @@ WRITTEN = (  # what a run writes into its folder besides config.yaml
     "summary.json",
     "summary.part",
 )
+FREE = (  # what may differ when a run resumes: it changes results by rounding at most
+    "resume",
+    "overwrite",
+    "run_dir",
+    "threads",
+    "micro_batch_size",
+    "engine",
+    "prefix",
+    "teacher",
+)
 
 
 class RunFolder:
@@ -73,9 +83,10 @@ class RunFolder:
 
     def _same_run(self) -> None:
         """Raise ConfigError where the run in the folder has another configuration."""
-        before = to_yaml(load_config([str(self.path / "config.yaml")])).splitlines()
-        for old, new in zip(before, to_yaml(self.config).splitlines(), strict=True):
-            if old != new and new.partition(":")[0] not in ("resume", "overwrite", "run_dir"):
+        before = load_config([str(self.path / "config.yaml")])
+        lines = (to_yaml(config, FREE).splitlines() for config in (before, self.config))
+        for old, new in zip(*lines, strict=True):
+            if old != new:
                 raise ConfigError(
                     f"resume=auto: {new.strip()!r} here, {old.strip()!r} in {self.path}/config.yaml"
                 )

@@ -146,14 +146,16 @@ class Ledger:
         }
 
     def state(self) -> dict[str, Any]:
-        """State from which a resumed run continues."""
-        return {"device": self.totals(), "flops": dict(self.flops), "tokens": self.tokens}
+        """State of all ranks from which a resumed run continues."""
+        return {"device": self.everywhere(), "flops": dict(self.flops), "tokens": self.tokens}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; what this ledger has spent already is added to it."""
-        self._start -= sum(state["device"].values())
-        for name, seconds in state["device"].items():
-            self._device[name] += seconds
-        self._device["idle"] = 0.0
+        """Continue from a saved state; what this ledger has spent already is added to it. The first
+        rank takes over the device seconds of all."""
+        if distributed.is_first():
+            self._start -= sum(state["device"].values())
+            for name, seconds in state["device"].items():
+                self._device[name] += seconds
+            self._device["idle"] = 0.0
         self.count(state["tokens"], state["flops"])
         self._closed = self.tokens, sum(self.flops.values())

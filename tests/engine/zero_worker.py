@@ -1,6 +1,7 @@
 """Worker of `tests/engine/test_zero.py`: `torchrun zero_worker.py OUT CASE ...` runs steps of many
 configurations on all ranks and writes the results to the folder OUT."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -114,8 +115,11 @@ def grades(case: str) -> Any:
     return grade
 
 
-def carry_out(case: str, config: Config) -> dict[str, Any]:
-    """Run two steps and return what the test compares."""
+def carry_out(
+    case: str, config: Config, save: Path | None = None, load: Path | None = None
+) -> dict[str, Any]:
+    """Run two steps and return what the test compares; `save` the state after the first, or `load`
+    it in place of the first."""
     torch.manual_seed(0)
     layers = 6 if case.startswith("gathers") else 2
     student, teacher = model("student", 1, case == "tied", layers), model("teacher", 2)
@@ -154,6 +158,9 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
     watched = gathers.watch() if case.startswith("gathers") else nullcontext()
     with mock.patch("opd.method.trainer.grade", grades(case)), watched:
         for step in range(2):
+            if load is not None and step == 0:
+                trainer.load(load)
+                continue
             batches = [
                 grouped(
                     student,
@@ -163,6 +170,9 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
                 for places in micro_batches(config)
             ]
             rows.append(trainer.step(batches, step))
+            if save is not None and step == 0:
+                save.mkdir(exist_ok=True)
+                trainer.save(save)
     kept = ("loss", "grad_norm", "lr", "kl", "completion_length", "trained_share", "skipped")
     return {
         "rows": [{name: row[name] for name in kept} for row in rows],
@@ -171,6 +181,8 @@ def carry_out(case: str, config: Config) -> dict[str, Any]:
         "weights": weights_of(trainer),
         "moments": len(trainer.engine.optimizer.state),
         "flops": sum(trainer.ledger.flops.values()),
+        "prompt_tokens": trainer.counter.totals()["prompt"],
+        "device_s": sum(trainer.ledger.everywhere().values()),
         "tokens": trainer.ledger.tokens,
         "incoming": sorted(set(incoming)),
         "whole_after_backward": max(whole_after_backward, default=0),
@@ -308,7 +320,8 @@ def without_prefetching() -> Iterator[None]:
 
 
 def main(out: str, cases: list[str]) -> None:
-    """Run cases, each written as name:stage.
+    """Run cases, each written as name:stage, name:stage>STATE to save the state after the first
+    step in a folder of this name, or name:stage<STATE to load it in place of the first step.
 
     Stage `blocking` is ZeRO-3 without prefetching; in stage `late` a layer's gather starts after
     the layer before, as for weights copied from CPU memory to a GPU.
@@ -320,14 +333,17 @@ def main(out: str, cases: list[str]) -> None:
     set_up(1, 0)
     distributed.start(alone_too=True)
     for case in cases:
-        name, stage = case.split(":")
+        name, stage, save, load = re.fullmatch(r"(\w+):(\w+)(?:>(\w+))?(?:<(\w+))?", case).groups()
         number = 3 if stage in variants else int(stage)
         engine = ["engine.kind=deepspeed", f"engine.zero_stage={number}"] if number else []
         config = load_config([*COMMON, *CASES[name], *engine])
         with variants.get(stage, nullcontext)():
-            outcome = carry_out(name, config)
+            folders = (None if state is None else Path(out) / state for state in (save, load))
+            outcome = carry_out(name, config, *folders)
         if distributed.is_first():
-            torch.save(outcome, Path(out) / f"{distributed.world_size()}_{name}_{stage}.pt")
+            ranks = distributed.world_size()
+            origin = "" if load is None else f"_{load}"
+            torch.save(outcome, Path(out) / f"{ranks}_{name}_{stage}{origin}.pt")
             print(case, outcome["rows"][0], flush=True)
 
 

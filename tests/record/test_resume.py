@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 
 from opd.config.run import load_config
 from opd.errors import ConfigError, Stopped
@@ -21,6 +24,7 @@ from opd.evaluate import main as evaluate_again
 from opd.files import read_rows
 from opd.method import trainer
 from opd.method.trainer import Trainer
+from opd.models.load import resolve
 from tests.helpers import metric_rows, run, slow_after
 
 SHORT = (
@@ -300,12 +304,13 @@ def stopped(crashed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(crashed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("file", ["engine.pt", "rank_0.pt", "manifest.json"])
+@pytest.mark.parametrize("file", ["engine_0_*.safetensors", "trainer.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_a_damaged_state_is_named_and_never_used(
     file: str, damage: str, stopped: Path, videos: Path
 ) -> None:
     last = stopped / "checkpoints" / "step_3"
+    (file,) = (path.name for path in last.glob(file))
     content = bytearray((last / file).read_bytes())
     if damage == "missing":
         (last / file).unlink()
@@ -328,13 +333,70 @@ def test_without_the_damaged_state_a_run_goes_on_from_the_one_before(
     assert outcome(stopped) == whole
 
 
-def test_another_number_of_ranks_is_told(
-    stopped: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+CRASHING = """
+import os
+from opd.method.trainer import Trainer
+from opd.train import main
+
+step = Trainer.step
+
+def crashing(self, micro_batches, number):
+    if number == 3:
+        os._exit(1)
+    return step(self, micro_batches, number)
+
+Trainer.step = crashing
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+@pytest.mark.parametrize("order", ["one then two", "two then one"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    order: str, engine: str, whole: list[Any], crashed: Path, videos: Path, tmp_path: Path
 ) -> None:
-    path = stopped / "checkpoints" / "step_3" / "manifest.json"
-    path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
-    with pytest.raises(ConfigError, match=r"by 2 ranks, but this run has 1; start it with 2$"):
-        run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto")
+    """The plain engine on one rank, and the plain engine or ZeRO-3 on two."""
+    run_dir, script = tmp_path / "run", tmp_path / "crashing.py"
+    script.write_text(CRASHING)
+    keys = [*SHORT, "save_every=1", "keep_last=2", "resume=auto", "threads=1"]
+    two = [*keys, f"data.video_root={videos}", f"run_dir={run_dir}"]
+    if engine == "deepspeed":
+        two += ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.persistence_threshold=0"]
+    if order == "one then two":
+        shutil.copytree(crashed, run_dir)
+        command = [*LAUNCH, "--nproc_per_node=2", "-m", "opd.train", *two]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr[-3000:]
+    else:
+        command = [*LAUNCH, "--nproc_per_node=2", str(script), *two]
+        assert subprocess.run(command, **QUIET).returncode != 0
+        assert rows_in(run_dir) == 3
+        run(videos, run_dir, *keys)
+    rows, _, evaluations, *_ = outcome(run_dir)
+    answers, expected_answers = (
+        [json.loads(line)["answer"] for line in evaluation.decode().splitlines()]
+        for evaluation in (evaluations[-1], whole[2][-1])
+    )
+    assert answers == expected_answers
+    for actual, expected in zip(rows, whole[0], strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert actual["tokens"] == expected["tokens"] and actual["lr"] == expected["lr"]
+    weights = load_file(run_dir / "student" / "model.safetensors")
+    expected_weights = load_safetensors(whole[3])
+    start = load_file(Path(resolve("embedded:student")) / "model.safetensors")
+    moved = torch.cat([(expected_weights[k] - start[k]).float().flatten() for k in start]).norm()
+    apart = torch.cat([(expected_weights[k] - weights[k]).float().flatten() for k in start]).norm()
+    assert apart < 0.01 * moved
+
+
+def test_what_decides_no_result_may_change(stopped: Path, whole: list[Any], videos: Path) -> None:
+    run(videos, stopped, *SHORT, "save_every=1", "keep_last=2", "resume=auto", "micro_batch_size=1")
+    rows = metric_rows(stopped)
+    assert [r["lr"] for r in rows] == [r["lr"] for r in whole[0]]
+    for actual, expected in zip(rows, whole[0], strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert load_config([str(stopped / "config.yaml")]).micro_batch_size == 1
 
 
 @pytest.mark.slow
