@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench.timing import interleaved, ratio
+from opd.config.method import SampleConfig
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
 from opd.data.loader import batches
@@ -45,7 +46,7 @@ def queries_of(config: Config) -> Prompts:
 
 def answers(prompts: Prompts, prompt_batches: list[PromptBatch]) -> list[str]:
     """Greedy answers to batches, from pixels on."""
-    policy = Policy.of(prompts.lm, prompts.tokenizer, 1.0)
+    policy = Policy.of(prompts.lm, prompts.tokenizer, SampleConfig())
     texts: list[str] = []
     for batch in prompt_batches:
         for prompt in batch.prompts:  # what the round before left

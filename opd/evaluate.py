@@ -155,7 +155,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
         options = load_options(config.model, device)
         lm = load_model(config.model.student, seed=config.seed, **options)
         lm.train_only(config.model.trainable)
-        policy = Policy.of(lm, processor.tokenizer, config.sample.temperature)
+        policy = Policy.of(lm, processor.tokenizer, config.sample)
         prompts = Prompts([e for e in examples if e.id not in done], config.data, processor, lm)
         with part.open("a") as file:
 

@@ -36,6 +36,7 @@ from opd.method import curriculum
 from opd.method.answering import evaluate
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
+from opd.models.attention import announce
 from opd.models.compatibility import check_pair
 from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.models.lora import save_adapter, save_student
@@ -115,7 +116,9 @@ def make_trainer(config: Config, device: torch.device) -> Trainer:
         teacher = Teacher(load_frozen(config.model.teacher, config, **options))
     elif config.method == "grpo" and config.grpo.kl_coef:
         teacher = Teacher(load_frozen(config.model.student, config, **options))
-    policy = Policy.of(student, processor.tokenizer, config.sample.temperature)
+    policy = Policy.of(student, processor.tokenizer, config.sample)
+    if config.sample.truncated and not config.on_references:
+        announce("sample.top_k, sample.top_p: the loss is not that of what is sampled from")
     return Trainer(config, processor, student, teacher, policy)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd.config.method import SampleConfig
 from opd.config.run import load_config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.data.examples import Example
@@ -79,7 +80,7 @@ def stock(size: str, family: str = "qwen3_vl", *, trainable: str = "language", *
 
 
 def policy_of(lm: VideoLM, temperature: float = 1.0) -> Policy:
-    return Policy.of(lm, tiny.tokenizer(), temperature)
+    return Policy.of(lm, tiny.tokenizer(), SampleConfig(temperature=temperature))
 
 
 def make_prompt(

@@ -16,9 +16,27 @@ class SampleConfig:
     temperature: float = option(
         1.0, "Temperature of the policy, in sampling and in the loss.", above=0
     )
+    top_k: int | None = option(
+        None,
+        "Number of most likely tokens that sampling draws from; null is all. The loss keeps the "
+        "whole distribution, so that sampling and loss differ.",
+        least=1,
+    )
+    top_p: float = option(
+        1.0,
+        "Smallest probability mass of the most likely tokens that sampling draws from; 1 is all. "
+        "The loss keeps the whole distribution.",
+        above=0,
+        most=1,
+    )
     max_completion_length: int = option(
         20, "Maximum length of a completion with its end token, in tokens.", least=1
     )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether sampling leaves out unlikely tokens."""
+        return self.top_k is not None or self.top_p < 1
 
     def __post_init__(self) -> None:
         check_values(self, "sample")
@@ -194,9 +212,9 @@ class CurriculumConfig:
     select: str = option(
         "topk",
         "Selection among reliable examples by the gap between teacher and student (kind tvdf): "
-        "topk (largest gaps), uniform (evenly over the ranking), buckets (equally from five "
-        "buckets), gaussian (around a gap of 0.9), or the controls reliability (at random) and "
-        "disagreement (largest gaps, reliable or not).",
+        "topk (largest gaps), uniform (evenly over the ranking), buckets (equally from five equal "
+        "parts of the gaps' range), gaussian (around a gap of 0.9), or the controls reliability "
+        "(at random) and disagreement (largest gaps, reliable or not).",
         choices=("topk", "uniform", "buckets", "gaussian", "reliability", "disagreement"),
     )
     anchors: float = option(
@@ -215,7 +233,10 @@ class CurriculumConfig:
         choices=("auto", "on", "off"),
     )
     route_below: float = option(
-        0.5, "Reward below which a rollout is trained on (routing).", above=0
+        0.5,
+        "Reward below which a rollout is trained on (routing); the SCC paper has 0.5 in its "
+        "formula and 0.7 in its main experiments.",
+        above=0,
     )
     min_std: float = option(
         0.1,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from opd import distributed
+from opd.config.method import SampleConfig
 from opd.data.batch import PromptBatch
 from opd.device import fetch, send
 from opd.generation.decoder import Decoder
@@ -44,15 +45,19 @@ class Policy:
     p(v) = softmax over allowed columns of logits / temperature. `allowed_columns` is boolean `[V]`,
     False for vision tokens (one sampled makes the next forward fail) and for rows of the embedding
     that no token of the tokenizer uses.
+
+    With `top_k` or `top_p` the sampler alone leaves out unlikely tokens (`likely`); losses do not.
     """
 
     allowed_columns: torch.Tensor
     temperature: float
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    top_k: int | None = None
+    top_p: float = 1.0
 
     @classmethod
-    def of(cls, lm: VideoLM, tokenizer: Any, temperature: float) -> "Policy":
+    def of(cls, lm: VideoLM, tokenizer: Any, config: SampleConfig) -> "Policy":
         """The policy of a checkpoint: its tokenizer's vocabulary without vision tokens, and the end
         tokens of tokenizer and generation config."""
         allowed = torch.zeros(lm.head.weight.shape[0], dtype=torch.bool, device=lm.device)
@@ -61,7 +66,8 @@ class Policy:
             [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
         ] = False
         ends = end_token_ids(tokenizer, lm.model.generation_config)
-        return cls(allowed, temperature, ends, tokenizer.pad_token_id)
+        pad, limits = tokenizer.pad_token_id, (config.top_k, config.top_p)
+        return cls(allowed, config.temperature, ends, pad, *limits)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[..., V]` in fp32 for logits of any dtype; -inf at columns that are
@@ -69,13 +75,29 @@ class Policy:
         logits = logits.float() / self.temperature
         return logits.masked_fill(~self.allowed_columns, -torch.inf).log_softmax(-1)
 
+    def likely(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """What the sampler draws from: log-probabilities `[..., V]`, -inf at unlikely tokens.
+
+        Of the `top_k` most likely tokens, renormalised, it keeps the fewest whose probabilities add
+        up to at least `top_p`. Of equally likely tokens the first counts as more likely.
+        """
+        if self.top_k is None and self.top_p >= 1:
+            return log_probs
+        count = min(self.top_k or log_probs.shape[-1], log_probs.shape[-1])
+        values, columns = log_probs.sort(dim=-1, descending=True, stable=True)
+        values, columns = values[..., :count], columns[..., :count]
+        probs = values.softmax(-1, dtype=torch.float64)
+        before = probs.cumsum(-1) - probs  # mass of the more likely tokens
+        values = values.masked_fill(before >= self.top_p, -torch.inf)
+        return torch.full_like(log_probs, -torch.inf).scatter(-1, columns, values)
+
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
     """R completions for each of B prompts, right-padded to T tokens.
 
     On the device, `[B, R, T]`: `completion_ids`, and `rollout_logprobs`, the sampler's fp32
-    log-probability of each token (0 after the end). On the host, `[B, R]`:
+    log-probability of each token under the policy (0 after the end). On the host, `[B, R]`:
 
         lengths    tokens of each completion, its first end token included
         truncated  whether the length limit was reached before an end token
@@ -245,7 +267,10 @@ def sample(
     every = CHECK_EVERY.get(device.type, 1)
     for position in range(max_completion_length):
         log_probs = policy.log_probs(lm.head(hidden))
-        token = choose(log_probs, None if draws is None else draws[:, :, position])
+        if draws is None:
+            token = choose(log_probs, None)
+        else:
+            token = choose(policy.likely(log_probs), draws[:, :, position])
         lengths += ~done
         ids.append(torch.where(done, policy.pad_token_id, token))
         logprobs.append(log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0))

@@ -100,7 +100,7 @@ def select(scores: Sequence[Score], count: int, config: CurriculumConfig, seed: 
     if rule == "uniform":
         chosen = [ranked[math.floor((i + 0.5) * len(ranked) / count)] for i in range(count)]
     elif rule == "buckets":
-        chosen = _from_buckets(ranked, count, source)
+        chosen = _from_buckets(ranked, gaps, count, source)
     elif rule == "gaussian":
         # Gumbel's trick draws without replacement in proportion to the density.
         keys = [-((gap - CENTRE) ** 2) / (2 * SIGMA**2) for gap in gaps]
@@ -141,10 +141,15 @@ def _teacher(score: Score) -> float:
     return score.teacher_tiou
 
 
-def _from_buckets(ranked: list[int], count: int, source: np.random.Generator) -> list[int]:
-    """The same number at random from each fifth of the ranking. Where a fifth has too few, the best
-    remaining examples fill up."""
-    buckets = [bucket.tolist() for bucket in np.array_split(ranked, BUCKETS)]
+def _from_buckets(
+    ranked: list[int], gaps: list[float], count: int, source: np.random.Generator
+) -> list[int]:
+    """The same number at random from each of five equal parts of the gaps' range. Where a part has
+    too few, the best remaining examples fill up."""
+    edges = np.linspace(max(gaps), min(gaps), BUCKETS + 1)[1:-1]  # a gap on an edge is above it
+    buckets: list[list[int]] = [[] for _ in range(BUCKETS)]
+    for i in ranked:
+        buckets[int((gaps[i] < edges).sum())].append(i)
     chosen: list[int] = []
     for number, bucket in enumerate(buckets):
         quota = (number + 1) * count // BUCKETS - number * count // BUCKETS

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from opd.config.method import SampleConfig
 from opd.data.batch import Prompt
 from opd.generation.prefix import extend
 from opd.generation.sampling import (
@@ -65,7 +67,7 @@ def with_ends(policy: Policy, *ends: int) -> Policy:
 def test_the_policy_of_a_checkpoint():
     lm = ours("student", layers=1)
     tokenizer = tiny.tokenizer()
-    policy = Policy.of(lm, tokenizer, 0.7)
+    policy = Policy.of(lm, tokenizer, SampleConfig(temperature=0.7))
     rows = lm.head.weight.shape[0]
     vision = [tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS]
     config = lm.model.config
@@ -324,3 +326,45 @@ def test_rollout_logprobs_are_the_policys():
     expected = log_probs.gather(-1, rollouts.completion_ids[..., None])[..., 0]
     mask = rollouts.completion_mask
     assert (rollouts.rollout_logprobs - expected)[mask].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(5, 1.0), (None, 0.9), (50, 0.9), (1, 0.5), (900, 0.3)]
+)
+def test_unlikely_tokens_are_left_out_as_transformers_does(top_k: int | None, top_p: float) -> None:
+    policy = replace(policy_of(ours("student")), top_k=top_k, top_p=top_p)
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(64, 384, generator=generator, dtype=F64)
+    log_probs = policy.log_probs(logits)
+    likely = policy.likely(log_probs)
+    expected = log_probs
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)  # type: ignore[arg-type]
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)  # type: ignore[arg-type]
+    assert torch.equal(likely, expected)
+    draws = torch.rand(64, 200, generator=generator, dtype=F64)
+    ids = choose(likely[:, None].expand(-1, 200, -1), draws)
+    assert bool(likely.gather(1, ids).isfinite().all())
+
+
+def test_hand_computed_limits() -> None:
+    policy = replace(policy_of(ours("student")), top_k=3, top_p=0.7)
+    log_probs = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]], dtype=F64).log()
+    # Of 0.4, 0.25 and 0.2, renormalised 0.47, 0.29 and 0.24, two are needed for 0.7.
+    assert policy.likely(log_probs).isfinite().tolist() == [[False, True, False, True, False]]
+
+
+def test_the_sampler_alone_leaves_out_tokens() -> None:
+    lm = ours("student")
+    batch = batch_of(unequal_prompts(lm))
+    draws = uniforms(0, 0, [p.example.id for p in batch.prompts], 4, 6)
+    policy = replace(policy_of(lm), top_k=1)
+    rollouts = sample(lm, prefill_of(lm, batch).detach(), policy, 6, draws)
+    greedy = sample(lm, prefill_of(lm, batch).detach(), policy, 6, None)
+    width = rollouts.completion_ids.shape[2]
+    assert torch.equal(
+        rollouts.completion_ids, greedy.completion_ids[..., :width].expand(-1, 4, -1)
+    )
+    # Log-probabilities stay those of the whole distribution.
+    assert bool((rollouts.rollout_logprobs[rollouts.completion_mask] < -1e-3).any())

@@ -90,6 +90,21 @@ def test_buckets_give_the_same_number_each(count):
     assert max(sizes.values()) - min(sizes.get(k, 0) for k in range(5)) <= 1
 
 
+def test_buckets_divide_the_range_of_the_gaps():
+    # Gaps of 0 to 1: 40 near 0, 3 in each other fifth. Of 10, each fifth gives two.
+    gaps = [
+        *np.linspace(0, 0.19, 40),
+        *(0.2 * k + 0.05 * j + 0.02 for k in range(1, 5) for j in range(3)),
+    ]
+    gaps[-1] = 1.0
+    scores = [Score(str(i), 1.0, 1.0 - gap) for i, gap in enumerate(gaps)]
+    chosen = select(scores, 10, tvdf(select="buckets"), 0)
+    assert Counter(min(4, int(gaps[i] * 5)) for i in chosen) == {k: 2 for k in range(5)}
+    # Of 20, the four small fifths give all of theirs, and the best of what is left fill up.
+    chosen = select(scores, 20, tvdf(select="buckets"), 0)
+    assert Counter(min(4, int(gaps[i] * 5)) for i in chosen) == {0: 8, 1: 3, 2: 3, 3: 3, 4: 3}
+
+
 def test_gaussian_draws_in_proportion_to_its_density():
     # Gaps of 0.9 and 0.5: e^0 against e^-2, so the first comes first in 88% of the draws.
     scores = [Score("near", 1.0, 0.1), Score("far", 1.0, 0.5)]

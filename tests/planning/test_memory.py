@@ -131,8 +131,8 @@ def test_extend_joins_keys_and_values_in_every_layer(moments: dict[str, dict[str
     joined = layers * sides * prompts * heads * keys * dim * bfloat16
     assert moments["loss"]["keys and values, joined"] == joined
     assert moments["extend"]["prompts' activations"] > prefix
-    # A row for each query of a group of three; for backward in bf16, 16 columns at a time.
-    bias = layers * prompts * 3 * 8 * 320 * bfloat16
+    # A row for each query of a group of three, in bf16; all layers share it.
+    bias = prompts * 3 * 8 * keys * bfloat16
     boolean = prompts * 8 * keys  # once, and the masks of prompts beside it
     assert bias <= moments["extend"]["attention masks"] <= bias + 6 * boolean
 
