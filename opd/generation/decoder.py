@@ -6,7 +6,7 @@ import torch
 
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.prefix import Prefix
-from opd.models.layers import run_layer
+from opd.models.layers import prepared_mask, run_layer
 from opd.models.video_lm import VideoLM
 
 
@@ -53,10 +53,11 @@ class Decoder:
         )
         own = own.expand(len(hidden), -1, -1)
         attention_mask = torch.cat([self.mask, own], dim=2)[:, None]
+        mask = prepared_mask(attention_mask, self.lm.query_groups, hidden.dtype)
         with (counter or LayerCounter()).label("decode"):
             for layer, buffers in zip(language_model.layers, self.cache, strict=True):
                 layer_cache = _PreallocatedCache(buffers, start)
-                hidden = run_layer(layer, hidden, rotary, layer_cache, attention_mask)
+                hidden = run_layer(layer, hidden, rotary, layer_cache, mask)
         hidden = language_model.norm(hidden).unflatten(1, (-1, self.rollouts))
         return self.prefix.by_prompt(hidden)
 

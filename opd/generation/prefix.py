@@ -26,7 +26,7 @@ from opd import distributed
 from opd.data.batch import PromptBatch
 from opd.device import send
 from opd.generation.layer_counter import LayerCounter
-from opd.models.layers import KeyValue, LayerCache, run_layer
+from opd.models.layers import KeyValue, LayerCache, prepared_mask, run_layer
 from opd.models.video_lm import Video, VideoLM
 
 
@@ -180,6 +180,8 @@ def prefill(
     rows, shape = send(rows, hidden.device), hidden.shape
     hidden = hidden.flatten(0, 1).index_copy(0, rows, embeds.to(hidden.dtype)).view(shape)
     rotary, own_mask = language_model.rotary_emb(hidden, batch.position_ids), batch.own_mask()
+    if own_mask is not None:
+        own_mask = prepared_mask(own_mask, lm.query_groups, hidden.dtype)
 
     def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer_cache = LayerCache()
@@ -277,7 +279,7 @@ def forward_against(
         past: keys and values of each layer, `[B, kv_heads, P, D]`.
         input_ids: int64 `[B, T]`.
         position_ids: int64 `[3, B, T]`.
-        attention_mask: boolean, broadcast to `[B, heads, T, P + T]`.
+        attention_mask: boolean `[B, 1, T, P + T]`.
 
     Returns: hidden states `[B, T, H]` after the final norm, and each layer's new keys and values
         `[B, kv_heads, T, D]`.
@@ -285,9 +287,9 @@ def forward_against(
     language_model = lm.language_model
     hidden = language_model.embed_tokens(input_ids)
     rotary = language_model.rotary_emb(hidden, position_ids)
-    new = []
+    mask, new = prepared_mask(attention_mask, lm.query_groups, hidden.dtype), []
     for layer, past_of_layer in zip(language_model.layers, past, strict=True):
         layer_cache = LayerCache(past_of_layer)
-        hidden = run_layer(layer, hidden, rotary, layer_cache, attention_mask)
+        hidden = run_layer(layer, hidden, rotary, layer_cache, mask)
         new.append((layer_cache.key, layer_cache.value))
     return language_model.norm(hidden), new

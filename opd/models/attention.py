@@ -202,9 +202,9 @@ def attend(
 
     Args:
         query: `[B, heads, L, D]`; key and value: `[B, kv_heads, K, D]`.
-        attention_mask: `[B, 1, L, K]`, boolean (True attends) or added to the scores; None is
-            causal where L = K. A mask with fewer rows is for the last of the L = K tokens; those
-            before them are causal.
+        attention_mask: `[B, 1, L, K]`, boolean (True attends) or added to the scores, or
+            `[B, 1, groups, L, K]` from `prepared_mask`; None is causal where L = K. A mask with
+            fewer rows is for the last of the L = K tokens; those before them are causal.
 
     Returns: `[B, L, heads, D]` and None, as transformers expects.
     """
@@ -219,14 +219,18 @@ def attend(
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
         out = packed(backend, q, k, v, edges, length, scaling, True)
         return out.view(batch, length, heads, dim), None
-    if unmasked := length - attention_mask.shape[2]:
+    if unmasked := length - attention_mask.shape[-2]:
         q, k, v = (x[:, :, :unmasked] for x in (query, key, value))
         first = attend(module, q, k, v, None, scaling, backend)[0]
         last = attend(module, query[:, :, unmasked:], key, value, attention_mask, scaling)[0]
         return torch.cat([first, last], 1), None
     # Query groups fold into the length: every key/value head is read once and never repeated.
     folded = query.reshape(batch, heads // groups, groups * length, dim)
-    mask = attention_mask if groups == 1 else attention_mask.repeat(1, 1, groups, 1)
+    mask = attention_mask
+    if mask.dim() == 5:
+        mask = mask.flatten(2, 3)
+    elif groups > 1:
+        mask = mask.repeat(1, 1, groups, 1)
     with masked_kernels(query.device):
         out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).contiguous(), None

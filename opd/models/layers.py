@@ -1,4 +1,4 @@
-"""One decoder layer of a language model, with a cache of our own."""
+"""One decoder layer of a language model, with a mask and a cache of our own."""
 
 from functools import cache
 from inspect import signature
@@ -7,6 +7,25 @@ from typing import Any
 import torch
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [G, kv_heads, P, D]
+
+
+MASK_ALIGNMENT = 16  # on a GPU, sdpa copies a mask whose rows are not aligned, at every call
+
+
+def prepared_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a mask once for all layers, which then share it in forward and backward.
+
+    Args:
+        mask: boolean `[B, 1, L, K]`, True attends.
+        groups: number of query heads per key/value head.
+
+    Returns: `[B, 1, groups, L, K]` of dtype `dtype`: 0 where a token attends, -inf elsewhere.
+    """
+    batch, _, length, width = mask.shape
+    align = MASK_ALIGNMENT if mask.device.type == "cuda" else 1
+    shape = (batch, 1, groups, length, -(-width // align) * align)
+    added = torch.full(shape, -torch.inf, dtype=dtype, device=mask.device)[..., :width]
+    return added.masked_fill_(mask[:, :, None], 0.0)
 
 
 def run_layer(

@@ -24,7 +24,6 @@ JOINED = "keys and values, joined"
 GRADIENTS = "gradients in the model's dtype"
 # Bytes of logits and their gradient that a loss keeps at once, as in `fused_kl.tiles`.
 LOGIT_BYTES = {"cpu": 160_000_000, "cuda": 2_400_000_000}
-MASK_ALIGNMENT = 16  # the memory-efficient kernel pads the rows of a mask to a multiple of it
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
@@ -136,7 +135,7 @@ class Live(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive or key in self._weights or not size:
             return
-        if tensor.dtype == torch.bool:
+        if tensor.dtype == torch.bool or tensor.dim() == 5:  # before and after `prepared_mask`
             label = MASKS
         elif self._moment == "backward" and tuple(sorted(tensor.shape)) in self._shapes:
             label = GRADIENTS
@@ -159,11 +158,7 @@ def current() -> Live:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Context that replaces torch's attention by `_Fused`.
-
-    A mask is converted to what the kernels take: the query's dtype, and on a GPU rows padded for
-    the memory-efficient kernel.
-    """
+    """Context that replaces torch's attention by `_Fused`."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -171,14 +166,7 @@ class FusedAttention(TorchFunctionMode):
         if function is not scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, value = args
-        mask, live = (kwargs or {}).get("attn_mask"), current()
-        if mask is not None:
-            with live.label(MASKS):
-                mask = torch.empty_like(mask, dtype=query.dtype)
-                width = -(-mask.shape[-1] // MASK_ALIGNMENT) * MASK_ALIGNMENT
-                if live.device_type == "cuda" and width > mask.shape[-1]:
-                    mask = mask.new_empty(*mask.shape[:-1], width)
-        return _Fused.apply(query, key, value, mask)
+        return _Fused.apply(query, key, value, (kwargs or {}).get("attn_mask"))
 
 
 def stand_in_attention(*args: Any, **kwargs: Any) -> Any:
