@@ -46,7 +46,8 @@ class OptimConfig:
 class PrefixConfig:
     """Prompt prefix.
 
-    The forward pass over the prompt, which serves both sampling and training.
+    The forward pass over the prompt, which serves both sampling and training, and that over the
+    completions behind it.
     """
 
     recompute: str = option(

@@ -53,7 +53,7 @@ class Decoder:
         )
         own = own.expand(len(hidden), -1, -1)
         attention_mask = torch.cat([self.mask, own], dim=2)[:, None]
-        mask = prepared_mask(attention_mask, self.lm.query_groups, hidden.dtype)
+        mask = prepared_mask(attention_mask, language_model, hidden.dtype)
         with (counter or LayerCounter()).label("decode"):
             for layer, buffers in zip(language_model.layers, self.cache, strict=True):
                 layer_cache = _PreallocatedCache(buffers, start)

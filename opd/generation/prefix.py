@@ -14,19 +14,16 @@ values of a video exist once, whatever the number of its queries and of their ro
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from opd import distributed
 from opd.data.batch import PromptBatch
 from opd.device import send
 from opd.generation.layer_counter import LayerCounter
-from opd.models.layers import KeyValue, LayerCache, prepared_mask, run_layer
+from opd.models.layers import KeyValue, forward_layers
 from opd.models.video_lm import Video, VideoLM
 
 
@@ -148,12 +145,6 @@ def encode(lm: VideoLM, batch: PromptBatch) -> Video:
     return torch.cat(embeds), [torch.cat(level) for level in zip(*levels, strict=True)]
 
 
-def recomputed_layers(mode: str, num_layers: int) -> int:
-    """Number of layers, counted from the first, that `prefix.recompute` runs again in backward."""
-    named = {"none": 0, "all": num_layers}
-    return named[mode] if mode in named else min(int(mode), num_layers)
-
-
 def prefill(
     lm: VideoLM,
     batch: PromptBatch,
@@ -166,8 +157,7 @@ def prefill(
 
     Args:
         video: vision tokens from `encode`.
-        recompute: `none`, `all`, or the number of layers whose activations are dropped and
-            recomputed in backward; keys and values stay on the graph in every mode.
+        recompute: see `forward_layers`.
     """
     assert batch.input_ids.numel() == batch.num_tokens, "padded prompts"
     counts = tuple(len(group.prompts) for group in batch.groups)
@@ -179,35 +169,25 @@ def prefill(
     assert len(rows) == len(embeds), "as many vision tokens as video tokens in the prompts"
     rows, shape = send(rows, hidden.device), hidden.shape
     hidden = hidden.flatten(0, 1).index_copy(0, rows, embeds.to(hidden.dtype)).view(shape)
-    rotary, own_mask = language_model.rotary_emb(hidden, batch.position_ids), batch.own_mask()
-    if own_mask is not None:
-        own_mask = prepared_mask(own_mask, lm.query_groups, hidden.dtype)
+    own_mask = batch.own_mask()
 
-    def run(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer_cache = LayerCache()
-        out = run_layer(layer, hidden, rotary, layer_cache, own_mask)
-        return out, layer_cache.key, layer_cache.value
+    def add_deepstack(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        if index >= len(deepstack):
+            return hidden
+        level = deepstack[index].to(hidden.dtype)
+        return hidden.flatten(0, 1).index_add(0, rows, level).view(shape)
 
-    def contexts() -> tuple[Any, Any]:
-        return nullcontext(), counter.label("recompute")
-
-    num_recomputed = (
-        recomputed_layers(recompute, len(language_model.layers)) if torch.is_grad_enabled() else 0
-    )
-    keys, values = [], []
     with counter.label("prompt"):
-        for index, layer in enumerate(language_model.layers):
-            if index < num_recomputed:
-                result = checkpoint(run, layer, hidden, use_reentrant=False, context_fn=contexts)
-                assert result is not None
-                hidden, key, value = result
-            else:
-                hidden, key, value = run(layer, hidden)
-            keys.append(key)
-            values.append(value)
-            if index < len(deepstack):
-                level = deepstack[index].to(hidden.dtype)
-                hidden = hidden.flatten(0, 1).index_add(0, rows, level).view(shape)
+        hidden, new = forward_layers(
+            language_model,
+            hidden,
+            batch.position_ids,
+            own_mask,
+            recompute=recompute,
+            again=partial(counter.label, "recompute"),
+            after=add_deepstack,
+        )
+    keys, values = map(list, zip(*new, strict=True))
     last_hidden = language_model.norm(hidden.index_select(1, batch.last_columns()).flatten(0, 1))
     return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, counts)
 
@@ -226,13 +206,18 @@ def forward(lm: VideoLM, batch: PromptBatch) -> Prefix:
 
 
 def extend(
-    lm: VideoLM, prefix: Prefix, completion_ids: torch.Tensor, counter: LayerCounter | None = None
+    lm: VideoLM,
+    prefix: Prefix,
+    completion_ids: torch.Tensor,
+    counter: LayerCounter | None = None,
+    recompute: str = "none",
 ) -> torch.Tensor:
     """Forward completions against a prefix and return the hidden states that predict each of their
     tokens, after the final norm.
 
     Args:
         completion_ids: int64 `[N, R, T]`, R completions per prompt, right-padded.
+        recompute: see `forward_layers`.
 
     Returns: `[N, R, T, H]`. Position 0 is the prompt's last hidden state, so only the first T - 1
         tokens of each completion run through the layers.
@@ -243,7 +228,7 @@ def extend(
         if not lm.sharded:
             return first
         # Another rank may have longer completions, for which this one must gather weights, too.
-        return extend(lm, prefix, completion_ids.expand(-1, -1, 2), counter)[:, :, :1]
+        return extend(lm, prefix, completion_ids.expand(-1, -1, 2), counter, recompute)[:, :, :1]
     steps, branches = length - 1, prefix.width * rollouts
     inputs = prefix.by_group(completion_ids[:, :, :-1]).flatten(1)
     device, groups = inputs.device, len(inputs)
@@ -260,36 +245,17 @@ def extend(
         :, None
     ]
     positions = (of_tokens(prefix.next_position) + offsets).expand(3, -1, -1)
-    with (counter or LayerCounter()).label("completion"):
-        hidden, _ = forward_against(lm, prefix.layers, inputs, positions, attention_mask)
+    counter, language_model = counter or LayerCounter(), lm.language_model
+    with counter.label("completion"):
+        hidden, _ = forward_layers(
+            language_model,
+            language_model.embed_tokens(inputs),
+            positions,
+            attention_mask,
+            prefix.layers,
+            recompute,
+            partial(counter.label, "completion recompute"),
+        )
+    hidden = language_model.norm(hidden)
     hidden = prefix.by_prompt(hidden.unflatten(1, (prefix.width, rollouts, steps)))
     return torch.cat([first, hidden], dim=2)
-
-
-def forward_against(
-    lm: VideoLM,
-    past: Sequence[KeyValue],
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-) -> tuple[torch.Tensor, list[KeyValue]]:
-    """Forward new text tokens against an existing KV cache.
-
-    Args:
-        past: keys and values of each layer, `[B, kv_heads, P, D]`.
-        input_ids: int64 `[B, T]`.
-        position_ids: int64 `[3, B, T]`.
-        attention_mask: boolean `[B, 1, T, P + T]`.
-
-    Returns: hidden states `[B, T, H]` after the final norm, and each layer's new keys and values
-        `[B, kv_heads, T, D]`.
-    """
-    language_model = lm.language_model
-    hidden = language_model.embed_tokens(input_ids)
-    rotary = language_model.rotary_emb(hidden, position_ids)
-    mask, new = prepared_mask(attention_mask, lm.query_groups, hidden.dtype), []
-    for layer, past_of_layer in zip(language_model.layers, past, strict=True):
-        layer_cache = LayerCache(past_of_layer)
-        hidden = run_layer(layer, hidden, rotary, layer_cache, mask)
-        new.append((layer_cache.key, layer_cache.value))
-    return language_model.norm(hidden), new

@@ -34,7 +34,7 @@ from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.prefilled import Prefilled
-from opd.generation.prefix import Prefix, encode, extend, prefill, recomputed_layers
+from opd.generation.prefix import Prefix, encode, extend, prefill
 from opd.generation.sampling import Policy, Rollouts, sample, uniforms
 from opd.method.advantages import advantages, grade, trained_rollouts
 from opd.method.health import gather_step, signals
@@ -157,7 +157,8 @@ class Trainer:
             return Loss(torch.zeros((), device=self.student.device))
         with self.ledger.phase("extend"):
             prefix, ids = Prefix.join(prompts.prefixes), answers.completion_ids
-            hidden = answers.in_loss(extend(self.student, prefix, ids, self.counter))
+            options = self.counter, self.config.prefix.recompute
+            hidden = answers.in_loss(extend(self.student, prefix, ids, *options))
         with self.ledger.phase("loss"):
             loss = self.loss(hidden, answers, teacher_hidden, old_logprobs)
         with self.ledger.phase("backward"):
@@ -251,9 +252,8 @@ class Trainer:
         num_tokens: int,
     ) -> None:
         """Charge a micro-batch to the ledger; `decoded` masks the completions sampled in it."""
-        recomputed = recomputed_layers(self.config.prefix.recompute, self.counter.num_layers)
-        mask = answers.completion_mask
-        flops = step_flops(self.costs, prompts.parts, decoded, kept, mask, recomputed)
+        mask, recompute = answers.completion_mask, self.config.prefix.recompute
+        flops = step_flops(self.costs, prompts.parts, decoded, kept, mask, recompute)
         tokens, *spent = distributed.all_sum((num_tokens, *flops.values()))
         self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
 

@@ -60,12 +60,6 @@ class VideoLM:
         return any(p.requires_grad for p in self.visual.parameters())
 
     @property
-    def query_groups(self) -> int:
-        """Number of query heads per key/value head."""
-        config = self.model.config.text_config
-        return config.num_attention_heads // config.num_key_value_heads
-
-    @property
     def sharded(self) -> bool:
         """Whether ZeRO-3 gathers the weights layer by layer; then every rank must run the same
         number of forwards."""

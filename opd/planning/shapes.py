@@ -281,7 +281,7 @@ def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str,
             pass
         with live.moment("extend", "completions' activations"):
             prefix = Prefix.join(prefixes)
-            hidden = rows_of(extend(lm, prefix, completions(work)))
+            hidden = rows_of(extend(lm, prefix, completions(work), recompute=recompute))
         with live.moment("loss", "loss, without logits"):
             loss = torch.zeros((), device="meta")
             for heads in work.losses:

@@ -13,6 +13,7 @@ from torch import nn
 
 from opd.data.batch import PromptBatch
 from opd.generation.prefilled import Prefilled
+from opd.models.layers import recomputed_layers
 from opd.models.video_lm import VideoLM
 
 FLOPS: tuple[str, ...] = ("student", "teacher", "recompute")  # who spends them
@@ -110,7 +111,7 @@ def step_flops(
     decoded: torch.Tensor | None,
     trained: Prefilled,
     completion_mask: torch.Tensor,
-    recomputed_layers: int,
+    recompute: str,
 ) -> dict[str, float]:
     """FLOPs of one micro-batch, by the names of `FLOPS`. The vision tower counts for every group of
     prompts, also where its tokens were cached by an earlier step.
@@ -121,7 +122,7 @@ def step_flops(
         decoded: mask `[N, R, T]` of the completions that were sampled; None where none were.
         trained: what the teacher and the backward see of them.
         completion_mask: `[N', R', T']`, of the completions of `trained`.
-        recomputed_layers: number of layers whose prompt forward is repeated in backward.
+        recompute: the setting `prefix.recompute`.
     """
     num_tokens, flops = int(completion_mask.sum()), dict.fromkeys(FLOPS, 0.0)
 
@@ -138,7 +139,8 @@ def step_flops(
 
     for name, (lm, cost) in zip(FLOPS, costs.items(), strict=False):
         vision, prefill = prompts(cost, trained.parts)
-        extension = completions(cost, trained.lengths, completion_mask) + cost.per_head * num_tokens
+        layers = completions(cost, trained.lengths, completion_mask)
+        extension = layers + cost.per_head * num_tokens
         if name == "teacher":
             flops[name] = vision + prefill + extension
             continue
@@ -148,5 +150,6 @@ def step_flops(
         if decoded is not None:
             lengths = [len(prompt.input_ids) for part in forwarded for prompt in part.prompts]
             flops[name] += completions(cost, lengths, decoded) + cost.per_head * decoded.numel()
-        flops["recompute"] = prefill * recomputed_layers / cost.num_layers
+        share = recomputed_layers(recompute, cost.num_layers) / cost.num_layers
+        flops["recompute"] = (prefill + layers) * share
     return flops

@@ -201,7 +201,7 @@ def training_step(lm: VideoLM, batch: PromptBatch, rollouts: int, recompute: str
         ids, mask = sampled.completion_ids, sampled.completion_mask
         teacher_hidden = teacher.extend(teacher.prefill(batch), ids)[mask]
         targets = Targets(ids[mask], policy, teacher_hidden, teacher.lm.head.weight)
-        hidden = extend(lm, prefix, ids)[mask]
+        hidden = extend(lm, prefix, ids, recompute=recompute)[mask]
         return lm.head(hidden, loss=partial(OBJECTIVES["reverse_kl"], targets)).loss
 
     return step

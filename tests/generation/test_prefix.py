@@ -73,7 +73,7 @@ def compare(
             teacher.extend(teacher.prefill(batch), ids)[mask],
             teacher.lm.head.weight,
         )
-        hidden = extend(lm, prefix, ids)[mask]
+        hidden = extend(lm, prefix, ids, recompute=recompute)[mask]
         return lm.head(hidden, loss=partial(OBJECTIVES[objective], targets)).loss
 
     actual = backward(lm.model, step)
@@ -198,7 +198,7 @@ def test_a_prompt_is_forwarded_once(recompute):
     rollouts = sample(
         lm, prefix.detach(), policy, 4, uniforms(0, 0, ["a", "b", "c"], 2, 4), counter
     )
-    extend(lm, prefix, rollouts.completion_ids, counter).sum().backward()
+    extend(lm, prefix, rollouts.completion_ids, counter, recompute).sum().backward()
     again = {"none": 0, "1": 1, "all": layers}[recompute]
     expected = {
         "prompt": layers * batch.num_tokens,
@@ -207,6 +207,7 @@ def test_a_prompt_is_forwarded_once(recompute):
     }
     if again:
         expected["recompute"] = again * batch.num_tokens
+        expected["completion recompute"] = again * 3 * 2 * 3
     assert counter.tokens == expected
     assert counter.passes("prompt", batch.num_tokens) == 1.0
     assert counter.passes("recompute", batch.num_tokens) == again / layers
@@ -225,6 +226,17 @@ def kept_by_graph(lm: VideoLM, forward) -> tuple[int, Tensor]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), out
+
+
+def test_recompute_drops_the_completions_activations():
+    lm = ours("student")
+    prefix = prefill_of(lm, batch_of(unequal_prompts(lm)))
+    ids = torch.ones(3, 4, 50, dtype=torch.long)
+    none, every = (
+        kept_by_graph(lm, lambda mode=mode: extend(lm, prefix, ids, recompute=mode))[0]
+        for mode in ("none", "all")
+    )
+    assert every < none / 3
 
 
 def test_recompute_drops_the_prompts_activations():

@@ -159,11 +159,11 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     every = Prefilled.of(alone, [prefill_of(made.student, part) for part in alone])
     trained = every.take(rows)
     wanted = step_flops(
-        made.costs, alone, whole.completion_mask, trained, answers.completion_mask, 0
+        made.costs, alone, whole.completion_mask, trained, answers.completion_mask, "none"
     )
     assert made.ledger.flops == wanted
     everything = step_flops(
-        made.costs, alone, whole.completion_mask, every, whole.completion_mask, 0
+        made.costs, alone, whole.completion_mask, every, whole.completion_mask, "none"
     )
     assert wanted["teacher"] < 0.7 * everything["teacher"]
 
