@@ -401,11 +401,17 @@ def test_an_evaluation_can_be_repeated(
     assert dataclasses.asdict(read)["summary"] == summary["after"]
 
 
+USAGE = (
+    "usage: python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...] "
+    "[--explain [key=value ...]]"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"),
-        (["steps=3"], "usage: python -m opd.evaluate TARGET [TARGET ...] [dotted.key=value ...]"),
+        ([], USAGE),
+        (["steps=3"], USAGE),
         (["./nowhere"], "./nowhere: not a checkpoint folder (config.json is missing)"),
     ],
 )
