@@ -84,7 +84,10 @@ class Prompts:
             {"type": "text", "text": after},
         ]
         content = [c for c in content if c.get("text") != ""]
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if self.template.system:
+            text = [{"type": "text", "text": self.template.system}]
+            messages.insert(0, {"role": "system", "content": text})
         return self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )

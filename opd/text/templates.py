@@ -29,6 +29,7 @@ Texts, all optional too; a missing one is that of the default template.
     question   a question, with its options if it has any
     open       a question without options; `question` is used if this text is missing
     grounded   a question, and when its answer is visible
+    system     the system turn before all of these; no fields
 
 Fields of a text:
 
@@ -38,8 +39,8 @@ Fields of a text:
     {options}   the options; exactly once in `question` and `grounded`, nowhere else
     {duration}  the length of the video in seconds, with one decimal
 
-Every text contains {query} or {event}. Other braces, such as those of JSON, stay as they are. Blank
-lines at the start and the end of a text are removed.
+Every text but `system` contains {query} or {event}. Other braces, such as those of JSON, stay as
+they are. Blank lines at the start and the end of a text are removed.
 """
 
 import re
@@ -51,9 +52,10 @@ from string import ascii_uppercase
 
 from opd.errors import ConfigError, printable, require
 from opd.text.forms import FORMS, Span, format_spans, tag_of
+from opd.text.task_prompts import task_prompt
 
 PRESETS = Path(__file__).with_name("presets")
-TEXTS = ("grounding", "question", "open", "grounded")
+TEXTS = ("grounding", "question", "open", "grounded")  # of the user's turn
 KEYS = ("form", "thinking", "options", "spans", "checked", "source")
 _VALUES = {
     "form": tuple(FORMS),
@@ -62,6 +64,7 @@ _VALUES = {
     "checked": ("answer", "tags"),
 }
 FIELDS = ("video", "query", "event", "options", "duration")
+_TASK = re.compile(r"([a-z]\w*):(\w[\w-]*)")
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -86,6 +89,7 @@ class Template:
     question: str = "{query}{options}?{video}"
     open: str = ""
     grounded: str = "{query}{options}? When?{video}"
+    system: str = ""
 
     def __post_init__(self) -> None:
         for key, choices in _VALUES.items():
@@ -186,8 +190,9 @@ def load_template(template: str, key: str = "data.prompt") -> Template:
     """Load a template.
 
     Args:
-        template: name of a preset; path of a file, with a suffix or a folder; or, if it contains a
-            brace, the text for grounding, to which the default's texts for questions are added.
+        template: name of a preset; path of a file, with a suffix or a folder; `PACKAGE:TASK`, a
+            task of an installed package (`task_prompt`); or, if it contains a brace, the text for
+            grounding. To the last two the default's texts for questions are added.
         key: configuration key that error messages name.
 
     Raises:
@@ -196,6 +201,12 @@ def load_template(template: str, key: str = "data.prompt") -> Template:
     if "{" in template:
         _check_text(template, False, f"{key}={printable(template)}")
         return Template(name="inline", grounding=template)
+    if task := _TASK.fullmatch(template):
+        try:
+            text = task_prompt(task[1], task[2])
+        except LookupError as error:
+            raise ConfigError(f"{key}={template}: {error}") from error
+        return Template(name=template, grounding="{video}" + text, source=task[1])
     path = Path(template)
     if path.suffix or len(path.parts) > 1:
         return _read(path, template)
@@ -223,7 +234,7 @@ def _read(path: Path, name: str) -> Template:
         where = f"{printable(path)}:{number}"
         if line.startswith("---"):
             key = line.strip("- \t")
-            _check_choice(key, TEXTS, f"{where}: text ")
+            _check_choice(key, (*TEXTS, "system"), f"{where}: text ")
             require(key not in texts, f"{where}: text {key}: appears twice")
             text = texts[key] = []
         elif text is not None:

@@ -1,6 +1,7 @@
 """Templates: the default's exact text, template files, and references that are parsed back."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -243,3 +244,74 @@ def test_a_binary_file_is_rejected(tmp_path):
         load_template(str(path))
     with pytest.raises(ConfigError, match=r"^eval\.prompt=mnie: not one of"):
         load_template("mnie", "eval.prompt")
+
+
+TASK = """include: common
+task: when_of_{number}
+"""
+COMMON = """doc_to_text: !function utils.prompt
+lmms_eval_specific_kwargs: {default: {pre_prompt: "Find: ", post_prompt: " Answer."}}
+"""
+UTILS = """
+def prompt(doc, lmms_eval_specific_kwargs=None):
+    k = lmms_eval_specific_kwargs
+    return k["pre_prompt"] + doc["caption"] + "." + k["post_prompt"]
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "other_eval" / "tasks" / "when"
+    folder.mkdir(parents=True)
+    (tmp_path / "other_eval" / "__init__.py").write_text("raise ImportError")
+    (folder / "common").write_text(COMMON)
+    for number in (1, 2):
+        (folder / f"{number}.yaml").write_text(TASK.format(number=number))
+    (folder / "utils.py").write_text(UTILS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def test_a_task_of_an_installed_package(package: Path) -> None:
+    template = load_template("other_eval:when_of_2")
+    assert template.video_first
+    assert template.turn("a dog runs") == ("", "Find: a dog runs. Answer.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("no_eval:when", "no_eval is not installed (pip install no-eval)"),
+        ("other_eval:when", "other_eval has no task when"),
+    ],
+)
+def test_a_package_or_task_that_is_missing(package: Path, prompt: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_template(prompt)
+    assert str(caught.value) == f"data.prompt={prompt}: {message}"
+
+
+def test_a_task_whose_code_fails(package: Path) -> None:
+    (package / "utils.py").write_text("import a_package_that_is_not_installed")
+    with pytest.raises(ConfigError, match=r"when_of_1: its prompt cannot .*not_installed"):
+        load_template("other_eval:when_of_1")
+
+
+@pytest.mark.parametrize("task", ["timelens_charades", "temporal_grounding_charades"])
+def test_tasks_of_lmms_eval(task: str) -> None:
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    try:
+        template = load_template(f"lmms_eval:{task}")
+    except ConfigError as error:
+        if "No module named" not in str(error):
+            raise
+        pytest.skip(f"what lmms-eval needs is not installed: {error}")
+    before, after = template.turn("a dog runs")
+    assert not before and after.count("a dog runs") == 1 and "start" in after
+
+
+def test_a_system_turn(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("--- system\nAnswer in seconds.\n--- grounding\n{video}{query}")
+    assert load_template(str(path)).system == "Answer in seconds."
+    assert Template().system == ""
