@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as smart_resize_2
@@ -238,6 +238,7 @@ def utils_size(recipe: Recipe, frames: int, height: int, width: int) -> tuple[in
     return high, wide
 
 
+@example("time_r1", 131, 131, 224)
 @given(
     st.sampled_from(["timelens_8b", "timelens_7b", "time_r1", "qwen2_5_vl"]),
     st.integers(1, 224),
