@@ -178,7 +178,7 @@ class Recipe:
             family=self.family,
             factor=FACTORS[self.family],
             shortest_edge=max(1, round(min_pixels * count)),
-            # qwen-vl-utils does not round it, which decides at the edge of a multiple of the factor.
+            # qwen-vl-utils does not round it; at the edge of a multiple of the factor that decides.
             longest_edge=share * count if self.frame_tokens else math.floor(share * count),
         )
 
