@@ -165,7 +165,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
 
             with progress_bar(total=len(prompts), desc="evaluate", unit="query") as bar:
                 evaluation = evaluate(lm, prompts, policy, config, path, bar.update, store, earlier)
-        left_out += distributed.gather_dict(prompts.broken).values()
+        left_out += prompts.left_out()
         distributed.barrier()
         part.unlink(missing_ok=True)
     if not distributed.is_first():

@@ -285,7 +285,7 @@ class Run:
         """Write which examples could not be used; returns their number by split."""
         lines = dict(self.unusable)
         for split, prompts in (("train", self.pool), ("eval", self.held_out)):
-            lines[split] = lines[split] + [*distributed.gather_dict(prompts.broken).values()]
+            lines[split] = lines[split] + prompts.left_out()
         self.folder.write_left_out(lines)
         return {split: len(of_split) for split, of_split in lines.items()}
 

@@ -1,20 +1,41 @@
 """Videos for tests: real ones, and generated ones whose frames encode their number."""
 
 import importlib.util
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
 import av
+import numpy as np
 import pytest
 import torch
 
+from opd.data.video.decoding import check_backend
+from opd.errors import ConfigError
+
+
+def unusable_torchcodec() -> str:
+    """The reason why torchcodec, which needs FFmpeg's shared libraries, cannot be used here."""
+    try:
+        check_backend("torchcodec")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+_REASON = unusable_torchcodec()
+TORCHCODEC = pytest.param(
+    "torchcodec", marks=pytest.mark.skipif(bool(_REASON), reason=_REASON or "it is usable")
+)
+BACKENDS = ("decord", "pyav", TORCHCODEC)
 QUALITY = {
     "libx264": {"qp": "1"},  # 0 would switch B-frames off
     "libx265": {"x265-params": "qp=4:log-level=none:pools=none:frame-threads=1"},
     "libvpx-vp9": {"crf": "4", "b:v": "0", "cpu-used": "8", "deadline": "realtime"},
     "mpeg4": {"qmin": "1", "qmax": "1"},
+    "libsvtav1": {"crf": "5", "preset": "12"},
 }
 
 
@@ -50,6 +71,60 @@ def write_coded(
     return path
 
 
+def write_turned(path: Path) -> Path:
+    """Write four frames of a phone held upright, white at the top right when turned clockwise by
+    the quarter that the file's display matrix says; it also shifts the picture into view."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:24, :32] = 255  # top left
+    with av.open(str(path), "w") as container:
+        stream = cast(Any, container.add_stream("libx264", rate=25))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    return patched(path, b"tkhd", 44, matrix)
+
+
+def write_cut(path: Path) -> Path:
+    """Write a file of 60 frames that was cut without re-encoding: a player must not show the first
+    25 of them."""
+    write_coded(path, 60, options={"g": "20", "bf": "2"})
+    # Box elst: version and flags, count, then the length in ms and the first tick of the one edit.
+    content = path.read_bytes()
+    length, first_tick = struct.unpack_from(">Ii", content, content.find(b"elst") + 12)
+    with av.open(str(path)) as container:
+        second = int(1 / cast(Fraction, container.streams.video[0].time_base))
+    return patched(path, b"elst", 12, struct.pack(">Ii", length - 1000, first_tick + second))
+
+
+def write_gif(path: Path) -> Path:
+    """Write a GIF of 30 frames that become brighter."""
+    with av.open(str(path), "w") as container:
+        stream = cast(Any, container.add_stream("gif", rate=10))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8"
+        for k in range(30):
+            image = np.full((48, 64, 3), 8 * k, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="rgb8")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_beyond_decord(folder: Path) -> dict[str, Path]:
+    """Write files that decord cannot decode."""
+    files = {
+        "turned": write_turned(folder / "turned.mp4"),
+        "cut": write_cut(folder / "cut.mp4"),
+        "gif": write_gif(folder / "moving.gif"),
+        "live": write_coded(folder / "live.webm", 40, codec="libvpx-vp9", fps=20, live="1"),
+    }
+    if "libsvtav1" in av.codecs_available:
+        size = (64, 96)
+        files["av1"] = write_coded(folder / "av1.mp4", 40, codec="libsvtav1", size=size)
+    return files
+
+
 def decoded_numbers(frames: torch.Tensor) -> list[int]:
     """Return the frame numbers from the brightness; RGB is `(luma - 16) * 255 / 219`."""
     luma = frames.float().mean((1, 2, 3)) * 219 / 255 + 16
@@ -83,6 +158,7 @@ def patched(path: Path, box: bytes, offset: int, data: bytes) -> Path:
 
 REAL = ("bikes", "bigbuckbunny", "carphone_pristine")
 SPARSE_MS = [0, 40, 80, 20_000, 20_040, 55_000, 118_000, 120_000]
+GAPPED_MS = [40 * k + (5000 if k > 20 else 0) for k in range(50)]
 UNEVEN_MS = [100 * k for k in range(20)] + [2000 + 25 * k for k in range(60)]
 
 
@@ -97,6 +173,8 @@ def write_zoo(folder: Path) -> dict[str, Path]:
         "mpeg4_avi": write_coded(folder / "mpeg4.avi", 60, codec="mpeg4"),
         "uneven": write_coded(folder / "uneven.mp4", 80, pts_ms=UNEVEN_MS),
         "uneven_mkv": write_coded(folder / "uneven.mkv", 80, pts_ms=UNEVEN_MS),
+        "gapped": write_coded(folder / "gapped.mp4", 50, pts_ms=GAPPED_MS),
+        "late": write_coded(folder / "late.mkv", 50, pts_ms=[1500 + 40 * k for k in range(50)]),
         "odd": write_coded(folder / "odd.webm", 40, codec="libvpx-vp9", size=(51, 67)),
         "one_frame": write_coded(folder / "one.mp4", 1),
         "two_frames": write_coded(folder / "two.mp4", 2),

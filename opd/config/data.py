@@ -101,7 +101,11 @@ class DataConfig:
         "prompt asks for.",
         choices=("lenient", "strict"),
     )
-    backend: str = option("decord", "Video decoding library.", choices=("decord", "pyav"))
+    backend: str = option(
+        "decord",
+        "Video decoding library; auto is decord, or pyav for a video that decord cannot decode.",
+        choices=("auto", "decord", "pyav", "torchcodec"),
+    )
     workers: int = option(
         0,
         "Number of processes that decode videos ahead of use; 0 decodes in the main process.",

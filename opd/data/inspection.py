@@ -61,7 +61,7 @@ def inspect_video(video: Path, backend: str) -> dict[str, Any]:
             "variable_rate": bool(len(gaps) and gaps.max() > UNEVEN * np.median(gaps)),
         }
         if image.rotation and backend == "decord":
-            row["reason"] = "stored rotated, which decord garbles; use data.backend=pyav"
+            row["reason"] = "stored rotated, which decord garbles; use data.backend=auto"
     return row
 
 

@@ -1,5 +1,6 @@
 """Making prompts from examples: their text, sampled frames, and the checkpoint's processor."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opd import distributed
 from opd.config.data import RECIPES, DataConfig
 from opd.data.batch import Prompt
 from opd.data.examples import Example
@@ -151,6 +153,18 @@ class Prompts:
         if features:
             self._kept[index] = replace(prompt, pixel_values=None)
         return prompt
+
+    def left_out(self) -> list[str]:
+        """Return a line for each example of any rank whose video does not decode; the first rank
+        prints how many videos PyAV decoded because decord cannot."""
+        by_pyav = distributed.gather_dict(dict.fromkeys(sorted(self._source.by_pyav)))
+        if by_pyav and distributed.is_first():
+            first = next(iter(by_pyav))
+            message = (
+                f"pyav decoded {len(by_pyav)} of the videos, which decord cannot, first {first}"
+            )
+            print(f"data.backend=auto: {message}", file=sys.stderr)
+        return [*distributed.gather_dict(self.broken).values()]
 
     def arranged(self, prompts: Sequence[Prompt], models: Sequence[Any]) -> list[Prompt]:
         """Order the prompts of a batch so that those that are forwarded together are neighbours.

@@ -19,7 +19,7 @@ from opd.data.annotations.formats import FORMATS, read_examples, recognise
 from opd.data.checked import checked_path, is_current, read_checked
 from opd.data.examples import Example
 from opd.data.synthetic import splits
-from opd.data.video.decoding import probe_duration
+from opd.data.video.decoding import check_backend, probe_duration
 from opd.errors import DataError
 
 PROBE_CHUNK = 256  # videos probed per round, so that a limit on examples saves the rest
@@ -200,7 +200,9 @@ def load_split(
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raise DataError, naming the key, for a source that does not exist; generate nothing."""
+    """Raise DataError, naming the key, for a source that does not exist, and ConfigError for a
+    decoding library that cannot be imported; generate nothing."""
+    check_backend(data.backend)
     for split in ("train", "eval"):
         try:
             sources_of(getattr(data, split), data)

@@ -12,7 +12,10 @@ import torch
 
 from opd import distributed
 
-LIBRARIES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "decord", "av", "numpy")
+LIBRARIES = (
+    *("torch", "triton", "transformers", "deepspeed", "flash-attn", "numpy"),
+    *("decord", "av", "torchcodec"),
+)
 
 
 def environment() -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_a_variable_frame_rate_is_reported(tmp_path):
     assert (row["width"], row["height"], row["frames"]) == (64, 48, 70)
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
+@pytest.mark.parametrize("backend", ["decord", "pyav", "torchcodec", "auto"])
 def test_a_rotated_video_is_reported(tmp_path, backend):
     path, turned = clip(tmp_path / "a.mp4", list(range(0, 2000, 40))), tmp_path / "b.mp4"
     # The track header's matrix turns the picture by 90 degrees.

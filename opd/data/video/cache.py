@@ -25,7 +25,7 @@ SUFFIX, UNFINISHED, LOCK = ".frames", ".tmp", "lock"
 STALE_S = 3600.0
 """Age after which an unfinished file counts as abandoned."""
 _PREFIX = struct.Struct("<8sQII")  # magic, bytes of pixels, bytes of the header, checksum of both
-_MAGIC = b"opdfrm01"
+_MAGIC = b"opdfrm02"
 
 
 class FrameCache:
@@ -169,6 +169,7 @@ def _packed(video: VideoFrames) -> tuple[bytes, memoryview, int]:
             "source_fps": video.source_fps,
             "source_frames": video.source_frames,
             "duration_s": video.duration_s,
+            "decoder": video.decoder,
         }
     ).encode()
     check = zlib.crc32(pixels, zlib.crc32(head))

@@ -1,7 +1,7 @@
 """Decoding of video files: probe the times of a file's frames, choose frames, decode them.
 
-Needs no torch, so that a process that only decodes starts quickly and stays small. PyAV and decord
-are imported when a file is opened, because training on tokens alone needs neither.
+Only torchcodec needs torch, so that a process that decodes with another starts quickly and stays
+small. Libraries are imported when a file is opened, because training on tokens alone needs none.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError, raised
 
 TEMPORAL_PATCH = 2
 """Frames per temporal patch of Qwen-VL; the number of sampled frames is a multiple of it."""
 
-Backend = Literal["decord", "pyav"]
+Backend = Literal["auto", "decord", "pyav", "torchcodec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,28 +89,44 @@ def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4)
 
 def planned_images(
     path: Path, plan: Plan, backend: Backend
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Decode a plan and yield `(row, repeats, image)` for each distinct frame, in order.
+) -> Iterator[tuple[int, int, np.ndarray, str]]:
+    """Decode a plan and yield `(row, repeats, image, decoder)` for each distinct frame, in order.
 
     The frame stands at `repeats` of the plan's indices, from `row` on. Images are `[H, W, 3]` uint8
-    RGB, all of one size.
+    RGB, all of one size. The decoder is the backend; with "auto" it is decord, or pyav where decord
+    gives no frame.
 
     Raises DataError, one line naming the file, where it cannot be decoded.
     """
     unique, repeats = np.unique(plan.positions, return_counts=True)
-    row, size = 0, None
-    images = DECODERS[backend](path, plan.file_frames, unique.tolist())
-    for image, repeat in zip(images, repeats.tolist(), strict=True):
-        if size not in (None, image.shape):
-            raise DataError(f"{path}: the frame size changes within the video")
-        yield row, repeat, image
-        row, size = row + repeat, image.shape
+    decoders = ["decord", "pyav"] if backend == "auto" else [backend]
+    for decoder in decoders:
+        row, size = 0, None
+        images = DECODERS[decoder](path, plan.file_frames, unique.tolist())
+        try:
+            for image, repeat in zip(images, repeats.tolist(), strict=True):
+                if size not in (None, image.shape):
+                    raise DataError(f"{path}: the frame size changes within the video")
+                yield row, repeat, image, decoder
+                row, size = row + repeat, image.shape
+            return
+        except (DataError, ImportError):
+            if row or decoder == decoders[-1]:
+                raise
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for an unknown backend."""
-    if backend not in DECODERS:
-        raise ValueError(f"unknown video backend {backend!r}; known: {', '.join(DECODERS)}")
+    """Raise ValueError for an unknown backend, ConfigError where its library cannot be imported."""
+    if backend not in MODULES:
+        raise ValueError(f"unknown video backend {backend!r}; known: {', '.join(MODULES)}")
+    try:
+        import_module(MODULES[backend])
+    except (ImportError, OSError, RuntimeError) as error:
+        needed = "torchcodec and FFmpeg's shared libraries" if backend == "torchcodec" else backend
+        raise ConfigError(
+            f"data.backend={backend}: it cannot be imported ({raised(error)}); install {needed}, "
+            "or use data.backend=auto"
+        ) from error
 
 
 def probe_duration(path: str | Path) -> float:
@@ -121,7 +138,7 @@ def probe_duration(path: str | Path) -> float:
 def probe(path: Path) -> tuple[np.ndarray, float]:
     """Return the times in seconds of a file's visible frames, ascending from 0, and its frame rate.
 
-    Nothing is decoded. Both backends use this probe, so that neither the choice of frames nor their
+    Nothing is decoded. All backends use this probe, so that neither the choice of frames nor their
     times can depend on the backend. The frame rate is the average one.
 
     Raises DataError where the file is missing, empty, truncated or not a video.
@@ -182,7 +199,7 @@ def _decode_decord(path: Path, num_frames: int, positions: list[int]) -> Iterato
         if len(reader) != num_frames:
             raise DataError(
                 f"{path}: decord counts {len(reader)} frames of {num_frames}, as with an edit "
-                "list, and would misplace them; use the pyav backend or re-encode the video"
+                "list, and would misplace them; use data.backend=auto or re-encode the video"
             )
         keyframes = reader.get_key_indices()
         following = 0
@@ -200,7 +217,7 @@ def _decode_decord(path: Path, num_frames: int, positions: list[int]) -> Iterato
             if image.shape[2] != 3:
                 raise DataError(
                     f"{path}: decord garbles a video that is stored rotated; "
-                    "use the pyav backend or re-encode the video"
+                    "use data.backend=auto or re-encode the video"
                 )
             yield image
     except (RuntimeError, StopIteration, decord.DECORDError) as error:
@@ -241,7 +258,28 @@ def _decode_pyav(path: Path, num_frames: int, positions: list[int]) -> Iterator[
     raise DataError(f"{path}: ends before frame {next_position} of {num_frames}")
 
 
+def _decode_torchcodec(path: Path, num_frames: int, positions: list[int]) -> Iterator[np.ndarray]:
+    """Yield the frames at ascending positions among `num_frames`, `[H, W, 3]` uint8 each."""
+    torchcodec: Any = import_module(MODULES["torchcodec"])
+    try:
+        decoder = torchcodec.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        if len(decoder) != num_frames:
+            raise DataError(
+                f"{path}: torchcodec counts {len(decoder)} frames of {num_frames}, and would "
+                "misplace them; use data.backend=pyav or re-encode the video"
+            )
+        for position in positions:
+            yield decoder.get_frame_at(position).data.numpy()
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise DataError(
+            f"{path}: torchcodec cannot decode it: {reason[0].rpartition(', ')[2]}"
+        ) from error
+
+
 DECODERS: dict[str, Callable[[Path, int, list[int]], Iterator[np.ndarray]]] = {
     "decord": _decode_decord,
     "pyav": _decode_pyav,
+    "torchcodec": _decode_torchcodec,
 }
+MODULES = {"auto": "av", "decord": "decord", "pyav": "av", "torchcodec": "torchcodec.decoders"}

@@ -40,6 +40,7 @@ class Frames:
             self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
         self._pending: dict[Path, Future[VideoFrames]] = {}
         self._largest = 0  # bytes of frames, over the videos so far
+        self.by_pyav: set[Path] = set()  # with data.backend=auto: those that decord cannot decode
 
     def expect(self, videos: Sequence[Path]) -> None:
         """Start decoding the videos that are requested next, in this order; drop earlier
@@ -60,6 +61,8 @@ class Frames:
         pending = self._pending.pop(video, None)
         frames = self._load(video) if pending is None else pending.result()
         self._largest = max(self._largest, frames.frames.nbytes)
+        if self.config.backend == "auto" and frames.decoder == "pyav":
+            self.by_pyav.add(video)
         return frames
 
     def _load(self, video: Path) -> VideoFrames:

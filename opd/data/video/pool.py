@@ -90,6 +90,7 @@ class Decoders:
                 bit for bit, so that fewer bytes are sent.
 
         Raises:
+            ConfigError: the backend cannot be imported.
             DataError: the file cannot be decoded, or no attempt came back in time; one line naming
                 the file and the reason.
             ValueError: a setting is out of range.
@@ -99,13 +100,15 @@ class Decoders:
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
         kind = "recipe" if isinstance(budget, Recipe) else "budget"
         scaled = None if budget is None else {kind: asdict(budget)}
-        plan, frames = self._request(path, grid, {"backend": backend, "budget": scaled})
+        head, frames = self._request(path, grid, {"backend": backend, "budget": scaled})
+        plan = head["plan"]
         return VideoFrames(
             frames=torch.from_numpy(frames),
             indices=plan["indices"],
             source_fps=plan["source_fps"],
             source_frames=plan["source_frames"],
             duration_s=plan["source_frames"] / plan["source_fps"],
+            decoder=head["decoder"],
         )
 
     def duration(
@@ -116,7 +119,7 @@ class Decoders:
         With the sampling of a later `decode`, that need not probe the file again.
         """
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
-        plan, _ = self._request(path, grid, None)
+        plan = self._request(path, grid, None)[0]["plan"]
         return plan["source_frames"] / plan["source_fps"]
 
     def forget(self) -> None:
@@ -146,8 +149,8 @@ class Decoders:
     def _request(
         self, name: str | Path, grid: dict[str, Any], decode: dict[str, Any] | None
     ) -> tuple[dict[str, Any], Any]:
-        """Return the plan of a file and, given `decode`, its frames; try `retries` times more where
-        a worker dies or exceeds the time limit."""
+        """Return a worker's answer, with the plan of a file, and, given `decode`, its frames; try
+        `retries` times more where a worker dies or exceeds the time limit."""
         frame_grid(1, 1.0, **grid)  # raises ValueError here rather than in the worker
         path = os.path.abspath(name)  # a worker keeps the working directory it started in
         key = (*_identity(path), *grid.values())
@@ -161,7 +164,7 @@ class Decoders:
                 head, frames = worker.ask(number, request, self.timeout_s)
                 sound = True
                 self._remember(key, head["plan"])
-                return head["plan"], frames
+                return head, frames
             except DataError:
                 sound = True
                 raise

@@ -40,6 +40,7 @@ class VideoFrames:
         source_fps: average frames per second of the file.
         source_frames: number of frames at `source_fps`.
         duration_s: `source_frames / source_fps`.
+        decoder: the library that decoded them; with the backend "auto" it depends on the file.
     """
 
     frames: torch.Tensor
@@ -47,6 +48,7 @@ class VideoFrames:
     source_fps: float
     source_frames: int
     duration_s: float
+    decoder: str
 
     @property
     def times_s(self) -> list[float]:
@@ -88,8 +90,8 @@ def sample_frames(
         path: the video file.
         fps: frames to take per second of video.
         max_frames, min_frames: bounds on the number of frames.
-        backend: the decoder, "decord" or "pyav"; both give the same frames. Files that decord is
-            known to get wrong (edit lists, rotation) are refused, not silently decoded by pyav.
+        backend: the decoder; all give the same frames. "decord" refuses files that it is known to
+            get wrong (edit lists, rotation); "auto" decodes with pyav what decord cannot decode.
 
     Raises:
         DataError: the file is missing, empty, truncated or not a video; one line naming it.
@@ -98,8 +100,8 @@ def sample_frames(
     check_backend(backend)
     path = Path(path)
     plan = plan_frames(path, fps=fps, max_frames=max_frames, min_frames=min_frames)
-    frames = torch.empty(0)
-    for row, repeats, image in planned_images(path, plan, backend):
+    frames, decoder = torch.empty(0), ""
+    for row, repeats, image, decoder in planned_images(path, plan, backend):  # noqa: B007
         if row == 0:
             frames = torch.empty(len(plan.indices), 3, *image.shape[:2], dtype=torch.uint8)
         frames[row : row + repeats] = torch.from_numpy(image).permute(2, 0, 1)
@@ -109,4 +111,5 @@ def sample_frames(
         source_fps=plan.source_fps,
         source_frames=plan.source_frames,
         duration_s=plan.source_frames / plan.source_fps,
+        decoder=decoder,
     )

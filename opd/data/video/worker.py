@@ -4,9 +4,10 @@ It reads requests from stdin, one line of JSON each, and answers with messages o
 stdout: a header, then a payload of the length in the header.
 
     READY    no payload: ready for a request, or torch is imported
-    LOADING  no payload: importing torch, which takes seconds that do not count as decoding
+    LOADING  no payload: importing torch, which takes seconds that do not count as decoding; only
+             where a size changes, and for torchcodec
     PLAN     JSON: path and plan; the answer where nothing is to be decoded
-    HEAD     JSON: path, plan, shape and how often each image is repeated
+    HEAD     JSON: path, plan, decoder, shape and how often each image is repeated
     IMAGE    one image `[3, H, W]` uint8; follows HEAD, once per entry of the repeats
     REFUSED  JSON: path and the reason why the file cannot be decoded, in one line
 """
@@ -20,6 +21,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +93,16 @@ def send_frames(
     """Decode and send frame by frame, so that the parent reads while this process decodes."""
     size: tuple[int, int] | None = None
     resize = None
-    for row, _, image in planned_images(path, plan, backend):
+    if backend == "torchcodec":
+        _import("torchcodec.decoders", send)
+    for row, _, image, decoder in planned_images(path, plan, backend):
         image = image.transpose(2, 0, 1)
         if row == 0:
             count, repeats = len(plan.indices), np.unique(plan.positions, return_counts=True)[1]
             size = _size(path, count, image, budget)
-            resize = _load_resize(send) if size != image.shape[1:] else None
-            head = {"shape": [count, 3, *size], "repeats": repeats.tolist()}
+            if size != image.shape[1:]:
+                resize = _import("opd.data.video.resizing", send).resize_image
+            head = {"shape": [count, 3, *size], "repeats": repeats.tolist(), "decoder": decoder}
             send(HEAD, head | {"path": str(path), "plan": asdict(plan)})
         send(IMAGE, image if resize is None else resize(image, size))
 
@@ -116,16 +121,14 @@ def _size(
         raise DataError(f"{path}: {error}") from error
 
 
-def _load_resize(send: Send) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """Import and return `resize_image`; tell the parent if that has to import torch."""
+def _import(name: str, send: Send) -> Any:
+    """Import and return a module that needs torch; tell the parent if that is not imported yet."""
     if "torch" in sys.modules:
-        from opd.data.video.resizing import resize_image
-    else:
-        send(LOADING)
-        from opd.data.video.resizing import resize_image
-
-        send(READY)
-    return resize_image
+        return import_module(name)
+    send(LOADING)
+    module = import_module(name)
+    send(READY)
+    return module
 
 
 if __name__ == "__main__":

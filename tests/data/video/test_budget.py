@@ -265,6 +265,7 @@ def test_timestamps_by_hand() -> None:
         source_fps=25.0,
         source_frames=1500,
         duration_s=60.0,
+        decoder="decord",
     )
     assert video.timestamps_s[:2] == [0.26, 1.26]
     assert video.timestamps_s[-1] == (1486 / 25 + 1499 / 25) / 2

@@ -26,13 +26,14 @@ def frames_of(seed: int, count: int = 4, height: int = 6, width: int = 5) -> Vid
         source_fps=30000 / 1001,
         source_frames=7 * count,
         duration_s=7 * count * 1001 / 30000,
+        decoder="pyav",
     )
 
 
 def same(first: VideoFrames | None, second: VideoFrames) -> bool:
     if first is None:
         return False
-    names = ("indices", "source_fps", "source_frames", "duration_s")
+    names = ("indices", "source_fps", "source_frames", "duration_s", "decoder")
     return first.frames.equal(second.frames) and all(
         getattr(first, name) == getattr(second, name) for name in names
     )

@@ -1,9 +1,7 @@
 import os
 import random
-import struct
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +12,25 @@ import torch
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from opd.data.video.decoding import Backend, frame_grid, probe_duration
+from opd.data.video import decoding
+from opd.data.video.decoding import Backend, check_backend, frame_grid, probe_duration
 from opd.data.video.sampling import sample_frames
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from tests.videos import (
+    BACKENDS,
     REAL,
     SPARSE_MS,
     decoded_numbers,
-    patched,
     presentation_times_s,
     real_video_folder,
+    write_beyond_decord,
     write_coded,
+    write_cut,
+    write_turned,
     write_zoo,
 )
 
-BACKENDS: tuple[Backend, ...] = ("decord", "pyav")
+OTHERS = BACKENDS[1:]  # compared with decord
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +60,11 @@ def test_real_videos(real_videos, backend, name, num_frames, size):
     assert 30 < video.frames.float().mean() < 200
 
 
-def test_backends_agree(real_videos):
+@pytest.mark.parametrize("other", OTHERS)
+def test_backends_agree(real_videos, other):
     path = real_videos / "bikes.mp4"
-    first, second = (sample_frames(path, fps=3, max_frames=768, backend=b) for b in BACKENDS)
+    both: tuple[Backend, ...] = ("decord", other)
+    first, second = (sample_frames(path, fps=3, max_frames=768, backend=b) for b in both)
     assert first.indices == second.indices
     assert first.timestamps_s == second.timestamps_s
     difference = (first.frames.int() - second.frames.int()).abs().float().mean((1, 2, 3))
@@ -144,45 +148,75 @@ def test_timestamps_are_those_qwen3_vl_writes(tmp_path):
     assert written == video.timestamps_s == pytest.approx([9 / 30, 44.5 / 30, 80 / 30], abs=0.02)
 
 
-def test_edit_lists(tmp_path):
+@pytest.mark.parametrize("backend", [*OTHERS, "auto"])
+def test_edit_lists(tmp_path, backend):
     """A file cut without re-encoding begins with frames that a player must not show."""
-    path = write_coded(tmp_path / "cut.mp4", 60, options={"g": "20", "bf": "2"})
-    # Box elst: version and flags, count, then the length in ms and the first tick of the one edit.
-    content = path.read_bytes()
-    length, first_tick = struct.unpack_from(">Ii", content, content.find(b"elst") + 12)
-    with av.open(str(path)) as container:
-        second = int(1 / cast(Fraction, container.streams.video[0].time_base))
-    edit = struct.pack(">Ii", length - 1000, first_tick + second)
-    cut = patched(path, b"elst", 12, edit)
-    video = sample_frames(cut, fps=5, max_frames=768, backend="pyav")
+    cut = write_cut(tmp_path / "cut.mp4")
+    video = sample_frames(cut, fps=5, max_frames=768, backend=backend)
     assert video.source_frames == 35
     assert decoded_numbers(video.frames) == [25 + index for index in video.indices]
-    with pytest.raises(DataError, match="misplace them; use the pyav backend"):
+    with pytest.raises(DataError, match=r"misplace them; use data\.backend=auto"):
         sample_frames(cut, fps=5, max_frames=768)
 
 
-def test_rotated_video(tmp_path):
-    path = tmp_path / "phone.mp4"
-    image = np.zeros((48, 64, 3), np.uint8)
-    image[:24, :32] = 255  # top left
-    with av.open(str(path), "w") as container:
-        stream = cast(Any, container.add_stream("libx264", rate=25))
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(4):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    # The display matrix of a phone held upright: turn clockwise by a quarter, shift into view.
-    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
-    turned = patched(path, b"tkhd", 44, matrix)
-    frames = sample_frames(turned, fps=25, max_frames=4, backend="pyav").frames.float()
+@pytest.mark.parametrize("backend", [*OTHERS, "auto"])
+def test_turned_video(tmp_path, backend):
+    turned = write_turned(tmp_path / "phone.mp4")
+    frames = sample_frames(turned, fps=25, max_frames=4, backend=backend).frames.float()
     assert frames.shape == (4, 3, 64, 48)
     assert frames[:, :, :28, 28:].min() > 200  # top right
     assert frames[:, :, :, :20].max() < 50
-    with pytest.raises(DataError, match="stored rotated; use the pyav backend"):
+    with pytest.raises(DataError, match=r"stored rotated; use data\.backend=auto"):
         sample_frames(turned, fps=25, max_frames=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_auto_is_pyav_where_decord_cannot(tmp_path, zoo):
+    for path in write_beyond_decord(tmp_path).values():
+        with pytest.raises(DataError, match="decord"):
+            sample_frames(path, fps=5, max_frames=16)
+        expected = sample_frames(path, fps=5, max_frames=16, backend="pyav")
+        video = sample_frames(path, fps=5, max_frames=16, backend="auto")
+        assert video.frames.equal(expected.frames)
+        assert vars(video) | {"frames": 0} == vars(expected) | {"frames": 0}
+        assert video.decoder == "pyav"
+    for path in zoo.values():
+        assert sample_frames(path, fps=2, max_frames=16, backend="auto").decoder == "decord"
+
+
+def test_auto_needs_no_decord(zoo, monkeypatch):
+    """It is not available on every machine."""
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert sample_frames(zoo["h264"], fps=2, max_frames=16, backend="auto").decoder == "pyav"
+    message = r"^data\.backend=decord: it cannot be imported \(ModuleNotFoundError: .*; install dec"
+    with pytest.raises(ConfigError, match=message):
+        sample_frames(zoo["h264"], fps=2, max_frames=16)
+
+
+def test_auto_does_not_change_the_decoder_within_a_video(zoo, monkeypatch):
+    def ending(path: Path, num_frames: int, positions: list[int]) -> Any:
+        yield np.zeros((48, 64, 3), np.uint8)
+        raise DataError(f"{path}: decord cannot decode it: it ends early")
+
+    monkeypatch.setitem(decoding.DECODERS, "decord", ending)
+    with pytest.raises(DataError, match="decord cannot decode it: it ends early"):
+        sample_frames(zoo["h264"], fps=2, max_frames=16, backend="auto")
+
+
+def test_torchcodec_without_ffmpeg(monkeypatch):
+    def failing(name: str) -> Any:
+        raise RuntimeError("Could not load libtorchcodec. Likely causes:\n  1. FFmpeg")
+
+    monkeypatch.setattr(decoding, "import_module", failing)
+    with pytest.raises(ConfigError) as caught:
+        check_backend("torchcodec")
+    assert str(caught.value) == (
+        "data.backend=torchcodec: it cannot be imported (RuntimeError: Could not load "
+        "libtorchcodec. Likely causes:); install torchcodec and FFmpeg's shared libraries, or use "
+        "data.backend=auto"
+    )
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_broken_files(tmp_path, backend):
     whole = write_coded(tmp_path / "whole.mp4", 100, movflags="faststart").read_bytes()
     index_last = write_coded(tmp_path / "index_last.mp4", 100).read_bytes()
@@ -220,28 +254,28 @@ def test_sound_without_pictures(tmp_path):
 
 
 def test_unknown_backend(tmp_path):
-    with pytest.raises(ValueError, match="unknown video backend 'opencv'; known: decord, pyav"):
+    known = "auto, decord, pyav, torchcodec"
+    with pytest.raises(ValueError, match=f"unknown video backend 'opencv'; known: {known}$"):
         sample_frames(tmp_path / "x.mp4", fps=2, max_frames=8, backend=cast(Any, "opencv"))
 
 
 ZOO = [
     *("h264", "h264_mkv", "hevc", "vp9", "mpeg4", "mpeg4_avi", "uneven", "uneven_mkv"),
-    *("odd", "one_frame", "two_frames", "sparse", "long"),
+    *("gapped", "late", "odd", "one_frame", "two_frames", "sparse", "long"),
 ]
 
 
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", ZOO)
-def test_frames_stand_where_a_player_shows_them(zoo, name):
+def test_frames_stand_where_a_player_shows_them(zoo, name, other):
     """Every kind of file: both decoders give the same, and each frame's time is its own to within
     one frame, or it is still on screen then."""
     shown_s = presentation_times_s(zoo[name])
+    both: tuple[Backend, ...] = ("decord", other)
     for fps in (0.5, 2, 10):
-        first, second = (
-            sample_frames(zoo[name], fps=fps, max_frames=768, backend=b) for b in BACKENDS
-        )
+        first, second = (sample_frames(zoo[name], fps=fps, max_frames=768, backend=b) for b in both)
         assert first.indices == second.indices and first.times_s == second.times_s
-        assert first.frames.shape == second.frames.shape
-        assert (first.frames.int() - second.frames.int()).abs().max() <= 3
+        assert first.frames.equal(second.frames)
         numbers = decoded_numbers(first.frames)
         assert numbers == decoded_numbers(second.frames)
         for number, time_s in zip(numbers, first.times_s, strict=True):
@@ -252,10 +286,12 @@ def test_frames_stand_where_a_player_shows_them(zoo, name):
         assert abs(first.duration_s - shown_s[-1]) < 2 / first.source_fps
 
 
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", REAL)
-def test_real_frames_stand_where_a_player_shows_them(real_videos, name):
+def test_real_frames_stand_where_a_player_shows_them(real_videos, name, other):
     path = real_videos / f"{name}.mp4"
-    first, second = (sample_frames(path, fps=2, max_frames=12, backend=b) for b in BACKENDS)
+    both: tuple[Backend, ...] = ("decord", other)
+    first, second = (sample_frames(path, fps=2, max_frames=12, backend=b) for b in both)
     assert first.indices == second.indices
     difference = (first.frames.int() - second.frames.int()).abs().float().mean((1, 2, 3))
     assert difference.max() < 1

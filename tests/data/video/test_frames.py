@@ -21,7 +21,7 @@ from opd.errors import ConfigError, DataError
 from opd.models.load import prepare
 from opd.models.tiny import processor
 from tests.helpers import build
-from tests.videos import real_video_folder, write_coded
+from tests.videos import real_video_folder, write_coded, write_turned
 
 
 def prompts_of(videos: Path, family: str = "qwen3_vl", **more: Any) -> Prompts:
@@ -124,6 +124,29 @@ def test_frames_are_kept_between_runs(videos, tmp_path, monkeypatch):
             monkeypatch.setattr(source, "sample_frames", None)  # not called again
         for batch, expected in zip(batches(prompts, plan), stock, strict=True):
             assert torch.equal(batch.pixel_values, expected.pixel_values)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_pyav_decodes_for_decord_is_counted_and_said(tmp_path, capsys, workers):
+    turned = write_turned(tmp_path / "turned.mp4")
+    names = [write_coded(tmp_path / "plain.mp4", 30).name, turned.name]
+    fields = {"duration": 1, "timestamp": [0, 0.1], "sentence": "x"}
+    records = [fields | {"video": name, "qid": k} for k, name in enumerate([*names, *names])]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    config = DataConfig(
+        video_root=str(tmp_path), workers=workers, backend="auto", cache_mb=0, fps=25
+    )
+    examples = load_examples(f"{tmp_path}/a.json", config, None)
+    prompts = Prompts(examples, config, processor("qwen3_vl"), prepare(build("student")))
+    assert prompts.usable(0, []) is not None and prompts.left_out() == []
+    assert "data.backend" not in capsys.readouterr().err
+    assert all(prompts.usable(index, []) is not None for index in range(4))
+    assert prompts.left_out() == []
+    assert capsys.readouterr().err == (
+        f"data.backend=auto: pyav decoded 1 of the videos, which decord cannot, first {turned}\n"
+    )
+    if prompts._source.decoders is not None:
+        prompts._source.decoders.close()
 
 
 def test_a_video_that_does_not_decode_is_named(tmp_path):

@@ -26,7 +26,14 @@ from opd.data.video.worker_process import Worker
 from opd.errors import DataError
 from opd.models.tiny import processor
 from tests.processes import is_gone
-from tests.videos import decoded_numbers, real_video_folder, write_coded, write_zoo
+from tests.videos import (
+    BACKENDS,
+    decoded_numbers,
+    real_video_folder,
+    write_beyond_decord,
+    write_coded,
+    write_zoo,
+)
 
 ROOT = Path(__file__).parents[3]
 SAMPLING: Any = {"fps": 2.0, "max_frames": 16}
@@ -100,9 +107,12 @@ def pids(decoders: Decoders) -> set[int]:
     return {worker._process.pid for worker in decoders._live}
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_the_same_as_in_this_process(pool: Decoders, zoo: dict[str, Path], backend: Any) -> None:
-    for path in zoo.values():
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_the_same_as_in_this_process(
+    pool: Decoders, zoo: dict[str, Path], tmp_path: Path, backend: Any
+) -> None:
+    files = zoo if backend == "decord" else zoo | write_beyond_decord(tmp_path)
+    for path in files.values():
         expected = sample_frames(path, **SAMPLING, backend=backend)
         video = pool.decode(path, **SAMPLING, backend=backend)
         assert video.frames.equal(expected.frames) and video.frames.is_contiguous()
@@ -389,22 +399,22 @@ IMPORTS_SLOWLY = """
 import time
 import opd.data.video.worker as worker
 
-load_resize = worker._load_resize
+import_module = worker._import
 
-def load_slowly(send):
+def import_slowly(name, send):
     def send_late(kind):
         send(kind)
         if kind == worker.LOADING:
             time.sleep(6)
-    return load_resize(send_late)
+    return import_module(name, send_late)
 
-worker._load_resize = load_slowly
+worker._import = import_slowly
 worker.main()
 """
 
 
 def test_a_worker_that_imports_slowly_is_not_late(coded: list[Path], tmp_path: Path) -> None:
-    """Importing torch, only where a size changes, does not count as decoding."""
+    """Importing torch, only where a size changes or for torchcodec, does not count as decoding."""
     script = tmp_path / "slow.py"
     script.write_text(IMPORTS_SLOWLY)
     command = [sys.executable, "-P", str(script)]
