@@ -42,7 +42,7 @@ class Budget:
     family: Family
     factor: int
     shortest_edge: int
-    longest_edge: float
+    longest_edge: int
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
 
@@ -135,7 +135,7 @@ def resize_target(frames: int, height: int, width: int, budget: Budget) -> tuple
     return target if target_size(frames, *target, budget) == target else (height, width)
 
 
-def _max_pixels(frames: int, budget: Budget) -> float:
+def _max_pixels(frames: int, budget: Budget) -> int:
     """Return the effective upper limit on pixels, of all frames or of each as the family counts."""
     most, floor = budget.longest_edge, int(budget.shortest_edge * 1.05)
     if not budget.cap_pixels_per_frame:
@@ -178,8 +178,7 @@ class Recipe:
             family=self.family,
             factor=FACTORS[self.family],
             shortest_edge=max(1, round(min_pixels * count)),
-            # qwen-vl-utils does not round it; at the edge of a multiple of the factor that decides.
-            longest_edge=share * count if self.frame_tokens else math.floor(share * count),
+            longest_edge=math.floor(share * count),
         )
 
 

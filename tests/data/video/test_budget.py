@@ -228,6 +228,7 @@ def utils_size(recipe: Recipe, frames: int, height: int, width: int) -> tuple[in
     assert recipe.frame_tokens is not None
     least, most = (tokens * factor**2 for tokens in recipe.frame_tokens)
     most = max(min(most, recipe.total_tokens * factor**2 / frames * 2), int(least * 1.05))
+    most = math.floor(most)  # as the processors take it; qwen-vl-utils keeps the fraction
     high, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
     if high * wide > most:
         scale = math.sqrt(height * width / most)
