@@ -118,9 +118,9 @@ class Engine:
         """
         part: dict[str, torch.Tensor] = {}
         for index, name in enumerate(self.names):
-            state = self.full_state(index)
-            if index % distributed.world_size() == distributed.rank():
-                part |= {f"{name}:{key}": tensor.cpu() for key, tensor in state.items()}
+            for key, tensor in self.full_state(index):
+                if index % distributed.world_size() == distributed.rank():
+                    part[f"{name}:{key}"] = tensor.cpu()
             full = sum(tensor.nbytes for tensor in part.values()) > FILE_BYTES
             if part and (full or index == len(self.names) - 1):
                 path = folder / f"engine_{distributed.rank()}_{index}.safetensors"
@@ -141,13 +141,13 @@ class Engine:
                 self.restore(index, {k.rpartition(":")[2]: t for k, t in tensors.items()})
             self._go_to(int(files[0].metadata()["steps"]))
 
-    def full_state(self, index: int) -> dict[str, torch.Tensor]:
-        """The whole master weight of a parameter, as `weight`, and from its first update on
-        AdamW's state; every rank must call this."""
+    def full_state(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the whole master weight of a parameter, as `weight`, and from its first update on
+        AdamW's state by name; every rank must go through them."""
         raise NotImplementedError
 
     def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:
-        """Set a parameter, its master weight and AdamW's state to what `full_state` returned."""
+        """Set a parameter, its master weight and AdamW's state to what `full_state` yielded."""
         raise NotImplementedError
 
 
@@ -213,9 +213,10 @@ class TorchEngine(Engine):
     def weights(self) -> dict[str, torch.Tensor]:
         return self.module.state_dict()
 
-    def full_state(self, index: int) -> dict[str, torch.Tensor]:
+    def full_state(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
         master = self.masters[index]
-        return {"weight": master.detach(), **self.optimizer.state.get(master, {})}
+        yield "weight", master.detach()
+        yield from self.optimizer.state.get(master, {}).items()
 
     @torch.no_grad()
     def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:

@@ -142,17 +142,17 @@ class ZeroEngine(Engine):
         self._settle()
         super().load(folder)
 
-    def full_state(self, index: int) -> dict[str, torch.Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def full_state(self, index: int) -> Iterator[tuple[str, Any]]:
+        from deepspeed import utils
 
         parameter = self.parameters[index]
-        state: dict[str, Any] = {"weight": safe_get_full_fp32_param(parameter)}
+        yield "weight", utils.safe_get_full_fp32_param(parameter)
         steps = [of_shard["step"] for of_shard in self.optimizer.state.values() if of_shard]
         if steps:
+            yield "step", steps[0].clone()
             self._link_moments()
-            state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            state["step"] = steps[0].clone()
-        return state
+            for key in MOMENTS:
+                yield key, utils.safe_get_full_optimizer_state(parameter, key)
 
     @torch.no_grad()
     def restore(self, index: int, state: dict[str, torch.Tensor]) -> None:

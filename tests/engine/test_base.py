@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from opd.config.optimisation import OptimConfig
+from opd.engine import base
 from opd.engine.base import TorchEngine, lr_factor
 
 
@@ -84,7 +85,11 @@ def test_every_rate_is_that_of_torchs_schedulers(schedule: str, warmup: float, s
 
 
 @pytest.mark.parametrize("stop", [1, 3, 8])
-def test_a_loaded_engine_has_the_rates_of_one_that_never_stopped(stop: int, tmp_path: Path):
+def test_a_loaded_engine_has_the_rates_of_one_that_never_stopped(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(base, "FILE_BYTES", 8)  # weight and bias in files of their own
+
     def rates(engine: TorchEngine, steps: int) -> list[float]:
         seen = []
         for _ in range(steps):
@@ -99,8 +104,12 @@ def test_a_loaded_engine_has_the_rates_of_one_that_never_stopped(stop: int, tmp_
     expected, first, second = rates(new(), 9), new(), new()
     assert rates(first, stop) == expected[:stop]
     first.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
     second.load(tmp_path)
     assert rates(second, 9 - stop) == expected[stop:]
+    rates(first, 9 - stop)
+    for name, weight in first.weights().items():
+        assert torch.equal(weight, second.weights()[name])
 
 
 def test_the_engine_follows_the_schedule():
