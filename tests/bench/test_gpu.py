@@ -24,8 +24,10 @@ NOW |= {"date": "2026-11-21"}
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m bench.gpu` in the clone, with nothing of it on the import path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """`python -m bench.gpu` in the clone, with nothing of it on the import path; as from a shell,
+    for pytest-benchmark measures nothing in a worker of pytest-xdist."""
+    hidden = ("PYTHONPATH", "PYTEST_XDIST")
+    environment = {k: value for k, value in os.environ.items() if not k.startswith(hidden)}
     options: dict[str, Any] = dict(cwd=ROOT, capture_output=True, text=True, env=environment)
     return subprocess.run([sys.executable, "-m", "bench.gpu", *arguments], **options)
 
