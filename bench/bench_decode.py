@@ -58,8 +58,8 @@ def loaded(frames: Frames, clips: list[Path], first_look: bool) -> list[VideoFra
     assert frames.decoders is not None
     if first_look:
         frames.decoders.forget()
-    frames.expect(clips)
-    return [frames.get(clip) for clip in clips]
+    frames.expect([(clip, None) for clip in clips])
+    return [frames.get((clip, None)) for clip in clips]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

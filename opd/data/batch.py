@@ -117,7 +117,7 @@ def group_prompts(
     """Group neighbours about one video, at most `queries_per_video` (None: any number) each.
     Prompts that do not share the whole video stay alone."""
     groups = []
-    for _, same_video in groupby(prompts, key=lambda prompt: prompt.example.video):
+    for _, same_video in groupby(prompts, key=lambda prompt: prompt.example.footage):
         neighbours = list(same_video)
         size = queries_per_video or len(neighbours)
         for start in range(0, len(neighbours), size):

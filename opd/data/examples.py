@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd.data.video.clips import Footage, clip_length
 from opd.text.forms import Span
 
 MAX_OPTIONS = 26  # each is named by a letter
@@ -21,6 +22,8 @@ class Example:
         query: the sentence to localise.
         spans: true `(start, end)` moments in seconds, `0 <= start < end`; empty where unknown.
         duration_s: length of the video in seconds; None where the annotation does not say.
+        clip: the part of the file that is the example's video, `(start, end)` in seconds; spans and
+            duration count from its start. None is the whole file.
         question, options, answer: None for plain grounding. In question answering, `answer` is one
             of the `options`, if there are any; with `spans` the task is grounded QA.
         difficulty: the data set's own score, on its own scale.
@@ -37,6 +40,7 @@ class Example:
     query: str
     spans: tuple[Span, ...]
     duration_s: float | None
+    clip: Span | None = None
     question: str | None = None
     options: tuple[str, ...] | None = None
     answer: str | None = None
@@ -57,6 +61,8 @@ class Example:
         for start_s, end_s in self.spans:
             if not 0 <= start_s < end_s < math.inf:
                 raise ValueError(f"span {start_s:g} to {end_s:g} is not 0 <= start < end")
+        if self.clip is not None and not 0 <= self.clip[0] < self.clip[1] < math.inf:
+            raise ValueError(f"clip {self.clip[0]:g} to {self.clip[1]:g} is not 0 <= start < end")
         if self.duration_s is not None:
             if not 0 < self.duration_s < math.inf:
                 raise ValueError(f"duration {self.duration_s:g} is not a positive number")
@@ -66,3 +72,14 @@ class Example:
                     raise ValueError(
                         f"a span starts at {start_s:g} s in a video of {self.duration_s:g} s"
                     )
+
+    @property
+    def footage(self) -> Footage:
+        """What identifies the video: examples of the same footage share frames and vision tokens;
+        two clips of one file are different videos."""
+        return self.video, self.clip
+
+    def length_s(self, file_s: float) -> float:
+        """Return the length of the video in seconds, given that of its file; raises as
+        `clip_length` does."""
+        return clip_length(self.clip, file_s)

@@ -15,11 +15,11 @@ from opd.data.checked import checked_path
 from opd.data.examples import Example
 from opd.data.sources import PROBE_THREADS, Source
 from opd.data.video.budget import budget_of, video_tokens
+from opd.data.video.clips import PAST_S
 from opd.data.video.decoding import frame_grid, probe
 from opd.errors import DataError
 
 UNEVEN = 1.5  # a gap of so many median gaps between frames means a variable frame rate
-PAST_S = 1.0  # a span may end so many seconds after its video
 LISTED = 5  # problems of each kind that are printed
 
 
@@ -87,8 +87,22 @@ class Inspection:
         return [e for e in self.examples if self._fits(e)]
 
     def _fits(self, example: Example) -> bool:
+        length_s = self.length_s(example)
+        return length_s is not None and all(start < length_s for start, _ in example.spans)
+
+    def length_s(self, example: Example) -> float | None:
+        """Return the length in seconds of an example's video; None where its file is unusable or
+        its clip lies outside of the file."""
         row = self.rows[example.video]
-        return not row["reason"] and all(start < row["duration_s"] for start, _ in example.spans)
+        try:
+            return None if row["reason"] else example.length_s(row["duration_s"])
+        except ValueError:
+            return None
+
+    def videos(self) -> list[tuple[dict[str, Any], float]]:
+        """Return the row and the length in seconds of each usable video; clips are videos."""
+        lengths = {e.footage: self.length_s(e) for e in self.examples}
+        return [(self.rows[path], s) for (path, _), s in lengths.items() if s is not None]
 
     def write(self) -> Path:
         """Write the report beside the annotation file, where training reads it; return its path."""
@@ -105,10 +119,8 @@ class Inspection:
         family: Family = "qwen2_5_vl"
         if type(video_processor).__name__.startswith("Qwen3"):
             family = "qwen3_vl"
-        for row in self.rows.values():
-            if row["reason"]:
-                continue
-            source_frames = round(row["duration_s"] * row["fps"])
+        for row, length_s in self.videos():
+            source_frames = max(1, round(length_s * row["fps"]))
             grid = frame_grid(
                 source_frames, row["fps"], fps=config.fps, max_frames=config.max_frames
             )
@@ -149,14 +161,21 @@ def inspect(
 
 def _problems(inspection: Inspection, left_out: Sequence[str]) -> dict[str, list[str]]:
     rows = inspection.rows
-    late_starts, late_ends = [], []
+    outside, late_starts, late_ends = [], [], []
     for example in inspection.examples:
         row = rows[example.video]
-        for start_s, end_s in () if row["reason"] else example.spans:
-            line = f"{example.source}: {start_s:g} to {end_s:g} s in {row['duration_s']:.1f} s"
-            if start_s >= row["duration_s"]:
+        if row["reason"]:
+            continue
+        try:
+            length_s = example.length_s(row["duration_s"])
+        except ValueError as error:
+            outside.append(f"{example.source}: {error}")
+            continue
+        for start_s, end_s in example.spans:
+            line = f"{example.source}: {start_s:g} to {end_s:g} s in {length_s:.1f} s"
+            if start_s >= length_s:
                 late_starts.append(line)
-            elif end_s > row["duration_s"] + PAST_S:
+            elif end_s > length_s + PAST_S:
                 late_ends.append(line)
     readable = [row for row in rows.values() if not row["reason"]]
     return {
@@ -164,6 +183,7 @@ def _problems(inspection: Inspection, left_out: Sequence[str]) -> dict[str, list
         "videos that cannot be used": [
             f"{row['video']}: {row['reason']}" for row in rows.values() if row["reason"]
         ],
+        "clips that lie outside their file (left out)": outside,
         "spans that start after the video's end (left out)": late_starts,
         "spans that end after the video's end (cut there)": late_ends,
         "videos of variable frame rate (used)": [
@@ -192,7 +212,7 @@ def describe(inspection: Inspection, tokens: Sequence[int]) -> list[str]:
         f"{inspection.annotations}: {len(usable)} usable examples of {len(inspection.examples)} "
         f"read, {sum(not row['reason'] for row in rows)} usable videos of {len(rows)}"
     ]
-    durations = [row["duration_s"] for row in rows if not row["reason"]]
+    durations = [length_s for _, length_s in inspection.videos()]
     lengths = [end - start for example in usable for start, end in example.spans]
     if durations:
         lines.append(f"  videos, seconds: {_spread(durations)}; {sum(durations) / 3600:.2f} h")
@@ -219,10 +239,10 @@ def plot(inspection: Inspection, tokens: Sequence[int], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    usable, rows = inspection.usable, inspection.rows
-    spans = [(s, rows[e.video]["duration_s"]) for e in usable for s in e.spans]
+    usable = inspection.usable
+    spans = [(s, inspection.length_s(e) or 1.0) for e in usable for s in e.spans]
     panels = {
-        "video, seconds": [row["duration_s"] for row in rows.values() if not row["reason"]],
+        "video, seconds": [length_s for _, length_s in inspection.videos()],
         "span, seconds": [end - start for (start, end), _ in spans],
         "middle of the span, share of the video": [(a + b) / 2 / d for (a, b), d in spans],
         "vision tokens of a video": list(tokens),

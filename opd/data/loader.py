@@ -114,8 +114,8 @@ def rows_of(
             batches.
         progress: called with the number of examples done since its last call.
     """
-    first_use = {example.video: i for i, example in reversed(list(enumerate(prompts.examples)))}
-    order = sorted(range(len(prompts)), key=lambda i: first_use[prompts.examples[i].video])
+    first_use = {example.footage: i for i, example in reversed(list(enumerate(prompts.examples)))}
+    order = sorted(range(len(prompts)), key=lambda i: first_use[prompts.examples[i].footage])
     plan = split(order, size)
     plan += plan[-1:] * (-len(plan) % distributed.world_size())  # as many batches on each rank
     mine = plan[distributed.rank() :: distributed.world_size()]

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from opd.config.data import RECIPES, DataConfig
 from opd.data.batch import Prompt
 from opd.data.examples import Example
 from opd.data.video.budget import Budget, budget_of, recipe_of
+from opd.data.video.clips import Footage
 from opd.data.video.decoding import TEMPORAL_PATCH
 from opd.data.video.frames import Frames
 from opd.data.video.sampling import VideoFrames
@@ -57,9 +57,9 @@ class Prompts:
         if budget is None and (lm.family == "qwen3_vl" or config.video_tokens is None):
             budget = self._budget(2)
         self._source = Frames(config, budget)
-        self._frames: dict[Path, VideoFrames] = {}
+        self._frames: dict[Footage, VideoFrames] = {}
         self._kept: dict[int, Prompt] = {}
-        self._features: dict[Path, dict[Any, Any]] = {}  # shared by all prompts of a video
+        self._features: dict[Footage, dict[Any, Any]] = {}  # shared by all prompts of a video
         self.broken: dict[int, str] = {}
         self._free = config.cache_mb * 2**20  # bytes
         self._last: dict[str, Any] | None = None  # the video that was processed last
@@ -100,7 +100,7 @@ class Prompts:
         Args:
             keep: whether to keep them in memory for later calls, where there is room.
         """
-        video = self.examples[index].video
+        video = self.examples[index].footage
         if video in self._frames:
             return self._frames[video]
         decoded = self._source.get(video)
@@ -113,7 +113,7 @@ class Prompts:
         """Start decoding the videos of these examples, except those that are not needed again."""
         videos = []
         for index in indices:
-            video = self.examples[index].video
+            video = self.examples[index].footage
             if (
                 self._kept_prompt(index, models) is None
                 and index not in self.broken
@@ -143,7 +143,7 @@ class Prompts:
         if kept is not None:
             return kept
         prompt = self._make(index, keep_frames=False)
-        features = self._features.setdefault(prompt.example.video, {})
+        features = self._features.setdefault(prompt.example.footage, {})
         for model in models:
             size = model.video_bytes(prompt.grid_thw)
             if model not in features and size <= self._free:
@@ -173,25 +173,28 @@ class Prompts:
         video. Where vision features can be shared, only the first prompt of a video keeps its
         frames; its features serve the others.
         """
-        videos = {prompt.example.video: i for i, prompt in enumerate(prompts)}
+        videos = {prompt.example.footage: i for i, prompt in enumerate(prompts)}
         if len(videos) == len(prompts):
             return sorted(prompts, key=lambda prompt: len(prompt.input_ids))
         ordered = sorted(
             prompts,
-            key=lambda p: (self.template.video_first and videos[p.example.video], len(p.input_ids)),
+            key=lambda p: (
+                self.template.video_first and videos[p.example.footage],
+                len(p.input_ids),
+            ),
         )
         if not _share_features(models):
             return ordered
-        first: dict[Path, Prompt] = {}
+        first: dict[Footage, Prompt] = {}
         for position, prompt in enumerate(ordered):
-            before = first.get(prompt.example.video)
+            before = first.get(prompt.example.footage)
             if before is not None:
                 ordered[position] = replace(prompt, features=before.features, pixel_values=None)
                 continue
             if any(model not in prompt.features for model in models):  # no room to keep them
                 features = dict.fromkeys(models) | prompt.features
                 ordered[position] = replace(prompt, features=features)
-            first[prompt.example.video] = ordered[position]
+            first[prompt.example.footage] = ordered[position]
         return ordered
 
     def _kept_prompt(self, index: int, models: Sequence[Any]) -> Prompt | None:
@@ -231,7 +234,7 @@ class Prompts:
         example = self.examples[index]
         head, _, tail = self.text(example).rpartition(VIDEO_END)
         last = self._last
-        if last is None or (last["video"], last["head"]) != (example.video, head):
+        if last is None or (last["video"], last["head"]) != (example.footage, head):
             decoded = self.frames(index, keep_frames)
             options = self._budget(len(decoded.frames)).options
             processor = self.processor.video_processor
@@ -244,7 +247,7 @@ class Prompts:
                 return_tensors="pt",
                 **options,
             )
-            last = {"video": example.video, "head": head, "decoded": decoded, "inputs": inputs}
+            last = {"video": example.footage, "head": head, "decoded": decoded, "inputs": inputs}
             self._last = last
         rest = torch.tensor(self.tokenizer(tail).input_ids, dtype=torch.long)
         ids = torch.cat([last["inputs"]["input_ids"][0], rest])

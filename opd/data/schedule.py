@@ -107,7 +107,7 @@ def plan_steps(
         config.batch_size,
         seed,
         [examples[i].weight for i in chosen],
-        [examples[i].video for i in chosen],
+        [examples[i].footage for i in chosen],
         config.data.queries_per_video,
         [own for rank in range(distributed.world_size()) for own in micro_batches(config, rank)],
     )

@@ -5,6 +5,7 @@ A source is written `[FORMAT:]PATH[?root=DIR&weight=W&part=train|held_out&holdou
 """
 
 import hashlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from opd.data.examples import Example
 from opd.data.synthetic import splits
 from opd.data.video.decoding import check_backend, probe_duration
 from opd.errors import DataError
+from opd.text.forms import Span
 
 PROBE_CHUNK = 256  # videos probed per round, so that a limit on examples saves the rest
 PROBE_THREADS = 8
@@ -213,26 +215,27 @@ def check_sources(data: DataConfig) -> None:
 def check_leak(train: Iterable[Example], held_out: Iterable[Example], data: DataConfig) -> None:
     """Raise DataError where training and evaluation share a video, unless `data.allow_leak`.
 
-    Videos are the same where they are one file, or have one name and durations that are unknown or
-    differ by less than `SAME_S`.
+    Files are the same where they are one file, or have one name and durations that are unknown or
+    differ by less than `SAME_S`. Clips of one file share a video where they overlap; the duration
+    of a file of which one has a clip is unknown.
     """
     if data.allow_leak:
         return
-    paths: set[Path] = set()
-    durations: dict[str, list[float | None]] = {}
-    for example in train:
-        if example.video not in paths:
-            paths.add(example.video)
-            durations.setdefault(example.video.stem, []).append(example.duration_s)
-    paths |= {path.resolve() for path in paths}
+    of_name: dict[str, list[Example]] = {}
+    for example in {e.footage: e for e in train}.values():
+        of_name.setdefault(example.video.stem, []).append(example)
+    of_file: dict[Path, list[Example]] = {}
+    for example in itertools.chain(*of_name.values()):
+        for path in {example.video, example.video.resolve()}:
+            of_file.setdefault(path, []).append(example)
 
     def leaks(example: Example) -> bool:
-        if example.video in paths or example.video.resolve() in paths:
-            return True
-        duration_s = example.duration_s
+        files = {example.video, example.video.resolve()}
         return any(
-            duration_s is None or other is None or abs(duration_s - other) < SAME_S
-            for other in durations.get(example.video.stem, [])
+            _overlap(example.clip, other.clip) for path in files for other in of_file.get(path, ())
+        ) or any(
+            _overlap(example.clip, other.clip) and _as_long(example, other)
+            for other in of_name.get(example.video.stem, ())
         )
 
     leaked = list(dict.fromkeys(str(e.video) for e in held_out if leaks(e)))
@@ -244,10 +247,26 @@ def check_leak(train: Iterable[Example], held_out: Iterable[Example], data: Data
         )
 
 
-def _checked(example: Example, duration_s: float | DataError) -> Example:
-    """Return the example with a duration; DataError where its video is unreadable or too short."""
-    if isinstance(duration_s, DataError):
-        raise duration_s
+def _overlap(one: Span | None, other: Span | None) -> bool:
+    """Return whether two clips of a file have a part in common; None is the whole file."""
+    return one is None or other is None or max(one[0], other[0]) < min(one[1], other[1])
+
+
+def _as_long(one: Example, other: Example) -> bool:
+    """Return whether the files of two examples may be as long as each other."""
+    if one.clip or other.clip or one.duration_s is None or other.duration_s is None:
+        return True
+    return abs(one.duration_s - other.duration_s) < SAME_S
+
+
+def _checked(example: Example, file_s: float | DataError) -> Example:
+    """Return the example with a duration; DataError where its file is unreadable or too short."""
+    if isinstance(file_s, DataError):
+        raise file_s
+    try:
+        duration_s = example.length_s(file_s)
+    except ValueError as error:
+        raise DataError(f"{example.video}: {error}") from error
     for start_s, _ in example.spans:
         if start_s >= duration_s:
             raise DataError(f"a span starts at {start_s:g} s in a video of {duration_s:g} s")

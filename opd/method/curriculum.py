@@ -185,7 +185,7 @@ def score_answers(
     if they were drawn before.
     """
     data = [
-        (e.id, str(e.video), e.query, e.spans, e.question, e.options, e.answer, e.duration_s)
+        (e.id, e.footage, e.query, e.spans, e.question, e.options, e.answer, e.duration_s)
         for e in prompts.examples
     ]
     settings = asdict(config.data)

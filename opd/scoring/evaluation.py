@@ -50,7 +50,8 @@ class EvaluationRow:
 
     Attributes:
         id, query, duration_s, category: as in `Example`.
-        video: folder and name of the video file; None where unknown.
+        video: folder and name of the video file, for a clip of it followed by `#t=START,END` in
+            seconds; None where unknown.
         truth: true spans in seconds; empty where the query has none.
         answer: the greedy answer; None where answers were only sampled.
         readable: whether the answer names a span, an option or both, as the query asks for.
@@ -108,11 +109,13 @@ class EvaluationRow:
             timestamps_s: of the prompt, for `ceiling`.
         """
         form, options = config.strict_form, example.options or ()
+        video = f"{example.video.parent.name}/{example.video.name}"
+        start_s, end_s = example.clip or (0.0, 0.0)
         spans = tuple(named_span(text, example, form) for text in sampled)
         row = cls(
             id=example.id,
             query=example.query,
-            video=f"{example.video.parent.name}/{example.video.name}",
+            video=video if example.clip is None else f"{video}#t={start_s},{end_s}",
             duration_s=example.duration_s,
             category=example.category,
             truth=example.spans,

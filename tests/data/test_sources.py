@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd.check import main as check
 from opd.config import data
 from opd.config.data import DataConfig
 from opd.data import sources
@@ -20,6 +21,7 @@ from opd.data.schedule import schedule, shuffled
 from opd.data.sources import check_leak, load_examples, sources_of
 from opd.data.synthetic.splits import ensure_split
 from opd.errors import DataError
+from tests.videos import write_coded
 
 
 @pytest.fixture
@@ -164,6 +166,55 @@ def test_a_link_to_a_trained_video_is_a_leak(tmp_path):
     with pytest.raises(DataError, match="1 of its videos are trained on"):
         train = [example(str(tmp_path / "real.mp4"))]
         check_leak(train, [example(str(tmp_path / "other.mp4"), 33)], DataConfig())
+
+
+def test_clips_of_one_file_leak_where_they_overlap(tmp_path):
+    def clip(name: str, *part: float) -> Example:
+        return replace(example(str(tmp_path / name)), clip=part or None)
+
+    train = [clip("a/1.mp4", 10, 20), clip("a/1.mp4", 50, 60), clip("a/2.mp4")]
+    apart = [clip("a/1.mp4", 20, 50), clip("b/1.mp4", 60, 99), clip("a/3.mp4", 0, 9)]
+    check_leak(train, apart, DataConfig())
+    for leaked in (
+        clip("a/1.mp4", 19, 25),
+        clip("a/1.mp4"),
+        clip("b/1.mp4", 0, 99),
+        clip("a/2.mp4", 0, 1),
+    ):
+        with pytest.raises(DataError, match="1 of its videos are trained on"):
+            check_leak(train, [*apart, leaked], DataConfig())
+
+
+def test_a_clip_outside_of_its_file_is_left_out(tmp_path, capsys):
+    write_coded(tmp_path / "x.mp4", 100)  # 4 s
+    fields = {"path": "x", "question": "q", "duration": 3, "answer": "1.5-2.5"}
+    parts = [(0.5, 3.5), (3, 4.5), (2, 5.5), (4, 7)]
+    records = [fields | {"start": start_s, "end": end_s} for start_s, end_s in parts]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records))
+    left_out: list[str] = []
+    config = DataConfig(video_root=str(tmp_path))
+    (kept,) = load_examples(f"tvgbench:{path}", config, None, left_out=left_out)
+    assert (kept.id, kept.clip, kept.duration_s) == ("tvgbench:0", (0.5, 3.5), 3)
+    video = tmp_path / "x.mp4"
+    expected = [
+        f"{path}:1: a span starts at 1.5 s in a video of 1 s",
+        f"{path}:2: {video}: clip 2 to 5.5 s lies outside its file of 4 s",
+        f"{path}:3: {video}: clip 4 to 7 s lies outside its file of 4 s",
+    ]
+    assert left_out == expected
+    # The check finds the same.
+    check([f"tvgbench:{path}", f"data.video_root={tmp_path}"])
+    out = capsys.readouterr().out
+    assert "1 usable examples of 4 read, 1 usable videos of 1" in out
+    assert "  2 clips that lie outside their file (left out):" in out
+    assert f"    {path}:3: clip 4 to 7 s lies outside its file of 4 s" in out
+    assert f"    {path}:1: 1.5 to 2.5 s in 1.0 s" in out
+    # With nothing else to train on, the run ends with one line.
+    path.write_text(json.dumps(records[3:]))
+    Path(f"{path}.checked.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no usable example; first of 1 left out: .*lies outside"):
+        load_examples(f"tvgbench:{path}", config, None)
 
 
 def test_the_report_of_the_check_is_used(root, monkeypatch):

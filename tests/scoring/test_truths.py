@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from tests.videos import write_coded
 
 DURATION_S, TRUTH = 2.0, (1.2, 3.5)  # seconds
 REAL = Path(os.environ.get("OPD_ANNOTATIONS", Path(__file__).parents[3] / "shared" / "annotations"))
-# Queries with a true span, how many of them end past their video, and records whose true span is
-# empty, which are left out.
+# Queries with a true span, how many of them end past their video, how many are about a clip of a
+# file, and records whose true span is empty, which are left out.
 REAL_FILES = {
-    "charades_sta_test.json": (3720, 562, 0),
-    "activitynet_val_2.json": (17_031, 111, 0),
-    "qvhighlights_val.jsonl": (1550, 0, 0),
-    "nextgqa_val.csv": (3358, 3, 0),
-    "rextime_val.jsonl": (919, 4, 2),
-    "tvgbench.json": (789, 27, 11),
-    "timerft_train_2k5.json": (2500, 48, 0),
+    "charades_sta_test.json": (3720, 562, 0, 0),
+    "activitynet_val_2.json": (17_031, 111, 0, 0),
+    "qvhighlights_val.jsonl": (1550, 0, 0, 0),
+    "nextgqa_val.csv": (3358, 3, 0, 0),
+    "rextime_val.jsonl": (919, 4, 0, 2),
+    "tvgbench.json": (789, 27, 241, 11),
+    "timerft_train_2k5.json": (2500, 48, 156, 0),
 }
 
 TINY = {  # one file of each format: its name, and its text or record
@@ -122,6 +123,11 @@ def test_the_annotations_of_public_data_sets(name, tmp_path, monkeypatch):
     left_out: list[str] = []
     timed = [e for e in formats.read_examples(path, left_out=left_out) if e.spans]
     past = [e for e in timed if any(end_s > (e.duration_s or 0) for _, end_s in e.spans)]
-    assert (len(timed), len(past), len(left_out)) == REAL_FILES[name], left_out
+    clips = [e for e in timed if e.clip is not None]
+    assert (len(timed), len(past), len(clips), len(left_out)) == REAL_FILES[name], left_out
+    assert all(re.search(r": span (\S+) to \1 is not 0 <= start < end$", line) for line in left_out)
+    for example in clips:
+        start_s, end_s = example.clip or (0, 0)
+        assert example.duration_s == pytest.approx(end_s - start_s)
     found = scores(timed)
     assert {found[name] for name in ("miou", "recall@0.3", "recall@0.5", "recall@0.7")} == {1.0}

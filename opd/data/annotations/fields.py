@@ -225,10 +225,13 @@ def spans(record: Any, key: str) -> tuple[Span, ...]:
     return tuple(span(value) for value in values)
 
 
+def clip(record: Any, start: str, end: str) -> Span | None:
+    """Return the clip between two fields, None where the first is not given."""
+    return (number(record, start), number(record, end)) if has_value(record, start) else None
+
+
 def clip_name(video: str, start_s: float, end_s: float) -> str:
     """Return the file name of a clip of a video, `x_210.0_360.0.mp4` as in QVHighlights."""
-    if not 0 <= start_s < end_s:
-        raise ValueError(f"clip {start_s:g} to {end_s:g} is not 0 <= start < end")
     suffix = Path(video).suffix
     suffix = suffix if suffix in VIDEO_EXTENSIONS else ""
     return f"{video.removesuffix(suffix)}_{start_s}_{end_s}{suffix}"

@@ -18,6 +18,7 @@ from opd.data.annotations.fields import (
     VIDEO_EXTENSIONS,
     Place,
     Records,
+    clip_name,
     json_lines,
     json_list,
     json_records,
@@ -27,7 +28,9 @@ from opd.data.annotations.fields import (
 )
 from opd.data.annotations.records import Fields
 from opd.data.examples import Example
+from opd.data.video.clips import Footage
 from opd.errors import DataError
+from opd.text.forms import Span
 
 _NUM_TRIED = 20  # first records of a file, from which its format is recognised
 
@@ -107,8 +110,8 @@ def read_examples(
                 raise record
             fields = reader.parse(place, record)
             parsed += 1
-            video = videos.find(fields.pop("video"))
-            example = Example(**fields, video=video, source=source)
+            video, clip = videos.footage(fields.pop("video"), fields.pop("clip", None))
+            example = Example(**fields, video=video, clip=clip, source=source)
             if example.id in examples:
                 first_use = examples[example.id].source
                 raise ValueError(f"duplicate id {example.id!r}, first used at {first_use}")
@@ -158,13 +161,28 @@ class _Videos:
 
     def find(self, names: tuple[str, ...]) -> Path:
         """Return the path of the first of these names that is a file. Raises as `find_video`."""
+        if path := self._first(names):
+            return path
+        extensions = ", ".join(VIDEO_EXTENSIONS)
+        raise ValueError(f"no video {names[0]!r} in {self.root}, nor with {extensions}")
+
+    def footage(self, names: tuple[str, ...], clip: Span | None) -> Footage:
+        """Return the file and the clip of it; raises as `find_video` does. A file of that clip
+        alone, named as `clip_name` does, is taken in place of the whole one."""
+        if clip is not None:
+            cut = self._first(tuple(clip_name(name, *clip) for name in names))
+            if cut is not None:
+                return cut, None
+        return self.find(names), clip
+
+    def _first(self, names: tuple[str, ...]) -> Path | None:
+        """Return the path of the first of these names that is a file, None where none is."""
         for name in names:
             if name not in self._paths:
                 self._paths[name] = self._look_up(name)
             if path := self._paths[name]:
                 return path
-        extensions = ", ".join(VIDEO_EXTENSIONS)
-        raise ValueError(f"no video {names[0]!r} in {self.root}, nor with {extensions}")
+        return None
 
     def _look_up(self, name: str) -> Path | None:
         outside = ValueError(f"video {name!r} is outside {self.root}")

@@ -17,7 +17,7 @@ from opd.data.annotations.fields import (
     Records,
     category,
     choice,
-    clip_name,
+    clip,
     csv_rows,
     get,
     has_value,
@@ -186,12 +186,10 @@ def tvgbench(place: Place, record: Any) -> Fields:
     times = _RANGE.fullmatch(answer)
     if times is None:
         raise ValueError(f'"answer" is {shown(answer)}, not start-end')
-    video = get(record, "path", str)
-    if has_value(record, "start"):
-        video = clip_name(video, number(record, "start"), number(record, "end"))
     return {
         "id": f"tvgbench:{place}",
-        "video": _time_r1_names(video),
+        "video": _time_r1_names(get(record, "path", str)),
+        "clip": clip(record, "start", "end"),
         "query": query,
         "spans": ((float(times[1]), float(times[2])),),
         "duration_s": number(record, "duration"),
@@ -206,12 +204,11 @@ def timerft(place: Place, record: Any) -> Fields:
     query, video = sentence(record, "sentence"), get(record, "video", str)
     answered = "answer" in record
     timed = not answered or "timestamp" in record
-    stem = Path(video).stem
-    if has_value(record, "video_start") and record["video_start"] != 0 and not _CUT.search(stem):
-        video = clip_name(video, number(record, "video_start"), number(record, "video_end"))
+    is_cut = _CUT.search(Path(video).stem)
     return {
         "id": identifier(record),
         "video": _time_r1_names(video),
+        "clip": None if is_cut else clip(record, "video_start", "video_end"),
         "query": query,
         "question": query if answered else None,
         "answer": sentence(record, "answer") if answered else None,
@@ -283,13 +280,13 @@ def mcq(place: Place, record: Any) -> Fields:
         raise ValueError('neither "answer" nor "spans"')
     answer = choice(record["answer"], chosen) if chosen else None
     duration = number(record, "duration") if has_value(record, "duration") else None
-    if has_value(record, "clip"):
-        start_s, end_s = span(record["clip"])
-        video = clip_name(video, start_s, end_s)
-        duration = end_s - start_s if duration is None else duration
+    part = span(record["clip"]) if has_value(record, "clip") else None
+    if part is not None and duration is None:
+        duration = part[1] - part[0]
     return {
         "id": identifier(record, "id"),
         "video": (video,),
+        "clip": part,
         "query": query,
         "question": query if answered else None,
         "options": chosen,

@@ -43,6 +43,8 @@ def write_timerft(
             optional["options"] = list(example.options)
         if example.category is not None:
             optional["category"] = example.category
+        if example.clip is not None:
+            optional["video_start"], optional["video_end"] = example.clip
         record = {
             "video": example.video.relative_to(root).as_posix(),
             "duration": example.duration_s,

@@ -170,6 +170,7 @@ def _packed(video: VideoFrames) -> tuple[bytes, memoryview, int]:
             "source_frames": video.source_frames,
             "duration_s": video.duration_s,
             "decoder": video.decoder,
+            "start_s": video.start_s,
         }
     ).encode()
     check = zlib.crc32(pixels, zlib.crc32(head))

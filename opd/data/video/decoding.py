@@ -7,7 +7,7 @@ small. Libraries are imported when a file is opened, because training on tokens 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from opd.data.video.clips import clip_frames, clip_length
 from opd.errors import ConfigError, DataError, raised
 
 TEMPORAL_PATCH = 2
@@ -32,8 +33,10 @@ class Plan:
         positions: position in the file of the frame on screen at that time; F of them,
             non-decreasing.
         source_fps: average frames per second of the file.
-        source_frames: number of frames at `source_fps`.
+        source_frames: number of frames of the file at `source_fps`.
         file_frames: number of frames that the file holds.
+        start_s: start of the clip in the file; 0 for the whole file.
+        duration_s: length of the clip, or of the whole file.
     """
 
     indices: list[int]
@@ -41,6 +44,8 @@ class Plan:
     source_fps: float
     source_frames: int
     file_frames: int
+    start_s: float
+    duration_s: float
 
 
 def frame_grid(
@@ -63,18 +68,36 @@ def frame_grid(
     return np.linspace(0, source_frames - 1, num_frames).round().astype(int).tolist()
 
 
-def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4) -> Plan:
-    """Plan the frames of `frame_grid` for a file, without decoding it.
+def plan_frames(
+    path: Path,
+    *,
+    fps: float,
+    max_frames: int,
+    min_frames: int = 4,
+    clip: Sequence[float] | None = None,
+) -> Plan:
+    """Plan the frames of `frame_grid` for a file or a clip of it, without decoding it.
+
+    The frames of a clip are those from its start to its end, both included, as in qwen-vl-utils.
+
+    Args:
+        clip: its `(start, end)` in seconds of the file; None is the whole file.
 
     Raises:
-        DataError: the file is missing, empty, truncated or not a video; one line naming it.
+        DataError: the file is missing, empty, truncated or not a video, or the clip lies outside
+            of it; one line naming it.
         ValueError: a setting is out of range.
     """
     file_times_s, source_fps = probe(path)
     source_frames = round(file_times_s[-1] * source_fps) + 1
+    try:
+        first, last = clip_frames(clip, source_frames, source_fps)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
     indices = frame_grid(
-        source_frames, source_fps, fps=fps, max_frames=max_frames, min_frames=min_frames
+        last - first + 1, source_fps, fps=fps, max_frames=max_frames, min_frames=min_frames
     )
+    indices = [first + index for index in indices]
     # Half a frame of tolerance, for files that round their timestamps.
     shown_s = (np.asarray(indices) + 0.5) / source_fps
     positions = np.searchsorted(file_times_s, shown_s, side="right") - 1
@@ -84,6 +107,8 @@ def plan_frames(path: Path, *, fps: float, max_frames: int, min_frames: int = 4)
         source_fps=source_fps,
         source_frames=source_frames,
         file_frames=len(file_times_s),
+        start_s=clip[0] if clip else 0.0,
+        duration_s=clip_length(clip, source_frames / source_fps),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from opd.config.data import DataConfig
 from opd.data.video.budget import Budget, Recipe
 from opd.data.video.cache import FrameCache
+from opd.data.video.clips import Footage
 from opd.data.video.decoding import Backend
 from opd.data.video.pool import Decoders
 from opd.data.video.sampling import VideoFrames, sample_frames
@@ -38,11 +39,11 @@ class Frames:
             limits = {"timeout_s": config.decode_timeout_s, "retries": config.decode_retries}
             self.decoders = Decoders(config.workers, **limits)
             self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
-        self._pending: dict[Path, Future[VideoFrames]] = {}
+        self._pending: dict[Footage, Future[VideoFrames]] = {}
         self._largest = 0  # bytes of frames, over the videos so far
         self.by_pyav: set[Path] = set()  # with data.backend=auto: those that decord cannot decode
 
-    def expect(self, videos: Sequence[Path]) -> None:
+    def expect(self, videos: Sequence[Footage]) -> None:
         """Start decoding the videos that are requested next, in this order; drop earlier
         expectations that are not among them."""
         if self.decoders is None:
@@ -56,27 +57,30 @@ class Frames:
             if video not in self._pending and len(self._pending) < room:
                 self._pending[video] = self._threads.submit(self._load, video)
 
-    def get(self, video: Path) -> VideoFrames:
+    def get(self, video: Footage) -> VideoFrames:
         """Return the frames of a video. Raises DataError, naming it, where it does not decode."""
         pending = self._pending.pop(video, None)
         frames = self._load(video) if pending is None else pending.result()
         self._largest = max(self._largest, frames.frames.nbytes)
         if self.config.backend == "auto" and frames.decoder == "pyav":
-            self.by_pyav.add(video)
+            self.by_pyav.add(video[0])
         return frames
 
-    def _load(self, video: Path) -> VideoFrames:
+    def _load(self, video: Footage) -> VideoFrames:
         if self.cache is None:
             return self._decode(video)
         scaled = None if self.budget is None else asdict(self.budget)
-        key = self.cache.key(video, **self.sampling, budget=scaled)
+        path, clip = video
+        of_clip = {} if clip is None else {"clip": clip}
+        key = self.cache.key(path, **self.sampling, budget=scaled, **of_clip)
         frames = self.cache.get(key)
         if frames is None:
             frames = self._decode(video)
             self.cache.put(key, frames)
         return frames
 
-    def _decode(self, video: Path) -> VideoFrames:
+    def _decode(self, video: Footage) -> VideoFrames:
+        path, clip = video
         if self.decoders is not None:
-            return self.decoders.decode(video, **self.sampling, budget=self.budget)
-        return sample_frames(video, **self.sampling)
+            return self.decoders.decode(path, **self.sampling, budget=self.budget, clip=clip)
+        return sample_frames(path, **self.sampling, clip=clip)

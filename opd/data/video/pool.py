@@ -81,6 +81,7 @@ class Decoders:
         min_frames: int = 4,
         backend: Backend = "decord",
         budget: Budget | Recipe | None = None,
+        clip: Sequence[float] | None = None,
     ) -> VideoFrames:
         """Run `sample_frames` in a worker.
 
@@ -100,15 +101,16 @@ class Decoders:
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
         kind = "recipe" if isinstance(budget, Recipe) else "budget"
         scaled = None if budget is None else {kind: asdict(budget)}
-        head, frames = self._request(path, grid, {"backend": backend, "budget": scaled})
+        head, frames = self._request(path, grid, {"backend": backend, "budget": scaled}, clip)
         plan = head["plan"]
         return VideoFrames(
             frames=torch.from_numpy(frames),
             indices=plan["indices"],
             source_fps=plan["source_fps"],
             source_frames=plan["source_frames"],
-            duration_s=plan["source_frames"] / plan["source_fps"],
+            duration_s=plan["duration_s"],
             decoder=head["decoder"],
+            start_s=plan["start_s"],
         )
 
     def duration(
@@ -119,8 +121,7 @@ class Decoders:
         With the sampling of a later `decode`, that need not probe the file again.
         """
         grid = {"fps": fps, "max_frames": max_frames, "min_frames": min_frames}
-        plan = self._request(path, grid, None)[0]["plan"]
-        return plan["source_frames"] / plan["source_fps"]
+        return self._request(path, grid, None)[0]["plan"]["duration_s"]
 
     def forget(self) -> None:
         """Drop the cached plans, so that every file is probed again."""
@@ -147,11 +148,16 @@ class Decoders:
         self.close()
 
     def _request(
-        self, name: str | Path, grid: dict[str, Any], decode: dict[str, Any] | None
+        self,
+        name: str | Path,
+        grid: dict[str, Any],
+        decode: dict[str, Any] | None,
+        clip: Sequence[float] | None = None,
     ) -> tuple[dict[str, Any], Any]:
         """Return a worker's answer, with the plan of a file, and, given `decode`, its frames; try
         `retries` times more where a worker dies or exceeds the time limit."""
         frame_grid(1, 1.0, **grid)  # raises ValueError here rather than in the worker
+        grid = grid | {"clip": None if clip is None else tuple(clip)}
         path = os.path.abspath(name)  # a worker keeps the working directory it started in
         key = (*_identity(path), *grid.values())
         request = {"path": path, "grid": grid, "plan": self._plans.get(key), "decode": decode}

@@ -109,6 +109,8 @@ def test_written_timerft_is_read_back(root):
     question = {"query": "who runs", "question": "who runs", "answer": "a man", "spans": ()}
     source = f"{root / 'train.json'}:2"
     examples.append(dataclasses.replace(examples[1], **question, id="qa", source=source))
+    part = {"id": "part", "clip": (2.5, 10.5), "source": f"{root / 'train.json'}:3"}
+    examples.append(dataclasses.replace(examples[0], **part))
     path = root / "train.json"
     write_timerft(path, examples)
     assert read_examples(path, "timerft", root) == examples
@@ -156,6 +158,12 @@ def test_timerft_refuses_what_it_cannot_hold(root):
         ("timerft", [RFT | {"duration": float("nan")}], ':0: invalid "duration": nan'),
         ("timerft", [RFT | {"difficulty": "hard"}], ":0: invalid \"difficulty\": 'hard'"),
         ("timerft", "[" * 100_000, "annotations:"),
+        (
+            "timerft",
+            [RFT | {"video_start": 9, "video_end": 9}],
+            ":0: clip 9 to 9 is not 0 <= start < end",
+        ),
+        ("timerft", [RFT | {"video_start": 9}], ':0: missing "video_end"'),
     ],
 )
 def test_a_bad_file_is_one_line_that_says_where(root, format, content, message):
@@ -268,9 +276,9 @@ def test_timelens_100k(root):
 def test_tvgbench(root):
     (root / "3MSZA_329.27_454.71.mp4").touch()
     clipped = TVG | {"start": 329.27, "end": 454.71, "answer": "79.09-81.67", "duration": 125.44}
-    path = _write(root, [TVG, clipped, clipped | {"path": "old.avi"}])
+    path = _write(root, [TVG, clipped, *(clipped | {"path": name} for name in ("old", "gone"))])
     left_out: list[str] = []
-    first, second = read_examples(path, "tvgbench", root, left_out)
+    first, second, third = read_examples(path, "tvgbench", root, left_out)
     assert first == Example(
         id="tvgbench:0",
         video=root / "3MSZA.mp4",
@@ -280,11 +288,13 @@ def test_tvgbench(root):
         category="Human Pose",
         source=f"{path}:0",
     )
-    # The answer counts from the start of the clip: it must not be looked for in the whole video.
-    assert (second.video.name, second.spans) == ("3MSZA_329.27_454.71.mp4", ((79.09, 81.67),))
+    # The answer counts from the start of the clip, be it in a file of its own or in the whole one.
+    assert second.footage == (root / "3MSZA_329.27_454.71.mp4", None)
+    assert third.footage == (root / "old.avi", (329.27, 454.71))
+    assert second.spans == third.spans == ((79.09, 81.67),)
+    assert second.duration_s == third.duration_s == 125.44
     assert left_out == [
-        f"{path}:2: no video 'old_329.27_454.71.avi' in {root}, nor with "
-        ".mp4, .mkv, .webm, .avi, .mov"
+        f"{path}:3: no video 'gone' in {root}, nor with .mp4, .mkv, .webm, .avi, .mov"
     ]
 
 
@@ -292,11 +302,16 @@ def test_a_clip_of_timerft(root):
     cut = {"video": "a/x_00:00:58:200_00:01:27:600.mp4", "video_start": 58.2, "video_end": 87.6}
     whole = {"video": "a/clip.mp4", "video_start": 0, "video_end": 93.29}
     part = {"video": "a/clip.mp4", "video_start": 10, "video_end": 93.5}
+    old = {"video": "old", "video_start": 10, "video_end": 93.5}
     for name in (cut["video"], "a/clip_10.0_93.5.mp4"):
         (root / name).touch()
-    path = _write(root, [RFT | clip | {"qid": k} for k, clip in enumerate((cut, whole, part))])
-    names = [e.video.name for e in read_examples(path, "timerft", root)]
-    assert names == ["x_00:00:58:200_00:01:27:600.mp4", "clip.mp4", "clip_10.0_93.5.mp4"]
+    path = _write(root, [RFT | clip | {"qid": k} for k, clip in enumerate((cut, whole, part, old))])
+    assert [e.footage for e in read_examples(path, "timerft", root)] == [
+        (root / cut["video"], None),
+        (root / "a/clip.mp4", (0, 93.29)),
+        (root / "a/clip_10.0_93.5.mp4", None),
+        (root / "old.avi", (10, 93.5)),
+    ]
 
 
 def test_nextgqa(root):
@@ -386,13 +401,15 @@ def test_mcq_answers(root, options, answer, right):
 
 
 def test_mcq_spans_clips_and_grounding(root):
-    (root / "a/clip_3.0_7.5.mp4").touch()
     clipped = MCQ | {"id": 1, "clip": [3, 7.5]}
     timed = MCQ | {"id": 2, "spans": [[1, 2], [4, 5]], "duration": 9}
     where = {"id": 3, "video": "old", "question": "a dog", "spans": [[1, 2]]}
     path = _write(root, "\n".join(json.dumps(r) for r in (clipped, timed, where)))
     first, second, third = read_examples(path, "mcq", root)
-    assert (first.video.name, first.duration_s, first.spans) == ("clip_3.0_7.5.mp4", 4.5, ())
+    assert first.footage == (root / "a/clip.mp4", (3, 7.5))
+    assert (first.duration_s, first.spans) == (4.5, ())
+    (root / "a/clip_3.0_7.5.mp4").touch()
+    assert read_examples(path, "mcq", root)[0].footage == (root / "a/clip_3.0_7.5.mp4", None)
     assert (second.spans, second.duration_s) == (((1, 2), (4, 5)), 9)
     assert (third.query, third.question, third.answer) == ("a dog", None, None)
 

@@ -13,6 +13,7 @@ from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from opd.data.video import decoding
+from opd.data.video.clips import clip_frames, clip_length
 from opd.data.video.decoding import Backend, check_backend, frame_grid, probe_duration
 from opd.data.video.sampling import sample_frames
 from opd.errors import ConfigError, DataError
@@ -135,6 +136,61 @@ def test_variable_frame_rate_keeps_times_true(tmp_path, backend):
         # The frame on screen, give or take half a frame; counting frames is off by a second.
         assert -0.03 < time_s - pts_ms[number] / 1000 < 0.1
     assert video.duration_s == pytest.approx(4, abs=0.06)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clip", [(1.0, 3.0), (0.5, 2.73), (1.234, 3.999), (2.01, 4.9), (0.0, 4.0)])
+def test_frames_of_a_clip(tmp_path, backend, clip):
+    path = write_coded(tmp_path / "coded.mp4", 100, options={"bf": "3", "g": "30"})
+    video = sample_frames(path, fps=12, max_frames=768, backend=backend, clip=clip)
+    assert decoded_numbers(video.frames) == video.indices
+    start_s, end_s = clip
+    for number, time_s in zip(video.indices, video.times_s, strict=True):
+        # Frame k is on screen from k / 25 s on.
+        assert number == int((start_s + time_s) * 25 + 1e-6)
+        assert 0 <= time_s <= end_s - start_s
+    assert video.times_s[0] < 1 / 25 and video.times_s[-1] > min(end_s, 3.96) - start_s - 1 / 25
+    assert video.duration_s == min(end_s, 4) - start_s
+    metadata = video.metadata()
+    assert metadata.duration == video.duration_s
+    assert metadata.timestamps == pytest.approx(video.times_s, abs=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frames_of_a_clip_of_variable_frame_rate(tmp_path, backend):
+    # 10 frames a second for two seconds, then 40 a second for two: 25 a second on average.
+    pts_ms = [100 * k for k in range(20)] + [2000 + 25 * k for k in range(80)]
+    path = write_coded(tmp_path / "variable.mp4", 100, pts_ms=pts_ms)
+    for clip in [(0.63, 1.9), (1.05, 3.05), (2.5, 3.9)]:
+        video = sample_frames(path, fps=5, max_frames=768, backend=backend, clip=clip)
+        numbers = decoded_numbers(video.frames)
+        for number, time_s in zip(numbers, video.times_s, strict=True):
+            # The frame that is on screen at that time or within the following half frame.
+            shown_ms, half_ms = 1000 * (clip[0] + time_s), 500 / video.source_fps
+            assert pts_ms[number] <= shown_ms + half_ms
+            assert pts_ms[number + 1] > shown_ms
+        assert len(set(numbers)) > 4
+
+
+def test_frames_of_a_clip_by_hand():
+    # As in qwen-vl-utils: 4.4 s to 8.05 s at 25 fps are frames 110 to 201; 8.05 s is no frame's.
+    assert clip_frames((4.4, 8.05), 1000, 25) == (110, 201)
+    assert clip_frames((4.41, 8.0), 1000, 25) == (111, 200)
+    assert clip_frames((39.0, 40.9), 1000, 25) == (975, 999)
+    assert clip_frames((39.99, 40.0), 1000, 25) == (999, 999)
+    assert clip_frames(None, 1000, 25) == (0, 999)
+    assert clip_length((39.0, 40.9), 40.0) == 1.0
+    assert clip_length(None, 40.0) == 40.0
+
+
+@pytest.mark.parametrize("clip", [(4.0, 4.5), (1.0, 5.5), (90.0, 95.0)])
+def test_a_clip_outside_of_its_file(tmp_path, clip):
+    path = write_coded(tmp_path / "coded.mp4", 100)
+    start_s, end_s = clip
+    message = f"{path}: clip {start_s:g} to {end_s:g} s lies outside its file of 4 s"
+    with pytest.raises(DataError) as caught:
+        sample_frames(path, fps=2, max_frames=768, clip=clip)
+    assert str(caught.value) == message
 
 
 def test_timestamps_are_those_qwen3_vl_writes(tmp_path):

@@ -10,8 +10,10 @@ import torch
 
 from opd.config.data import DataConfig
 from opd.config.run import load_config
+from opd.data.batch import group_prompts
 from opd.data.loader import batches
 from opd.data.prompts import Prompts
+from opd.data.schedule import plan_steps
 from opd.data.sources import load_examples
 from opd.data.video import frames as source
 from opd.data.video.budget import target_size
@@ -21,7 +23,7 @@ from opd.errors import ConfigError, DataError
 from opd.models.load import prepare
 from opd.models.tiny import processor
 from tests.helpers import build
-from tests.videos import real_video_folder, write_coded, write_turned
+from tests.videos import decoded_numbers, real_video_folder, write_coded, write_turned
 
 
 def prompts_of(videos: Path, family: str = "qwen3_vl", **more: Any) -> Prompts:
@@ -99,18 +101,18 @@ def prompts_of_recipe(data: DataConfig, family: str) -> Prompts:
 def test_expected_videos_are_decoded_ahead_up_to_the_limit(videos, monkeypatch):
     config = DataConfig(video_root=str(videos), workers=2, fps=2, prefetch_mb=1)
     examples = load_examples("synthetic:eval", config, 6)
-    paths = [example.video for example in examples]
+    footage = [example.footage for example in examples]
     frames = Frames(config)
-    frames.expect(paths)
-    assert list(frames._pending) == paths[:2], "as many as there are workers, of unknown size"
-    first = frames.get(paths[0])
-    assert torch.equal(first.frames, sample_frames(paths[0], **frames.sampling).frames)
+    frames.expect(footage)
+    assert list(frames._pending) == footage[:2], "as many as there are workers, of unknown size"
+    first = frames.get(footage[0])
+    assert torch.equal(first.frames, sample_frames(footage[0][0], **frames.sampling).frames)
     room = 2**20 // first.frames.nbytes
     assert 2 < room < 5
-    frames.expect(paths[1:])
+    frames.expect(footage[1:])
     assert len(frames._pending) == room
-    frames.expect(paths[5:])
-    assert list(frames._pending) == paths[5:], "what is no longer expected is forgotten"
+    frames.expect(footage[5:])
+    assert list(frames._pending) == footage[5:], "what is no longer expected is forgotten"
     assert frames.decoders is not None
     frames.decoders.close()
 
@@ -153,9 +155,53 @@ def test_a_video_that_does_not_decode_is_named(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"no video")
     write_coded(tmp_path / "y.mp4", 30)
     frames = Frames(DataConfig(workers=1))
-    frames.expect([tmp_path / "x.mp4", tmp_path / "y.mp4"])
+    frames.expect([(tmp_path / "x.mp4", None), (tmp_path / "y.mp4", None)])
     with pytest.raises(DataError, match=r"x\.mp4: not a readable video"):
-        frames.get(tmp_path / "x.mp4")
-    assert frames.get(tmp_path / "y.mp4").source_frames == 30
+        frames.get((tmp_path / "x.mp4", None))
+    assert frames.get((tmp_path / "y.mp4", None)).source_frames == 30
     assert frames.decoders is not None
     frames.decoders.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_clips_of_one_file_are_different_videos(tmp_path, monkeypatch, workers):
+    write_coded(tmp_path / "long.mp4", 100)
+    fields = {"video": "long", "duration": 1.5, "timestamp": [0, 1], "sentence": "x"}
+    clips = [(0.5, 2), (2.3, 3.8), (0.5, 2)]
+    records = [
+        fields | {"qid": k, "video_start": start_s, "video_end": end_s}
+        for k, (start_s, end_s) in enumerate(clips)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    config = DataConfig(
+        video_root=str(tmp_path), workers=workers, fps=5, frame_cache=str(tmp_path / "cache")
+    )
+    examples = load_examples(f"{tmp_path}/a.json", config, None)
+    assert [e.duration_s for e in examples] == [1.5] * 3
+    lm = prepare(build("student").requires_grad_(False))  # frozen: vision tokens are kept
+    for attempt in range(2):
+        prompts = Prompts(examples, config, processor("qwen3_vl"), lm)
+        if attempt:  # from the cache
+            monkeypatch.setattr(source, "sample_frames", None)
+        for index, (start_s, _) in enumerate(clips):
+            # Frame k is on screen from k / 25 s on.
+            numbers = decoded_numbers(prompts.frames(index).frames)
+            times_s = prompts.frames(index).times_s
+            assert numbers == [int((start_s + t) * 25 + 1e-6) for t in times_s]
+            assert times_s[0] == pytest.approx(0, abs=1 / 25)
+            assert times_s[-1] == pytest.approx(1.5, abs=1 / 25)
+            prompt = prompts.prompt_for(index, [lm])
+            text = prompts.tokenizer.decode(prompt.input_ids)
+            assert all(f"<{t:.1f} seconds>" in text for t in prompt.timestamps_s)
+            assert prompt.timestamps_s[-1] < 1.5
+        first, second, third = (prompts.prompt_for(k, [lm]) for k in range(3))
+        assert first.features is third.features and first.features is not second.features
+        groups = group_prompts([first, third, second], None, lm.model.config.video_token_id)
+        assert [len(group.prompts) for group in groups] == [2, 1]
+        if prompts._source.decoders is not None:
+            prompts._source.decoders.close()
+    assert len(list((tmp_path / "cache").glob("*.frames"))) == 2
+    # Every step draws all three queries, those of one video one after the other.
+    config = load_config(["batch_size=3", "data.queries_per_video=2", "data.prompt=video_first"])
+    plan = plan_steps(config, examples, range(3), 8, 0)
+    assert all(sorted(batch) == [0, 1, 2] and batch[1] != 1 for (batch,) in plan)
