@@ -9,19 +9,19 @@ from opd.errors import ConfigError, printable, require
 from opd.text.templates import Template, load_template
 
 Family = Literal["qwen3_vl", "qwen2_5_vl"]
-RECIPES: dict[str, tuple[Family, float, int, int, int | None, int | None]] = {
-    # Model family, fps, max_frames, video_tokens, min_frame_tokens, max_frame_tokens
+RECIPES: dict[str, tuple[Family, float, int, int, int | None, int | None, str]] = {
+    # Model family, fps, max_frames, video_tokens, min_frame_tokens, max_frame_tokens, timestamps
     # Configuration of the Qwen3-VL checkpoints: 4,096 to 25,165,824 pixels.
-    "qwen3_vl": ("qwen3_vl", 2.0, 768, 12_288, None, None),
+    "qwen3_vl": ("qwen3_vl", 2.0, 768, 12_288, None, None, "processor"),
     # arXiv 2602.02994, which does not state a minimum frame size.
-    "video_opd": ("qwen3_vl", 2.0, 768, 8192, None, None),
+    "video_opd": ("qwen3_vl", 2.0, 768, 8192, None, None, "processor"),
     # arXiv 2512.14698 and its code: min_tokens 64, total_tokens 14336, fps_max_frames 448.
-    "timelens_8b": ("qwen3_vl", 2.0, 448, 14_336, 64, 768),
-    "timelens_7b": ("qwen2_5_vl", 2.0, 448, 14_336, 64, 768),
+    "timelens_8b": ("qwen3_vl", 2.0, 448, 14_336, 64, 768, "processor"),
+    "timelens_7b": ("qwen2_5_vl", 2.0, 448, 14_336, 64, 768, "text"),
     # arXiv 2503.13377 and its code: total_pixels 3584 * 28 * 28, min_pixels 16 * 28 * 28.
-    "time_r1": ("qwen2_5_vl", 2.0, 768, 3584, 16, 768),
+    "time_r1": ("qwen2_5_vl", 2.0, 768, 3584, 16, 768, "processor"),
     # Defaults of qwen-vl-utils: 90% of 128,000 tokens.
-    "qwen2_5_vl": ("qwen2_5_vl", 2.0, 768, 115_200, 128, 768),
+    "qwen2_5_vl": ("qwen2_5_vl", 2.0, 768, 115_200, 128, 768, "processor"),
 }
 FORMATS = (  # of annotation files; opd/data/annotations/formats.py reads them
     "timerft",
@@ -81,8 +81,21 @@ class DataConfig:
     recipe: str | None = option(
         None,
         "Published recipe of video sampling, whose values replace the defaults of fps, max_frames, "
-        "video_tokens, min_frame_tokens and max_frame_tokens.",
+        "video_tokens, min_frame_tokens, max_frame_tokens and timestamps.",
         choices=tuple(RECIPES),
+    )
+    timestamps: str = option(
+        "processor",
+        "Times among the frames: processor leaves them to the checkpoint's processor, which writes "
+        "them for Qwen3-VL alone; text writes them for Qwen2.5-VL, as TimeLens-7B has them.",
+        choices=("processor", "text"),
+    )
+    patch_seconds: str = option(
+        "processor",
+        "Seconds per temporal patch in the positions of Qwen2.5-VL: processor divides the length "
+        "of the video by its patches, as its checkpoints saw; times takes the mean distance of "
+        "the sampled frames.",
+        choices=("processor", "times"),
     )
     prompt: str = option(
         "default",
@@ -165,7 +178,8 @@ class DataConfig:
         if self.recipe is None:
             return self
         names = ("fps", "max_frames", "video_tokens", "min_frame_tokens", "max_frame_tokens")
-        recipe: dict[str, Any] = dict(zip(names, RECIPES[self.recipe][1:], strict=True))
+        values = RECIPES[self.recipe][1:]
+        recipe: dict[str, Any] = dict(zip((*names, "timestamps"), values, strict=True))
         default = DataConfig()
         unset = {k: v for k, v in recipe.items() if getattr(self, k) == getattr(default, k)}
         return replace(self, **unset)

@@ -19,7 +19,8 @@ from opd.data.video.sampling import VideoFrames
 from opd.errors import DataError, require
 from opd.text.templates import load_template
 
-VIDEO_END = "<|vision_end|>"  # in the chat templates and tokenizers of both families
+# In the chat templates and tokenizers of both families.
+VIDEO_START, VIDEO_END = "<|vision_start|>", "<|vision_end|>"
 
 
 class Prompts:
@@ -52,6 +53,11 @@ class Prompts:
             family = RECIPES[config.recipe][0]
             message = f"data.recipe={config.recipe}: is for {family}, the student is {lm.family}"
             require(family == lm.family, message)
+        require(
+            config.timestamps == "processor" or lm.family == "qwen2_5_vl",
+            f"data.timestamps={config.timestamps}: is for qwen2_5_vl, the student is {lm.family}, "
+            "whose processor writes them",
+        )
         budget = recipe_of(config, lm.family)
         # Qwen2.5-VL's budget depends on the number of frames where data.video_tokens sets it.
         if budget is None and (lm.family == "qwen3_vl" or config.video_tokens is None):
@@ -208,9 +214,10 @@ class Prompts:
         ids, decoded = inputs["input_ids"], inputs["decoded"]
         frames, rows, columns = inputs["video_grid_thw"][0].tolist()
         grid = (frames, rows, columns)
-        times = decoded.times_s
-        spacing = (times[-1] - times[0]) / max(1, len(times) - 1)
-        positions, next_position = self.lm.positions(ids, grid, TEMPORAL_PATCH * spacing)
+        seconds = None
+        if self.config.timestamps == "processor":
+            seconds = decoded.patch_seconds(self.config.patch_seconds)
+        positions, next_position = self.lm.positions(ids, grid, seconds)
         answer = self.template.reference(example.spans, example.answer, example.options)
         completion = self.tokenizer(answer + self.end_token).input_ids if answer else []
         return Prompt(
@@ -247,11 +254,24 @@ class Prompts:
                 return_tensors="pt",
                 **options,
             )
+            if self.config.timestamps == "text":
+                inputs["input_ids"] = self._interleaved(head, inputs["video_grid_thw"][0], decoded)
             last = {"video": example.footage, "head": head, "decoded": decoded, "inputs": inputs}
             self._last = last
         rest = torch.tensor(self.tokenizer(tail).input_ids, dtype=torch.long)
         ids = torch.cat([last["inputs"]["input_ids"][0], rest])
         return {**last["inputs"], "input_ids": ids, "decoded": last["decoded"]}
+
+    def _interleaved(self, head: str, grid_thw: torch.Tensor, decoded: VideoFrames) -> torch.Tensor:
+        """Return the token ids `[1, P]` of a prompt up to the end of its video, with every temporal
+        patch in a vision segment of its own behind the time of its first frame."""
+        pad = self.processor.video_token
+        _, rows, columns = grid_thw.tolist()
+        tokens = rows * columns // self.processor.video_processor.merge_size**2
+        segment = VIDEO_START + pad * tokens + VIDEO_END
+        text = head.removesuffix(VIDEO_START + pad)
+        text += "".join(f"{time_s:.1f}{segment}" for time_s in decoded.times_s[::TEMPORAL_PATCH])
+        return torch.tensor([self.tokenizer(text).input_ids], dtype=torch.long)
 
     def _budget(self, frames: int) -> Budget:
         """Return the budget of the video processor for a video of `frames` frames."""

@@ -189,7 +189,8 @@ def score_answers(
         for e in prompts.examples
     ]
     settings = asdict(config.data)
-    names = ("fps", "max_frames", "video_tokens", "backend", "reading")
+    names = ("fps", "max_frames", "video_tokens", "min_frame_tokens", "max_frame_tokens")
+    names += ("timestamps", "patch_seconds", "backend", "reading")
     prompt = {name: settings[name] for name in names} | {"prompt": vars(config.template)}
     number = config.curriculum.answers
     sampling = [asdict(config.sample), config.seed, number, weights_digest(lm)]

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 Grid = tuple[int, int, int]  # frame pairs, rows, columns of vision tokens (after merging)
-# (input_ids [P], model config, grid, seconds per frame pair) -> position ids [3, P] and the
-# position of the first completion token.
-Rule = Callable[[torch.Tensor, Any, Grid, float], tuple[torch.Tensor, int]]
+# (input_ids [P], model config, grid, seconds per frame pair; None where every pair is a segment of
+# its own) -> position ids [3, P] and the position of the first completion token.
+Rule = Callable[[torch.Tensor, Any, Grid, float | None], tuple[torch.Tensor, int]]
 
 
-def qwen3_vl_positions(
+def separate_positions(
     input_ids: torch.Tensor, video_token_id: int, grid: Grid
 ) -> tuple[torch.Tensor, int]:
-    """Positions where every frame pair is a vision segment of its own, between text timestamps.
+    """Positions where every frame pair is a vision segment of its own, between text timestamps, as
+    in Qwen3-VL and with `data.timestamps=text` in Qwen2.5-VL.
 
     A segment starting at s puts its token in row h, column w at (s, s + h, s + w); text resumes at
     s + max(rows, columns).
@@ -39,7 +40,8 @@ def qwen2_5_vl_positions(
     """Positions where the whole video is one segment with absolute time.
 
     A segment starting at s puts frame pair t at s + floor(t * positions_per_pair), and rows and
-    columns as for Qwen3-VL; text resumes one past the largest position in any of the three rows.
+    columns as `separate_positions` does; text resumes one past the largest position in any of the
+    three rows.
 
     Args:
         input_ids: int64 `[P]`, one unpadded prompt.
@@ -52,14 +54,16 @@ def qwen2_5_vl_positions(
 
 
 def _qwen3_vl(
-    input_ids: torch.Tensor, config: Any, grid: Grid, _: float
+    input_ids: torch.Tensor, config: Any, grid: Grid, _: float | None
 ) -> tuple[torch.Tensor, int]:
-    return qwen3_vl_positions(input_ids, config.video_token_id, grid)
+    return separate_positions(input_ids, config.video_token_id, grid)
 
 
 def _qwen2_5_vl(
-    input_ids: torch.Tensor, config: Any, grid: Grid, seconds_per_pair: float
+    input_ids: torch.Tensor, config: Any, grid: Grid, seconds_per_pair: float | None
 ) -> tuple[torch.Tensor, int]:
+    if seconds_per_pair is None:
+        return separate_positions(input_ids, config.video_token_id, grid)
     positions_per_pair = config.vision_config.tokens_per_second * seconds_per_pair
     return qwen2_5_vl_positions(input_ids, config.video_token_id, grid, positions_per_pair)
 

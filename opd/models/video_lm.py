@@ -89,14 +89,18 @@ class VideoLM:
         return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
 
     def positions(
-        self, input_ids: torch.Tensor, grid_thw: tuple[int, int, int], seconds_per_pair: float
+        self,
+        input_ids: torch.Tensor,
+        grid_thw: tuple[int, int, int],
+        seconds_per_pair: float | None,
     ) -> tuple[torch.Tensor, int]:
         """Position ids `[3, P]` of one unpadded prompt `[P]`, and the position of its first
         completion token.
 
         Args:
             grid_thw: the video's size in patches; frames count in pairs.
-            seconds_per_pair: time between the starts of two frame pairs.
+            seconds_per_pair: time between the starts of two frame pairs; None where text stands
+                between them.
         """
         config = self.model.config
         merge = config.vision_config.spatial_merge_size

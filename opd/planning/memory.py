@@ -28,7 +28,7 @@ from opd.planning.shapes import (
 )
 
 TEXT = 64  # tokens of template and query, about
-STAMP = 10  # tokens around each frame pair of Qwen3-VL: its timestamp and vision markers
+STAMP = 10  # tokens around a frame pair that has a time before it: that and vision markers
 FRAME_TOKENS = 768  # maximum per frame pair in the processors' own budget
 UNKNOWN = 1.05  # factor for the allocator's rounding and the libraries' own buffers
 USABLE = 0.9  # share of a device to plan for; the rest covers the plan's error and the driver
@@ -107,7 +107,8 @@ class Shapes:
         elif config.method == "grpo" and config.grpo.kl_coef:
             teacher = on_meta(model.student, dtype)
         video = config.data.video_tokens or FRAME_TOKENS * config.data.max_frames // 2
-        stamps = STAMP * config.data.max_frames // 2 if student.family == "qwen3_vl" else 0
+        stamped = student.family == "qwen3_vl" or config.data.timestamps == "text"
+        stamps = STAMP * config.data.max_frames // 2 if stamped else 0
         gpu = torch.cuda.is_available() or dtype != torch.float32
         device_type = device_type or ("cuda" if gpu else "cpu")
         return cls(config, dtype, student, teacher, video + stamps + TEXT, video, device_type)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd.models.positions import qwen2_5_vl_positions, qwen3_vl_positions
+from opd.models.positions import qwen2_5_vl_positions, separate_positions
 from tests.helpers import make_prompt, ours, stock
 
 VIDEO = 9
@@ -17,7 +17,7 @@ def ids(*runs: int) -> torch.Tensor:
 
 def test_qwen3_vl_by_hand():
     # 2 words, a pair of 2 rows by 3 columns, 1 word, the second pair, 2 words.
-    positions, following = qwen3_vl_positions(ids(2, 6, 1, 6, 2), VIDEO, (2, 2, 3))
+    positions, following = separate_positions(ids(2, 6, 1, 6, 2), VIDEO, (2, 2, 3))
     assert positions.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 6, 6, 6, 6, 6, 9, 10],
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 6, 6, 7, 7, 7, 9, 10],
@@ -27,7 +27,7 @@ def test_qwen3_vl_by_hand():
 
 
 def test_qwen3_vl_more_rows_than_columns_by_hand():
-    positions, following = qwen3_vl_positions(ids(1, 3, 1), VIDEO, (1, 3, 1))
+    positions, following = separate_positions(ids(1, 3, 1), VIDEO, (1, 3, 1))
     assert positions.tolist() == [[0, 1, 1, 1, 4], [0, 1, 2, 3, 4], [0, 1, 1, 1, 4]]
     assert following == 5
 
@@ -69,7 +69,7 @@ def test_qwen2_5_vl_a_frame_wider_than_the_video_is_long():
     assert following == 6
 
 
-@pytest.mark.parametrize("function", [qwen3_vl_positions, lambda *a: qwen2_5_vl_positions(*a, 1.0)])
+@pytest.mark.parametrize("function", [separate_positions, lambda *a: qwen2_5_vl_positions(*a, 1.0)])
 def test_a_broken_run_of_video_tokens_is_an_error(function):
     with pytest.raises(ValueError, match="shorter than the grid"):
         function(ids(1, 3, 2), VIDEO, (1, 2, 2))
@@ -114,3 +114,33 @@ def test_qwen2_5_vl_equals_the_stock_rule_up_to_the_end_of_the_video():
     assert torch.equal(prompt.position_ids[:, :end], expected[:, 0, :end])
     last = prompt.position_ids[:, :end].max()
     assert prompt.position_ids[:, end].tolist() == [last + 1] * 3
+
+
+def test_qwen2_5_vl_with_times_between_the_pairs_equals_the_stock_rule_of_images():
+    # As TimeLens-7B: every frame pair is an image to the language model, with text before it.
+    model, lm = stock("student", "qwen2_5_vl", layers=1), ours("student", "qwen2_5_vl", layers=1)
+    image, video = model.config.image_token_id, model.config.video_token_id
+    pair = [7, 8, 9, model.config.vision_start_token_id, *[video] * 6]
+    tokens = torch.tensor([1, 2, *pair * 3, 3, 4])
+    positions, following = lm.positions(tokens, (3, 4, 6), None)
+    as_images = torch.where(tokens == video, image, tokens)
+    expected, delta = model.model.get_rope_index(
+        as_images[None],
+        mm_token_type_ids=(as_images == image)[None].int(),
+        image_grid_thw=torch.tensor([[1, 4, 6]] * 3),
+    )
+    assert torch.equal(positions, expected[:, 0])
+    assert following == len(tokens) + int(delta)
+
+
+def test_the_tower_of_qwen2_5_vl_sees_a_video_as_images_of_its_pairs():
+    model = stock("student", "qwen2_5_vl", layers=1)
+    config = model.config.vision_config
+    patch = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.randn(3 * 4 * 6, patch, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(model.dtype)
+    with torch.no_grad():
+        video = model.model.visual(pixels, torch.tensor([[3, 4, 6]])).pooler_output
+        images = model.model.visual(pixels, torch.tensor([[1, 4, 6]] * 3)).pooler_output
+    assert torch.allclose(video, images, atol=1e-6)
+    assert not torch.allclose(video[:6], video[6:12], atol=1e-3)

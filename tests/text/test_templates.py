@@ -15,7 +15,7 @@ from opd.text.templates import Template, load_template, presets
 OPTIONS = ("red", "a blue square", "it jumps")
 NAMES = (
     *("default", "mcq", "qvhighlights_json", "qwen3_vl", "temporal_r1", "time_r1"),
-    *("timelens", "tvg_r1", "video_first"),
+    *("timelens", "timelens_7b", "tvg_r1", "video_first"),
 )
 
 

@@ -211,6 +211,6 @@ RECIPES = {
         total_tokens=total,
         frame_tokens=None if least is None or most is None else (least, most),
     )
-    for name, (family, fps, max_frames, total, least, most) in data.RECIPES.items()
+    for name, (family, fps, max_frames, total, least, most, _) in data.RECIPES.items()
 }
 """Published budgets by the names of `data.recipe`."""

@@ -65,6 +65,23 @@ class VideoFrames:
         times = self.times_s
         return [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True)]
 
+    @property
+    def num_spanned(self) -> int:
+        """Number of frames at `source_fps` from the first sampled frame to the last."""
+        return self.indices[-1] - self.indices[0] + 1
+
+    def patch_seconds(self, rule: str) -> float:
+        """Return the seconds per temporal patch by a rule of `data.patch_seconds`.
+
+        "processor" is `TEMPORAL_PATCH` over the sampled rate, frames taken per second of video, as
+        in the processor of Qwen2.5-VL and in qwen-vl-utils; "times" is `TEMPORAL_PATCH` times the
+        mean distance of the frames.
+        """
+        num_frames, times = len(self.indices), self.times_s
+        if rule == "times":
+            return TEMPORAL_PATCH * (times[-1] - times[0]) / (num_frames - 1)
+        return TEMPORAL_PATCH * self.num_spanned / self.source_fps / num_frames
+
     def metadata(self) -> VideoMetadata:
         """Return the metadata from which a processor with `do_sample_frames=False` takes times."""
         # Processors divide them by the frame rate; those of a clip may be fractions of a frame.
@@ -72,7 +89,7 @@ class VideoFrames:
         if self.start_s:
             counted = [time * self.source_fps for time in self.times_s]
         return VideoMetadata(
-            total_num_frames=self.source_frames,
+            total_num_frames=self.num_spanned,
             fps=self.source_fps,
             width=self.frames.shape[3],
             height=self.frames.shape[2],

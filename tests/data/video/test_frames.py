@@ -205,3 +205,69 @@ def test_clips_of_one_file_are_different_videos(tmp_path, monkeypatch, workers):
     config = load_config(["batch_size=3", "data.queries_per_video=2", "data.prompt=video_first"])
     plan = plan_steps(config, examples, range(3), 8, 0)
     assert all(sorted(batch) == [0, 1, 2] and batch[1] != 1 for (batch,) in plan)
+
+
+def prompts_of_a_clip(folder: Path, **more: Any) -> Prompts:
+    """Prompts for Qwen2.5-VL about 4 s of 25 frames a second."""
+    write_coded(folder / "x.mp4", 100)
+    (folder / "a.txt").write_text("x 1.0 2.5##a cat runs.")
+    config = DataConfig(video_root=str(folder), **more).filled()
+    examples = load_examples(f"charades:{folder}/a.txt", config, None)
+    lm = prepare(build("student", family="qwen2_5_vl"))
+    return Prompts(examples, config, processor("qwen2_5_vl"), lm)
+
+
+def test_times_as_text_before_the_frames_of_qwen2_5_vl(tmp_path):
+    prompts = prompts_of_a_clip(tmp_path, recipe="timelens_7b", prompt="timelens_7b")
+    assert prompts.config.timestamps == "text"
+    prompt = prompts[0]
+    # 8 of 100 frames, 99 / 7 apart: 0, 14, 28, 42, 57, 71, 85, 99; the first of each pair has the
+    # time. A frame has at least 64 tokens: 48 x 64 pixels, times 4.04, are 7 x 10 of them.
+    assert prompts.frames(0).indices == [0, 14, 28, 42, 57, 71, 85, 99]
+    pair = "<|vision_start|>" + "<|video_pad|>" * 70 + "<|vision_end|>"
+    expected = (
+        f"<|im_start|>user\n0.0{pair}1.1{pair}2.3{pair}3.4{pair}Before every frame stands its time "
+        "in seconds. Which part of the video shows this: 'a cat runs'? Tell its start and end time "
+        "in this form: 'The event happens in <start time> - <end time> seconds'.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert prompt.grid_thw == (4, 14, 20)
+    assert prompt.input_ids.tolist() == prompts.tokenizer(expected).input_ids
+    positions, _ = prompts.lm.positions(prompt.input_ids, prompt.grid_thw, None)
+    assert torch.equal(prompt.position_ids, positions)
+    # Without the setting, the frames are one segment.
+    sizes = {"video_tokens": 14_336, "min_frame_tokens": 64, "max_frame_tokens": 768}
+    plain = prompts_of_a_clip(tmp_path, fps=2, prompt="timelens_7b", **sizes)[0]
+    text = prompts.tokenizer.decode(plain.input_ids)
+    assert text.count("<|vision_start|>" + "<|video_pad|>" * 280 + "<|vision_end|>") == 1
+    assert torch.equal(plain.pixel_values, prompt.pixel_values)
+    with pytest.raises(ConfigError, match=r"data\.timestamps=text: is for qwen2_5_vl, the student"):
+        prompts_of_recipe(DataConfig(timestamps="text"), "qwen3_vl")
+
+
+def test_seconds_per_patch_of_qwen2_5_vl(tmp_path):
+    prompts = prompts_of_a_clip(tmp_path, fps=2)
+    frames, tokens = prompts.frames(0), prompts.lm.model.config.video_token_id
+    # 8 frames of 4 s are 2 a second, so that a patch covers 1 s: 2 positions. By their times, they
+    # are 99 / 7 / 25 s apart.
+    assert frames.patch_seconds("processor") == 1
+    assert frames.patch_seconds("times") == pytest.approx(2 * 99 / 7 / 25)
+    stock = prompts.processor(
+        text=["<|vision_start|><|video_pad|><|vision_end|>"],
+        videos=[frames.frames],
+        video_metadata=[frames.metadata()],
+        do_sample_frames=False,
+    )
+    assert [float(s) for s in stock["second_per_grid_ts"]] == [1.0]
+    # Frames 25 to 75, both included, are a little more than the two seconds between them.
+    clip = sample_frames(tmp_path / "x.mp4", fps=2, max_frames=768, clip=(1, 3))
+    assert clip.patch_seconds("processor") == pytest.approx(2 * 51 / 25 / 4)
+    assert 2 / clip.metadata().sampled_fps == pytest.approx(clip.patch_seconds("processor"))
+    steps = {}
+    for rule in ("processor", "times"):
+        prompt = prompts_of_a_clip(tmp_path, fps=0.5, patch_seconds=rule)[0]
+        is_video = prompt.input_ids == tokens
+        rows = prompt.position_ids[0][is_video]
+        steps[rule] = [int(r - rows[0]) for r in rows[:: len(rows) // prompt.grid_thw[0]]]
+    # 4 frames of 4 s: 2 s or 2 x 33 / 25 = 2.64 s a patch; 4 or floor(5.28) positions.
+    assert steps == {"processor": [0, 4], "times": [0, 5]}
