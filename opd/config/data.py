@@ -1,6 +1,6 @@
 """Settings of data: sources, sampling of videos, prompts and decoding."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ RECIPES: dict[str, tuple[Family, float, int, int, int | None, int | None, str]] 
     "qwen3_vl": ("qwen3_vl", 2.0, 768, 12_288, None, None, "processor"),
     # arXiv 2602.02994, which does not state a minimum frame size.
     "video_opd": ("qwen3_vl", 2.0, 768, 8192, None, None, "processor"),
-    # arXiv 2512.14698 and its code: min_tokens 64, total_tokens 14336, fps_max_frames 448.
+    # arXiv 2512.14698 and its training code: min_tokens 64, total_tokens 14336, fps_max_frames 448.
     "timelens_8b": ("qwen3_vl", 2.0, 448, 14_336, 64, 768, "processor"),
     "timelens_7b": ("qwen2_5_vl", 2.0, 448, 14_336, 64, 768, "text"),
     # arXiv 2503.13377 and its code: total_pixels 3584 * 28 * 28, min_pixels 16 * 28 * 28.
@@ -80,8 +80,8 @@ class DataConfig:
     max_frame_tokens: int | None = option(None, "Maximum frame size, in vision tokens.", least=1)
     recipe: str | None = option(
         None,
-        "Published recipe of video sampling, whose values replace the defaults of fps, max_frames, "
-        "video_tokens, min_frame_tokens, max_frame_tokens and timestamps.",
+        "Published recipe of video sampling, whose values are the defaults of fps, max_frames, "
+        "video_tokens, min_frame_tokens, max_frame_tokens and timestamps; keys that are set win.",
         choices=tuple(RECIPES),
     )
     timestamps: str = option(
@@ -173,13 +173,10 @@ class DataConfig:
         """The prompt template that `prompt` names or holds."""
         return load_template(self.prompt)
 
-    def filled(self) -> "DataConfig":
-        """Return these settings with the recipe's values in place of defaults."""
-        if self.recipe is None:
-            return self
+    @classmethod
+    def of_recipe(cls, recipe: str) -> "DataConfig":
+        """Return the defaults, with those that a published recipe replaces."""
         names = ("fps", "max_frames", "video_tokens", "min_frame_tokens", "max_frame_tokens")
-        values = RECIPES[self.recipe][1:]
-        recipe: dict[str, Any] = dict(zip((*names, "timestamps"), values, strict=True))
-        default = DataConfig()
-        unset = {k: v for k, v in recipe.items() if getattr(self, k) == getattr(default, k)}
-        return replace(self, **unset)
+        values = RECIPES[recipe][1:]
+        published: dict[str, Any] = dict(zip((*names, "timestamps"), values, strict=True))
+        return cls(recipe=recipe, **published)

@@ -227,8 +227,11 @@ def load_config(arguments: list[str]) -> Config:
     extra = " ".join(map(printable, files[1:]))
     require(len(files) <= 1, f"{extra}: only one configuration file can be given")
     file = Path(files[0]) if files else None
-    merged: Config = merge(Config(), file, [a for a in arguments if "=" in a])
-    return replace(merged, data=merged.data.filled())
+    keys = [a for a in arguments if "=" in a]
+    merged: Config = merge(Config(), file, keys)
+    if merged.data.recipe is None:
+        return merged
+    return merge(replace(Config(), data=DataConfig.of_recipe(merged.data.recipe)), file, keys)
 
 
 def to_yaml(config: Config, without: Collection[str] = ()) -> str:

@@ -196,6 +196,8 @@ def test_by_hand() -> None:
         # One frame may have 28,672 x 1,024 / 448 = 65,536 pixels, less than 1.05 x 64 tokens =
         # 68,812: sqrt(921,600 / 68,812) = 3.6597; 196.7 -> 192, 349.8 -> 320.
         ("timelens_8b", 448, 720, 1280, (192, 320), 224 * 6 * 10),
+        # 768 frames, as in its evaluation, have their smallest size, whatever the total.
+        ("timelens_8b", 768, 720, 1280, (192, 320), 384 * 6 * 10),
         # 60 frames: 489,335 pixels each: 1.3724; 524.6 -> 512, 932.7 -> 928.
         ("timelens_8b", 60, 720, 1280, (512, 928), 30 * 16 * 29),
         # 64 pixels are 4 tokens; at least 64 tokens: sqrt(65,536 / 4,096) = 4 -> 256.
@@ -228,7 +230,10 @@ def utils_size(recipe: Recipe, frames: int, height: int, width: int) -> tuple[in
     assert recipe.frame_tokens is not None
     least, most = (tokens * factor**2 for tokens in recipe.frame_tokens)
     most = max(min(most, recipe.total_tokens * factor**2 / frames * 2), int(least * 1.05))
-    most = math.floor(most)  # as the processors take it; qwen-vl-utils keeps the fraction
+    # Whole pixels, as the processors take them: of all frames in Qwen3-VL, of each in Qwen2.5-VL.
+    # qwen-vl-utils keeps the fraction.
+    count = frames if recipe.family == "qwen3_vl" else 1
+    most = math.floor(most * count) / count
     high, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
     if high * wide > most:
         scale = math.sqrt(height * width / most)

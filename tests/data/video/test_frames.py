@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def test_a_recipe_replaces_defaults_alone():
     # 67 (1.05 x 64, as qwen-vl-utils has it) hold 5 x 11.
     height, width = target_size(1000, 1000, 2000, prompts._budget(1000))
     assert (height // 32, width // 32) == (5, 11)
+    # A key that is set wins, even with the value of the plain default.
+    keys = ["data.recipe=timelens_7b", "data.max_frames=768", "data.timestamps=processor"]
+    data_7b = load_config(keys).data
+    assert (data_7b.max_frames, data_7b.timestamps, data_7b.fps) == (768, "processor", 2.0)
+    assert load_config(keys[:1]).data == DataConfig.of_recipe("timelens_7b")
     with pytest.raises(ConfigError) as caught:
         prompts_of_recipe(data, "qwen2_5_vl")
     message = "data.recipe=timelens_8b: is for qwen3_vl, the student is qwen2_5_vl"
@@ -207,18 +213,19 @@ def test_clips_of_one_file_are_different_videos(tmp_path, monkeypatch, workers):
     assert all(sorted(batch) == [0, 1, 2] and batch[1] != 1 for (batch,) in plan)
 
 
-def prompts_of_a_clip(folder: Path, **more: Any) -> Prompts:
+def prompts_of_a_clip(folder: Path, data: DataConfig | None = None, **more: Any) -> Prompts:
     """Prompts for Qwen2.5-VL about 4 s of 25 frames a second."""
     write_coded(folder / "x.mp4", 100)
     (folder / "a.txt").write_text("x 1.0 2.5##a cat runs.")
-    config = DataConfig(video_root=str(folder), **more).filled()
+    config = replace(data or DataConfig(), video_root=str(folder), **more)
     examples = load_examples(f"charades:{folder}/a.txt", config, None)
     lm = prepare(build("student", family="qwen2_5_vl"))
     return Prompts(examples, config, processor("qwen2_5_vl"), lm)
 
 
 def test_times_as_text_before_the_frames_of_qwen2_5_vl(tmp_path):
-    prompts = prompts_of_a_clip(tmp_path, recipe="timelens_7b", prompt="timelens_7b")
+    recipe = DataConfig.of_recipe("timelens_7b")
+    prompts = prompts_of_a_clip(tmp_path, recipe, prompt="timelens_7b")
     assert prompts.config.timestamps == "text"
     prompt = prompts[0]
     # 8 of 100 frames, 99 / 7 apart: 0, 14, 28, 42, 57, 71, 85, 99; the first of each pair has the
