@@ -31,6 +31,7 @@ RLT = {
     "model.student": "Qwen/Qwen2.5-VL-3B-Instruct",
     "model.trainable": "all",
     "data.video_tokens": 2048,
+    "data.patch_seconds": "processor",
     "optim.lr": 1e-6,
     "optim.schedule": "constant",
     "optim.warmup": 0.0,
