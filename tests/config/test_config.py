@@ -283,7 +283,7 @@ def keys(draw: st.DrawFn) -> str:
     return key
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 @given(
     edits=st.lists(st.tuples(keys(), VALUES), min_size=1, max_size=3, unique_by=lambda e: e[0]),
     in_file=st.booleans(),

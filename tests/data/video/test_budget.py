@@ -43,7 +43,7 @@ def budget_of(family: Family, least: int, most: int, cap: bool = False, tokens: 
 
 
 @given(st.integers(2, 768), sides, sides, budgets)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_qwen3_vl_rounds_as_transformers(frames: int, height: int, width: int, limits) -> None:
     arguments: Any = {"min_pixels": limits[0], "max_pixels": limits[1], "factor": 32}
     budget = budget_of("qwen3_vl", *limits)
@@ -57,7 +57,7 @@ def test_qwen3_vl_rounds_as_transformers(frames: int, height: int, width: int, l
 
 
 @given(st.integers(2, 768), sides, sides, budgets)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_qwen2_5_vl_rounds_as_transformers(frames: int, height: int, width: int, limits) -> None:
     arguments: Any = {"min_pixels": limits[0], "max_pixels": limits[1], "factor": 28}
     budget = budget_of("qwen2_5_vl", *limits)
@@ -155,7 +155,7 @@ def test_resizing_first_changes_nothing(family: Family) -> None:
 
 
 @given(st.sampled_from(FAMILIES), st.integers(1, 384), sides, sides, budgets, st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_resized_video_keeps_its_size(family, pairs, height, width, limits, cap) -> None:
     budget = budget_of(family, *limits, cap=cap)
     if max(height, width) > 150 * min(height, width):
@@ -251,7 +251,7 @@ def utils_size(recipe: Recipe, frames: int, height: int, width: int) -> tuple[in
     st.integers(64, 1500),
     st.integers(64, 1500),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_published_budgets_are_those_of_qwen_vl_utils(name, pairs, height, width) -> None:
     recipe = RECIPES[name]
     if max(height, width) > 8 * min(height, width):
