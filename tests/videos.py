@@ -1,6 +1,7 @@
 """Videos for tests: real ones, and generated ones whose frames encode their number."""
 
 import importlib.util
+import json
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from opd.data.synthetic.splits import ensure_split
 from opd.data.video.decoding import check_backend
 from opd.errors import ConfigError
+
+
+def one_query_each(root: Path, clips: int) -> None:
+    """Write clips of the embedded task, `eval/*.mp4`, and `eval-CLIPS.json` with a query about the
+    first shape of each."""
+    path = ensure_split(root, "eval", clips)
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([record for record in records if "." not in record["qid"]]))
 
 
 def unusable_torchcodec() -> str:

@@ -16,17 +16,17 @@ from opd.data.examples import Example
 from opd.data.loader import batches
 from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
-from opd.data.synthetic.splits import ensure_split
 from opd.data.video import frames
 from opd.errors import DataError
 from opd.models.load import prepare
 from opd.models.tiny import build, processor
+from tests.videos import one_query_each
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("videos")
-    ensure_split(root, "eval", 5)
+    one_query_each(root, 5)
     return root
 
 
@@ -214,7 +214,7 @@ def activitynet(e: Example) -> Any:
     return {"duration": 12.0, "timestamps": [list(e.spans[0])], "sentences": [e.query]}
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(
     data=st.data(), format=st.sampled_from(["timerft", "qvhighlights", "activitynet", "charades"])
 )

@@ -12,8 +12,7 @@ from opd.config.data import DataConfig
 from opd.data.checked import checked_path
 from opd.data.inspection import inspect_video
 from opd.data.sources import load_examples
-from opd.data.synthetic.splits import ensure_split
-from tests.videos import write_coded
+from tests.videos import one_query_each, write_coded
 
 
 def clip(path: Path, times_ms: list[int]) -> Path:
@@ -24,7 +23,7 @@ def clip(path: Path, times_ms: list[int]) -> Path:
 @pytest.fixture
 def data(videos: Path, tmp_path: Path) -> Path:
     """Charades annotations of six clips, some of them damaged."""
-    ensure_split(videos, "eval", 6)
+    one_query_each(videos, 6)
     shutil.copytree(videos / "eval", tmp_path / "clips")
     names = sorted(path.stem for path in (tmp_path / "clips").glob("*.mp4"))[:6]
     (tmp_path / "clips" / f"{names[1]}.mp4").write_bytes(b"")

@@ -19,15 +19,14 @@ from opd.data.checked import checked_path
 from opd.data.examples import Example
 from opd.data.schedule import schedule, shuffled
 from opd.data.sources import check_leak, load_examples, sources_of
-from opd.data.synthetic.splits import ensure_split
 from opd.errors import DataError
-from tests.videos import write_coded
+from tests.videos import one_query_each, write_coded
 
 
 @pytest.fixture
 def root(videos: Path, tmp_path: Path) -> Path:
     """Six clips in a folder, a Charades file of two queries for each, a TimeRFT file of one."""
-    ensure_split(videos, "eval", 6)
+    one_query_each(videos, 6)
     shutil.copytree(videos / "eval", tmp_path / "clips")
     records = json.loads((videos / "eval-6.json").read_text())
     charades, timerft = [], []
