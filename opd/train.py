@@ -194,7 +194,7 @@ class Run:
             plan = plan_steps(config, pool.examples, chosen, len(steps), config.seed + number)
             plan = plan[remaining.start - steps.start :]
             micro_plan, models = [own for step in plan for own in step], list(trainer.costs)
-            options = {"refill": True, "queries_per_video": config.data.queries_per_video}
+            options = {"refill": True, "queries_per_video": config.data.group_size}
             loader = batches(pool, micro_plan, trainer.student.device, models, **options)
             for step in remaining:
                 begun = time.perf_counter()

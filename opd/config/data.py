@@ -23,6 +23,7 @@ RECIPES: dict[str, tuple[Family, float, int, int, int | None, int | None, str]] 
     # Defaults of qwen-vl-utils: 90% of 128,000 tokens.
     "qwen2_5_vl": ("qwen2_5_vl", 2.0, 768, 115_200, 128, 768, "processor"),
 }
+QUERIES = 4  # about one video that share its forward, where none are asked for
 FORMATS = (  # of annotation files; opd/data/annotations/formats.py reads them
     "timerft",
     "charades",
@@ -102,10 +103,10 @@ class DataConfig:
         "Wording of the prompt and form of the answer: the name of a template, a template file, or "
         "a text in which {query} and {video} mark the places of the query and the frames.",
     )
-    queries_per_video: int = option(
-        1,
+    queries_per_video: int | None = option(
+        None,
         "Maximum number of queries about one video that training answers behind one forward of it; "
-        "more than 1 needs a prompt with the video before the query.",
+        "more than 1 needs a prompt with the video before the query. null is 4 where it has.",
         least=1,
     )
     reading: str = option(
@@ -157,7 +158,7 @@ class DataConfig:
             prefix = "" if "data.prompt" in message else "data.prompt: "
             raise ConfigError(f"{prefix}{message}") from None
         require(
-            self.queries_per_video == 1 or self.template.video_first,
+            self.queries_per_video in (None, 1) or self.template.video_first,
             f"data.queries_per_video={self.queries_per_video}: needs a prompt with the video "
             f"before the query, which data.prompt={printable(self.prompt)} is not",
         )
@@ -172,6 +173,11 @@ class DataConfig:
     def template(self) -> Template:
         """The prompt template that `prompt` names or holds."""
         return load_template(self.prompt)
+
+    @property
+    def group_size(self) -> int:
+        """Maximum number of queries about one video that share its forward in training."""
+        return self.queries_per_video or (QUERIES if self.template.video_first else 1)
 
     @classmethod
     def of_recipe(cls, recipe: str) -> "DataConfig":

@@ -1,6 +1,8 @@
 """Which examples each step trains on, in a reproducible order, and how ranks divide a batch."""
 
+import sys
 from collections.abc import Hashable, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -100,7 +102,7 @@ def plan_steps(
     config: Config, examples: Sequence[Example], chosen: Sequence[int], steps: int, seed: int
 ) -> list[list[list[int]]]:
     """Return the indices of the examples of this rank's micro-batches, by step; all are among
-    `chosen`."""
+    `chosen`. Says on stderr where groups of `data.queries_per_video` are far from full."""
     plan = schedule(
         len(chosen),
         steps,
@@ -108,10 +110,22 @@ def plan_steps(
         seed,
         [examples[i].weight for i in chosen],
         [examples[i].footage for i in chosen],
-        config.data.queries_per_video,
+        config.data.group_size,
         [own for rank in range(distributed.world_size()) for own in micro_batches(config, rank)],
     )
-    return [[[chosen[batch[i]] for i in own] for own in micro_batches(config)] for batch in plan]
+    own = [[[chosen[batch[i]] for i in some] for some in micro_batches(config)] for batch in plan]
+    queries = config.data.queries_per_video or 1
+    if queries > 1 and distributed.is_first():
+        footage = [[examples[i].footage for i in some] for batch in own for some in batch]
+        forwards = sum(len([*groupby(some)]) for some in footage)
+        mean = sum(map(len, footage)) / forwards
+        if mean < 0.95 * queries:
+            print(
+                f"data.queries_per_video={queries}: {mean:.1f} queries on average, because many "
+                "videos have no more; the memory plan counts on full groups",
+                file=sys.stderr,
+            )
+    return own
 
 
 def split(batch: list[int], size: int | None) -> list[list[int]]:
@@ -140,7 +154,7 @@ def micro_batches(config: Config, rank: int | None = None) -> list[range]:
     )
     queries = config.data.queries_per_video
     require(
-        queries <= size,
+        queries is None or queries <= size,
         f"data.queries_per_video={queries}: more than the {size} prompts of a micro-batch",
     )
     return [own_positions[i : i + size] for i in range(0, len(own_positions), size)]

@@ -165,7 +165,7 @@ class Work:
             prompts=prompts,
             tokens=tokens,
             video_tokens=video_tokens,
-            queries_per_video=config.data.queries_per_video,
+            queries_per_video=config.data.queries_per_video or 1,
             own_tokens=own_tokens,
             rollouts=config.num_rollouts,
             length=max(2, config.sample.max_completion_length),

@@ -13,11 +13,12 @@ import pytest
 from opd.check import main as check
 from opd.config import data
 from opd.config.data import DataConfig
+from opd.config.run import Config
 from opd.data import sources
 from opd.data.annotations.formats import FORMATS
 from opd.data.checked import checked_path
 from opd.data.examples import Example
-from opd.data.schedule import schedule, shuffled
+from opd.data.schedule import plan_steps, schedule, shuffled
 from opd.data.sources import check_leak, load_examples, sources_of
 from opd.errors import DataError
 from tests.videos import one_query_each, write_coded
@@ -305,3 +306,22 @@ def test_scheduled_groups_keep_the_shares_of_weights() -> None:
     for step, batch in enumerate(plan):
         drawn += sum(weights[i] == 3 for i in batch)
         assert abs(drawn - heavy * 16 * (step + 1)) <= 4  # a group
+
+
+@pytest.mark.parametrize("queries", [4, 2, None])
+def test_groups_that_are_not_full_are_said(queries, capsys):
+    """Twelve videos with two queries each, in steps of three videos."""
+    chosen = DataConfig(prompt="{video}{query}", queries_per_video=queries)
+    config = Config(batch_size=6, data=chosen)
+    examples = [
+        Example(id=f"{video}.{k}", video=Path(f"{video}.mp4"), query="q", spans=(), duration_s=None)
+        for video in range(12)
+        for k in range(2)
+    ]
+    plan = plan_steps(config, examples, range(24), 4, 0)
+    assert sorted(i for ((*own,),) in plan for i in own) == list(range(24))
+    assert all(own[::2] == [i ^ 1 for i in own[1::2]] for ((*own,),) in plan)
+    said = capsys.readouterr().err
+    expected = "data.queries_per_video=4: 2.0 queries on average" if queries == 4 else ""
+    assert said.startswith(expected) and bool(said) == bool(expected)
+    assert chosen.group_size == (queries or 4)

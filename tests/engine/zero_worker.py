@@ -165,7 +165,7 @@ def carry_out(
                 grouped(
                     student,
                     sorted([prompts[i] for i in places], key=lambda p: p.example.video),
-                    config.data.queries_per_video,
+                    config.data.group_size,
                 )
                 for places in micro_batches(config)
             ]
