@@ -70,6 +70,11 @@ def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
         vision, trained = size.vision / 1e9, size.trained / 1e9
         more = f", {trained:.3g}B trained" if name == "student" else ", frozen"
         report.append(f"{name}: {size.total / 1e9:.3g}B weights ({vision:.2g}B vision{more})")
+    flops = shapes.flops(ranks, plan.recompute)
+    shares = ", ".join(f"{name} {n:.3g}" for name, n in flops.items() if n)
+    report.append(
+        f"a step of {config.batch_size} prompts: {sum(flops.values()):.3g} FLOPs ({shares})"
+    )
     report += _parts("held throughout a step:", plan.held)
     report += _parts(f"beside them {MOMENTS[plan.peak]}, the peak:", plan.moments[plan.peak])
     report.append(f"{'in all, with 5% for the allocator':42}{plan.total / GIB:9.2f} GiB")

@@ -15,6 +15,7 @@ from opd import distributed
 from opd.config.run import Config
 from opd.engine.zero import BUCKET
 from opd.errors import ConfigError
+from opd.generation.prefilled import Prefilled
 from opd.models.lora import add_lora
 from opd.models.video_lm import VideoLM
 from opd.planning.shapes import (
@@ -22,10 +23,12 @@ from opd.planning.shapes import (
     Work,
     on_meta,
     pixel_bytes,
+    prompts_of,
     size_of,
     student_step,
     teacher_step,
 )
+from opd.record.flops import Cost, step_flops
 
 TEXT = 64  # tokens of template and query, about
 STAMP = 10  # tokens around a frame pair that has a time before it: that and vision markers
@@ -123,6 +126,18 @@ class Shapes:
         several = config.batch_size // ranks > prompts
         whole = prompts, self.tokens, self.video_tokens, TEXT, several
         return Work.of(config, self.device_type, _bytes(self.dtype) >= 4, *whole)
+
+    def flops(self, ranks: int, recompute: str) -> dict[str, float]:
+        """FLOPs of a step on all devices, with full groups and completions, by `FLOPS`."""
+        work, pairs = self.work(ranks), max(1, self.config.data.max_frames // 2)
+        grid = pairs, 2, 2 * -(-self.video_tokens // pairs)  # a vision token is 2 x 2 patches
+        parts = prompts_of(self.student, work, grid)
+        models = [lm for lm in (self.student, self.teacher) if lm is not None]
+        mask = torch.ones(work.prompts, work.rollouts, work.length, dtype=torch.bool)
+        costs = {lm: Cost.of(lm) for lm in models}
+        kept, decoded = Prefilled.of(parts, []), mask if work.sampled else None
+        flops = step_flops(costs, parts, decoded, kept, mask, recompute)
+        return {name: n * self.config.batch_size / work.prompts for name, n in flops.items()}
 
     def plan(self, ranks: int, recompute: str, placement: str) -> Plan:
         """Plan for one choice of `prefix.recompute` and `teacher.placement`."""

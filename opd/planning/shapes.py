@@ -125,6 +125,7 @@ class _Shape:
     """Stand-in for a `Prompt`, with its tokens on the host."""
 
     input_ids: torch.Tensor
+    grid_thw: tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,9 @@ class Work:
         return self.prompts * self.rollouts * self.length
 
 
-def prompts_of(lm: VideoLM, work: Work) -> list[PromptBatch]:
+def prompts_of(
+    lm: VideoLM, work: Work, grid_thw: tuple[int, int, int] = (1, 2, 2)
+) -> list[PromptBatch]:
     """The prompts by video: prompts rarely have the same length, so each group of queries about a
     video is a part of its own."""
     meta: dict[str, Any] = {"device": "meta"}
@@ -192,7 +195,7 @@ def prompts_of(lm: VideoLM, work: Work) -> list[PromptBatch]:
     for first in range(0, work.prompts, work.queries_per_video):
         count = min(work.queries_per_video, work.prompts - first)
         shared = work.tokens - work.own_tokens * (count > 1)
-        group = Group((_Shape(ids),) * count, shared)  # type: ignore[arg-type]
+        group = Group((_Shape(ids, grid_thw),) * count, shared)  # type: ignore[arg-type]
         length = group.num_tokens
         part = PromptBatch(
             groups=(group,),

@@ -196,6 +196,30 @@ def shapes_of(folder: Path, *keys: str, dtype: torch.dtype = torch.bfloat16) -> 
 ZERO = ("engine.kind=deepspeed", "batch_size=16", "micro_batch_size=1")
 
 
+def test_flops_of_a_step(folder: Path) -> None:
+    """Layers and head by hand; the rest, vision towers and attention, is a small part here."""
+    keys = ["data.prompt={video}{query}", "batch_size=8", "sample.max_completion_length=12"]
+    each, four = (shapes_of(folder, *keys, f"data.queries_per_video={k}") for k in (1, 4))
+    expected = {}
+    for k, shapes in ((1, each), (4, four)):
+        own = 64  # tokens of the query and its template
+        prompts = 8 * own + 8 // k * (shapes.tokens - own)
+        for name, lm in (("student", shapes.student), ("teacher", shapes.teacher)):
+            assert lm is not None
+            layer = sum(p.numel() for p in lm.language_model.layers.parameters() if p.ndim > 1)
+            head = lm.head.weight.numel()
+            passes = 3 if name == "student" else 1
+            extended = layer * 8 * 11 + head * 8 * 12
+            sampled = extended if name == "student" else 0
+            expected[name, k] = 2 * (passes * (layer * prompts + extended) + sampled)
+    for k, shapes in ((1, each), (4, four)):
+        flops = shapes.flops(1, "all")
+        assert flops["recompute"] == pytest.approx(flops["student"] / 3, rel=0.15)
+        for name in ("student", "teacher"):
+            assert 1.0 < flops[name] / expected[name, k] < 1.5, (name, k)
+        assert each.flops(2, "none") == each.flops(1, "none")  # all devices together
+
+
 def test_the_optimizer_takes_temporaries_beside_its_states(folder: Path) -> None:
     shapes = shapes_of(folder, "batch_size=2", "micro_batch_size=1")
     trained = size_of(shapes.student).trained
