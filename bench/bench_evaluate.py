@@ -1,8 +1,11 @@
-"""Several queries of one video: all behind one forward of it against one forward each.
+"""Several queries of one video behind one forward of it, in evaluation and in training.
 
-In turn, on the same prompts, greedily, after both have given the same answers. `each` forwards
-every query's prompt, the vision tokens made once a video; `alone` is the conventional evaluation,
-which makes them once a query, too.
+Evaluation: in turn, on the same prompts, greedily, after both have given the same answers. `each`
+forwards every query's prompt, the vision tokens made once a video; `alone` is the conventional
+evaluation, which makes them once a query, too.
+
+Training: steps of eight queries with 1, 4 and 8 of them behind one forward, after all have given
+the same loss.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from bench.timing import interleaved, ratio
+from opd import train
 from opd.config.method import SampleConfig
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
@@ -20,13 +24,26 @@ from opd.data.loader import batches
 from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
 from opd.data.synthetic.clips import COLOURS
+from opd.distributed import set_up
 from opd.generation.prefix import forward
 from opd.generation.sampling import Policy, decode_answers, sample
 from opd.models.load import load_model, load_options, load_processor
+from opd.planning.auto import resolve_auto
 
 ROUNDS, QUERIES, LENGTH = 4, 8, 20
 SHAPES = ("circle", "square", "triangle", "cross")
 TOKENS = {"1500": 16, "3000": 36}  # of a prompt, about, and of each frame pair
+METHODS = {
+    "opd": (),
+    "grpo": ("method=grpo", "num_rollouts=8", "reward.format=0.1"),
+    "sft": ("method=sft",),
+}
+
+
+def settings(tokens: str) -> list[str]:
+    """Keys for prompts of a length of `TOKENS` with the video first."""
+    frames = ["data.fps=10", "data.video_tokens=4096", f"data.min_frame_tokens={TOKENS[tokens]}"]
+    return ["data.prompt=video_first", *frames]
 
 
 def queries_of(config: Config) -> Prompts:
@@ -60,8 +77,7 @@ def answers(prompts: Prompts, prompt_batches: list[PromptBatch]) -> list[str]:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_queries_behind_one_forward(benchmark: Any, tokens: str) -> None:
     """Ratios are throughputs: seconds of one forward a query by those of one a video."""
-    keys = ["data.fps=10", "data.video_tokens=4096", f"data.min_frame_tokens={TOKENS[tokens]}"]
-    config = load_config(["data.prompt=video_first", "data.cache_mb=0", *keys])
+    config = load_config([*settings(tokens), "data.cache_mb=0"])
     prompts, plan = queries_of(config), [list(range(QUERIES))]
     shared = list(batches(prompts, plan, models=[prompts.lm]))
     each = list(batches(prompts, plan, models=[prompts.lm], queries_per_video=1))
@@ -79,3 +95,31 @@ def test_queries_behind_one_forward(benchmark: Any, tokens: str) -> None:
         print(f"\n{benchmark.name}, one forward a video against {name}: {speed}")
     num_tokens = each[0].num_tokens // QUERIES
     benchmark.extra_info.update({"prompt_tokens": num_tokens, "queries": QUERIES})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_behind_one_forward(benchmark: Any, method: str) -> None:
+    """Ratios of seconds per query: 4 and 8 queries behind one forward, by one each."""
+    keys = [f"batch_size={QUERIES}", "optim.lr=1e-7", "threads=1", *METHODS[method]]
+    config = load_config([*settings("1500"), *keys])
+    device = set_up(config.threads, config.seed)
+    config = resolve_auto(config, device)
+    prompts, plan = queries_of(config), [list(range(QUERIES))]
+    trainer = train.make_trainer(config, device)
+    models = list(trainer.costs)
+    steps = {
+        number: list(batches(prompts, plan, device, models, queries_per_video=number))
+        for number in (8, 4, 1)
+    }
+    losses = [trainer.step(step, 0)["loss"] for step in steps.values()]
+    assert max(losses) - min(losses) < 1e-3 * max(map(abs, losses), default=1) + 1e-4, losses
+    calls = {
+        f"{number}": lambda round_number, step=step: trainer.step(step, 1 + round_number)
+        for number, step in steps.items()
+    }
+    times = interleaved(benchmark, calls, ROUNDS, warmup=1)
+    for number in ("8", "4"):
+        share = ratio(times[number], times["1"]) | {"better": "lower"}
+        benchmark.extra_info[number] = share
+        print(f"\n{benchmark.name}, {number} queries behind one forward by 1: {share}")
+    benchmark.extra_info["prompt_tokens"] = steps[1][0].num_tokens // QUERIES
