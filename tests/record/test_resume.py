@@ -19,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
 from opd.config.run import load_config
+from opd.data.synthetic.splits import ensure_split
 from opd.errors import ConfigError, Stopped
 from opd.evaluate import main as evaluate_again
 from opd.files import read_rows
@@ -156,6 +157,22 @@ def test_rows_after_the_saved_state_are_dropped(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
     run(videos, tmp_path / "run", *SHORT, "resume=auto", "save_every=3")
     assert outcome(tmp_path / "run") == whole
+
+
+def test_a_run_of_groups_that_a_curriculum_chooses_goes_on(videos: Path, tmp_path: Path) -> None:
+    """Several queries behind one forward; the second of two rounds begins between two states."""
+    train = ensure_split(videos, "student", 8)
+    keys = [f"data.train={train}", "data.limit_train=20", "data.prompt={video}{query}. When?"]
+    keys += ["data.queries_per_video=3", "batch_size=6", "curriculum.kind=random"]
+    keys += ["curriculum.rounds=2", "curriculum.share=0.6"]
+    summary = run(videos, tmp_path / "whole", *SHORT, *keys)
+    assert 1.5 < summary["queries_per_video"] <= 3
+    assert summary["student_prompt_forwards_per_step"] == 1
+    crash(videos, tmp_path / "run", 4, "save_every=2", *keys)
+    run(videos, tmp_path / "run", *SHORT, *keys, "save_every=2", "resume=auto")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    chosen = [tmp_path / name / "curriculum" / "round_1.jsonl" for name in ("run", "whole")]
+    assert chosen[0].read_bytes() == chosen[1].read_bytes()
 
 
 def test_resuming_asks_for_the_same_run(
