@@ -126,10 +126,11 @@ def run_part(
 def end(process: subprocess.Popen[bytes]) -> None:
     """Let pytest report what it has, and then end it and all that it started; none may hold the
     device's memory."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+    for _ in range(2):  # Python loses a signal that comes while it ignores exceptions
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S / 2)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

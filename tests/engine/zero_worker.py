@@ -44,6 +44,7 @@ COMMON = (
     "engine.persistence_threshold=0",
 )
 VIDEO_FIRST = ("data.prompt={video}{query}",)
+SEPARATE = ("data.queries_per_video=1",)
 ROUTED = ("curriculum.routing=on", "curriculum.route_below=0.5")
 CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "plain": (),
@@ -67,9 +68,9 @@ CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "teacher_offload": (*ROUTED, "teacher.placement=offload"),
     "interrupted": (),
     "persistent": ("engine.persistence_threshold=1000",),  # norms and adapters stay whole
-    "separate": VIDEO_FIRST,
+    "separate": (*VIDEO_FIRST, *SEPARATE),
     "grouped": (*VIDEO_FIRST, "data.queries_per_video=3"),
-    "separate_routed": (*VIDEO_FIRST, *ROUTED),
+    "separate_routed": (*VIDEO_FIRST, *SEPARATE, *ROUTED),
     "grouped_routed": (*VIDEO_FIRST, *ROUTED, "data.queries_per_video=3"),
     "gathers": ("engine.gather=false", "teacher.placement=shard"),
     "gathers_recomputed": ("engine.gather=false", "prefix.recompute=all"),
