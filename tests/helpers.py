@@ -322,21 +322,21 @@ class Gap:
     worst: str
 
 
-def gap(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> Gap:
+def gap(actual: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> Gap:
     """Compare losses and every gradient; both have the same ones, and none is all zero."""
-    assert found[1].keys() == expected[1].keys()
+    assert actual[1].keys() == expected[1].keys()
     sizes = {
         n: (g - expected[1][n]).abs().max() / expected[1][n].abs().max()
-        for n, g in found[1].items()
+        for n, g in actual[1].items()
     }
     assert all(size.isfinite() for size in sizes.values()), sizes
     worst = max(sizes, key=lambda name: float(sizes[name]))
-    return Gap(abs(found[0] - expected[0]) / abs(expected[0]), float(sizes[worst]), worst)
+    return Gap(abs(actual[0] - expected[0]) / abs(expected[0]), float(sizes[worst]), worst)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over largest entry."""
-    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
 def run(videos: Path, run_dir: Path, *arguments: str) -> dict[str, Any]:

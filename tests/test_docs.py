@@ -64,13 +64,13 @@ def commands(page: Path) -> list[list[str]]:
     """Commands of the page's bash blocks, each as its arguments; `\\` joins lines."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in [*shlex.split(line, comments=True), "&&"]]
-    found: list[list[str]] = [[]]
+    actual: list[list[str]] = [[]]
     for part in parts:
         if part == "&&":
-            found.append([])
+            actual.append([])
         else:
-            found[-1].append(part)
-    return [command for command in found if command]
+            actual[-1].append(part)
+    return [command for command in actual if command]
 
 
 def modules(page: Path) -> list[tuple[str, list[str]]]:

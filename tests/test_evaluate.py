@@ -53,19 +53,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_checkpoint_on_a_data_set(annotations, tmp_path, capsys):
     folder = tmp_path / "out"
-    found = result(capsys, "embedded:student", *keys_for(annotations, folder))
-    assert found["queries"] == 12 and found["official"]["metrics"] == "qvhighlights"
-    assert 0 <= found["official"]["map"] <= 1
+    actual = result(capsys, "embedded:student", *keys_for(annotations, folder))
+    assert actual["queries"] == 12 and actual["official"]["metrics"] == "qvhighlights"
+    assert 0 <= actual["official"]["map"] <= 1
     stored = json.loads((folder / "evaluation.json").read_text())
-    made = stored["of"]
-    assert made["annotations"] == {str(annotations): checksum(annotations)}
-    assert made["prompt"]["grounding"] == "{query}. When?{video}"
-    assert "draws: 1" in made["config"] and "fps: 4.0" in made["config"]
-    assert made["video_processor"]["size"] and made["video_processor"]["patch_size"] == 16
-    assert made["weights"] and made["versions"]["transformers"]
+    origin = stored["of"]
+    assert origin["annotations"] == {str(annotations): checksum(annotations)}
+    assert origin["prompt"]["grounding"] == "{query}. When?{video}"
+    assert "draws: 1" in origin["config"] and "fps: 4.0" in origin["config"]
+    assert origin["video_processor"]["size"] and origin["video_processor"]["patch_size"] == 16
+    assert origin["weights"] and origin["versions"]["transformers"]
     assert stored["by"]["duration"]["<30 s"]["queries"] == 12
     low, high = stored["by"]["all"]["all"]["miou"]["interval"]
-    assert low <= found["miou"] <= high
+    assert low <= actual["miou"] <= high
     assert (folder / "evaluation.png").stat().st_size > 1000
     assert "exists already" in refused(capsys, "embedded:student", *keys_for(annotations, folder))
 
@@ -89,8 +89,8 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
     assert len(part.read_text().splitlines()) == 8
     with part.open("a") as file:
         file.write('{"id": "cut')
-    told = refused(capsys, "embedded:student", *keys, "resume=auto", "seed=1")
-    assert told.startswith("resume=auto: ") and "generated with other settings" in told
+    message = refused(capsys, "embedded:student", *keys, "resume=auto", "seed=1")
+    assert message.startswith("resume=auto: ") and "generated with other settings" in message
     again = result(capsys, "embedded:student", *keys, "resume=auto")
     assert calls == [4, 4, 4, 4], "the last batch alone is answered again"
 
@@ -120,11 +120,11 @@ def test_stored_answers(annotations, tmp_path, capsys):
     keys = keys_for(annotations, tmp_path / "out")
     main([str(answers), *keys])
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["miou"] == pytest.approx(9 / 12) and found["parse_failures"] == 3
-    assert found["official"]["recall@0.7"] == pytest.approx(9 / 12)
-    assert found["official"]["map"] == pytest.approx(9 / 12 / 2)  # one of two windows
-    assert found["another_form"] == 9
+    actual = json.loads(out)
+    assert actual["miou"] == pytest.approx(9 / 12) and actual["parse_failures"] == 3
+    assert actual["official"]["recall@0.7"] == pytest.approx(9 / 12)
+    assert actual["official"]["map"] == pytest.approx(9 / 12 / 2)  # one of two windows
+    assert actual["another_form"] == 9
     # Only queries with one true span are in the file for TimeLens' scorer.
     assert json.loads((tmp_path / "out" / "timelens.json").read_text()) == {}
     assert "3 queries have no answer and count as wrong; 0 answers belong to no query" in err
@@ -136,14 +136,14 @@ def test_stored_answers(annotations, tmp_path, capsys):
     )
     assert strict["official"]["recall@0.7"] == pytest.approx(9 / 12)
     answers.write_text('{"id": 1}\n')
-    told = refused(capsys, str(answers), *keys, "overwrite=true")
-    assert told == f"{answers}:1: not a row of id and answer: 'answer'"
+    message = refused(capsys, str(answers), *keys, "overwrite=true")
+    assert message == f"{answers}:1: not a row of id and answer: 'answer'"
     answers.write_text('{"id": "other", "answer": "x"}\n')
-    told = refused(capsys, str(answers), *keys, "overwrite=true")
-    assert told == f"{answers}: none of its 1 ids is among data.eval's"
+    message = refused(capsys, str(answers), *keys, "overwrite=true")
+    assert message == f"{answers}: none of its 1 ids is among data.eval's"
     answers.unlink()
-    told = refused(capsys, str(answers), *keys, "overwrite=true")
-    assert told == f"{answers}: no such file of answers"
+    message = refused(capsys, str(answers), *keys, "overwrite=true")
+    assert message == f"{answers}: no such file of answers"
 
 
 def test_a_score_explained_by_conventions(annotations, tmp_path, capsys):
@@ -183,8 +183,10 @@ def test_a_score_explained_by_conventions(annotations, tmp_path, capsys):
         assert scores[name][4] == (name == "data.reading=strict")
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert stored["conventions"]["cut to the video"]["miou"] == pytest.approx(2.8666667 / 4)
-    told = refused(capsys, *keys, "data.fps=1")
-    assert told.startswith("data.fps=1: needs a model; ") and told.endswith(" is a file of answers")
+    message = refused(capsys, *keys, "data.fps=1")
+    assert message.startswith("data.fps=1: needs a model; ") and message.endswith(
+        " is a file of answers"
+    )
     assert refused(capsys, "a", *keys).startswith("--explain: takes one target; usage: ")
     assert refused(capsys, *keys, "runs/mine").startswith("--explain: takes one target; usage: ")
 
@@ -215,19 +217,19 @@ def test_a_run_is_not_evaluated_on_what_it_trained_on(videos, annotations, tmp_p
     run(videos, tmp_path / "run", *small)
     keys = [f"run_dir={tmp_path / 'out'}", f"data.eval={annotations}?root={root}"]
     keys.append("data.limit_eval=null")
-    told = refused(capsys, str(tmp_path / "run"), *keys)
-    assert told.startswith("data.eval: ") and "of its videos are trained on" in told
+    message = refused(capsys, str(tmp_path / "run"), *keys)
+    assert message.startswith("data.eval: ") and "of its videos are trained on" in message
     assert result(capsys, str(tmp_path / "run"), *keys, "data.allow_leak=true")["queries"] == 12
     keys[1] = f"data.train={annotations}.gone"
     main([str(tmp_path / "run"), *keys, "overwrite=true"])
-    told = f"overlap with the training data not checked: data.train: {annotations}.gone: no such"
-    assert told in capsys.readouterr().err
+    message = f"overlap with the training data not checked: data.train: {annotations}.gone: no such"
+    assert message in capsys.readouterr().err
 
 
 def test_metrics_that_the_data_cannot_have(annotations, tmp_path, capsys):
     keys = [*keys_for(annotations, tmp_path / "out"), "eval.metrics=nextgqa", "data.limit_eval=2"]
-    told = refused(capsys, "embedded:student", *keys)
-    assert told.startswith("eval.metrics=nextgqa: none of 2 rows has options to choose from")
+    message = refused(capsys, "embedded:student", *keys)
+    assert message.startswith("eval.metrics=nextgqa: none of 2 rows has options to choose from")
     shutil.rmtree(tmp_path / "out")
 
 
@@ -236,9 +238,9 @@ def test_ranks_share_an_evaluation(annotations, tmp_path, capsys):
     keys = [*keys_for(annotations, tmp_path / "one"), "data.prompt=video_first"]
     alone = result(capsys, "embedded:student", *keys)
     keys[-2] = f"run_dir={tmp_path / 'two'}"
-    told = torchrun(2, "-m", "opd.evaluate", "embedded:student", *keys)
-    assert told.returncode == 0, told.stderr[-3000:]
-    both = json.loads(told.stdout)
+    process = torchrun(2, "-m", "opd.evaluate", "embedded:student", *keys)
+    assert process.returncode == 0, process.stderr[-3000:]
+    both = json.loads(process.stdout)
     assert both["queries"] == 12 and both["official"] == alone["official"]
     read = [(tmp_path / name / "evaluation.jsonl").read_text() for name in ("one", "two")]
     assert read[0] == read[1]

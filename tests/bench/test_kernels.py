@@ -27,8 +27,8 @@ FAST = Provider(loss=losses.kl)
 
 
 def measured(pedantic: Any, rounds: int = 3, **providers: Any) -> dict[str, dict[str, Any]]:
-    made = {n: p if isinstance(p, Provider) else Provider(loss=p) for n, p in providers.items()}
-    return measure.measure(pedantic, REVERSE_KL, made, SMALL, rounds)
+    named = {n: p if isinstance(p, Provider) else Provider(loss=p) for n, p in providers.items()}
+    return measure.measure(pedantic, REVERSE_KL, named, SMALL, rounds)
 
 
 def test_no_provider_of_another_loss_is_timed(pedantic: Any) -> None:

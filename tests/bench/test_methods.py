@@ -107,12 +107,12 @@ def protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     )
 
 
-def keep(made: Run, points: Any) -> None:
-    made.result.parent.mkdir(parents=True, exist_ok=True)
+def keep(planned: Run, points: Any) -> None:
+    planned.result.parent.mkdir(parents=True, exist_ok=True)
     gain = {"miou": {"mean": 0.3, "interval": [0.2, 0.4]}}
     common = {"hardware": "h", "commit": ["0123456789-dirty"], "date": "2026-11-21"}
     common |= {"gain": gain, "trained_share": 1.0, "tokens": 9999}
-    made.result.write_text(json.dumps({"curve": points, "keys": list(made.keys)} | common))
+    planned.result.write_text(json.dumps({"curve": points, "keys": list(planned.keys)} | common))
 
 
 def test_the_best_rate_needs_all_and_is_the_mean_of_the_scores(protocol: Protocol) -> None:
@@ -226,16 +226,16 @@ def test_a_run_is_made_once(
         trained.append(keys)
 
     monkeypatch.setattr(run, "train", train)
-    made = protocol.run("opd", "good", "seed=7")
-    carry_out(made, tmp_path / "runs")
-    result = made.outcome()
+    planned = protocol.run("opd", "good", "seed=7")
+    carry_out(planned, tmp_path / "runs")
+    result = planned.outcome()
     assert (result["arm"], result["tokens"], result["gain"]) == ("opd", 7, {})
     assert result["commit"] == ["abc", "abc-dirty"] and result["keys"] == ["steps=30", "seed=7"]
     assert result["versions"]["torch"] and result["hardware"] and "steps" not in result
-    carry_out(made, tmp_path / "runs")  # its result is there
-    made.result.unlink()
-    carry_out(made, tmp_path / "runs")  # the run itself is
-    assert trained == [["steps=30", "seed=7"]] and made.outcome() == result
+    carry_out(planned, tmp_path / "runs")  # its result is there
+    planned.result.unlink()
+    carry_out(planned, tmp_path / "runs")  # the run itself is
+    assert trained == [["steps=30", "seed=7"]] and planned.outcome() == result
 
 
 def test_the_model_that_arms_start_from_is_one_and_the_same(
@@ -271,10 +271,10 @@ def test_every_run_of_the_protocols_is_a_configuration(name: str) -> None:
         assert load_config(keys).run_dir == protocol.first["run_dir"]
     seen = set()
     for arm in protocol.arms:
-        for made in [*protocol.tuned(arm), protocol.run(arm, "x", "optim.lr=1e-3", "seed=0")]:
-            config = load_config(list(made.keys))
+        for planned in [*protocol.tuned(arm), protocol.run(arm, "x", "optim.lr=1e-3", "seed=0")]:
+            config = load_config(list(planned.keys))
             assert config.threads == 1 and config.steps % (config.eval.every or 1) == 0
-            seen.add(made.keys)
+            seen.add(planned.keys)
     text = yaml.safe_load((ROOT / "bench" / f"{name}.yaml").read_text())
     rates = [float(rate) for rate in text["rates"]]
     assert len(seen) == len(protocol.arms) * (len(rates) + 1)
@@ -285,10 +285,10 @@ def test_every_run_of_the_protocols_is_a_configuration(name: str) -> None:
 def test_the_short_form_is_the_full_one_cut_short() -> None:
     arms = json.loads((ROOT / "bench" / "results" / "methods.json").read_text())["arms"]
     long = load_config(list(Protocol.read(ROOT / "bench" / "methods.yaml").common))
-    for made in short_runs(Path("x")):
-        config = load_config(list(made.keys))
-        assert config.optim.lr == float(arms[made.arm]["best_rate"])
-        expected = ("grpo", 8) if made.arm == "grpo" else ("opd", 1)
+    for planned in short_runs(Path("x")):
+        config = load_config(list(planned.keys))
+        assert config.optim.lr == float(arms[planned.arm]["best_rate"])
+        expected = ("grpo", 8) if planned.arm == "grpo" else ("opd", 1)
         assert (config.method, config.num_rollouts) == expected
         assert config.steps * config.optim.warmup == pytest.approx(long.steps * long.optim.warmup)
         assert config.batch_size == long.batch_size and config.optim.schedule == "constant"

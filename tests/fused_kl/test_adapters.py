@@ -29,8 +29,8 @@ def labels_of(tensors):
     return labels
 
 
-def assert_same_gradients(found, truth, leaves, error=1e-5):
-    pair = (torch.autograd.grad(loss, leaves) for loss in (found, truth))
+def assert_same_gradients(actual, truth, leaves, error=1e-5):
+    pair = (torch.autograd.grad(loss, leaves) for loss in (actual, truth))
     for a, b in zip(*pair, strict=True):
         assert (a - b).norm() <= error * b.norm()
 
@@ -56,9 +56,9 @@ def test_modules_are_their_functions(case):
         given = {"token_weights": weights}
         if function is fused_kl.linear_policy_loss:
             given["advantages"] = tensors.advantages
-        found, truth = module(*arguments, **given), function(*arguments, **options, **given)
-        assert torch.equal(found.loss, truth.loss)
-        assert_same_gradients(found.loss, truth.loss, sides(tensors)[:2], 0)
+        actual, truth = module(*arguments, **given), function(*arguments, **options, **given)
+        assert torch.equal(actual.loss, truth.loss)
+        assert_same_gradients(actual.loss, truth.loss, sides(tensors)[:2], 0)
         assert all(f"{name}={value!r}" in repr(module) for name, value in options.items())
 
 
@@ -76,10 +76,10 @@ def test_liger_fused(case, beta, with_labels):
     labels = labels_of(tensors) if with_labels else None
     kept = torch.ones(13, dtype=torch.bool) if labels is None else labels != IGNORED
     module = adapters.LigerFusedLinearJSD(jsd_beta=beta, temperature=1.4)
-    found = module(*sides(tensors), labels)
+    actual = module(*sides(tensors), labels)
     truth = dense_jsd(tensors, beta, 1.4, kept)
-    assert_close(found, truth)
-    assert_same_gradients(found, truth, sides(tensors)[:2])
+    assert_close(actual, truth)
+    assert_same_gradients(actual, truth, sides(tensors)[:2])
 
 
 def test_liger_chunked(case):
@@ -87,7 +87,7 @@ def test_liger_chunked(case):
     labels = labels_of(tensors)
     kept = labels != IGNORED
     module = adapters.LigerFusedLinearJSDLoss(0.3, 0.7, 0.4, IGNORED, 1.4, False, 4, True)
-    found, soft, hard = module(*sides(tensors), labels, tensors.student_bias, tensors.teacher_bias)
+    actual, soft, hard = module(*sides(tensors), labels, tensors.student_bias, tensors.teacher_bias)
     exact, *_ = reference.linear_reverse_kl(
         *sides(tensors),
         beta=0.4,
@@ -102,8 +102,8 @@ def test_liger_chunked(case):
     assert_close(soft, exact.detach())
     assert_close(hard, entropy.detach())
     truth = 0.3 * entropy + 0.7 * exact
-    assert_close(found, truth)
-    assert_same_gradients(found, truth, (*sides(tensors)[:2], tensors.student_bias))
+    assert_close(actual, truth)
+    assert_same_gradients(actual, truth, (*sides(tensors)[:2], tensors.student_bias))
     plain = adapters.LigerFusedLinearJSDLoss(0.0, 1.0, 0.4)
     assert_close(plain(*sides(tensors), labels), dense_jsd(tensors, 0.4, 1.0, kept))
 
@@ -113,7 +113,7 @@ def test_trl(case, items):
     tensors = case.build(num_rows=12)
     mask = torch.ones(3, 4, dtype=torch.int64)
     mask[0, 2:] = 0
-    found, entropy, valid = adapters.chunked_divergence_loss(
+    actual, entropy, valid = adapters.chunked_divergence_loss(
         tensors.student_hidden.view(3, 4, -1),
         tensors.teacher_hidden.view(3, 4, -1),
         tensors.student_lm_head,
@@ -131,9 +131,9 @@ def test_trl(case, items):
     )
     truth = exact / (10 if items is None else 20)
     assert valid == 10
-    assert_close(found, truth)
+    assert_close(actual, truth)
     assert_close(entropy, student_entropy.sum().detach())
-    assert_same_gradients(found, truth, sides(tensors)[:2])
+    assert_same_gradients(actual, truth, sides(tensors)[:2])
 
 
 def test_trl_wants_one_softcap():
@@ -177,10 +177,10 @@ def test_liger_values(case):
     tensors = case.build(dtype=torch.float32)
     arguments = (*sides(tensors), labels_of(tensors))
     options = (0.3, 0.7, 0.4, IGNORED, 1.4, False, 4)
-    found = adapters.LigerFusedLinearJSDLoss(*options)(*arguments)
+    actual = adapters.LigerFusedLinearJSDLoss(*options)(*arguments)
     truth = original(*options)(*arguments)
-    assert_close(found, truth)
-    assert_same_gradients(found, truth, sides(tensors)[:2])
+    assert_close(actual, truth)
+    assert_same_gradients(actual, truth, sides(tensors)[:2])
 
 
 def test_trl_signature_and_values(case):
@@ -198,7 +198,7 @@ def test_trl_signature_and_values(case):
         mask,
         0.7,
     )
-    found, truth = adapters.chunked_divergence_loss(*arguments), original(*arguments)
-    for a, b in zip(found, truth, strict=True):
+    actual, truth = adapters.chunked_divergence_loss(*arguments), original(*arguments)
+    for a, b in zip(actual, truth, strict=True):
         assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5)
-    assert_same_gradients(found[0], truth[0], sides(tensors)[:2])
+    assert_same_gradients(actual[0], truth[0], sides(tensors)[:2])

@@ -52,9 +52,9 @@ def test_bf16_gradients_within_one_percent(mode, num_rows, gap, monkeypatch):
     tensors = sides(num_rows, gap=gap)
     kl, *wanted = exact_gradients(tensors)
     out = linear_reverse_kl(*tensors, mode=mode)
-    found = torch.autograd.grad(out.loss, tensors[:2])
+    actual = torch.autograd.grad(out.loss, tensors[:2])
     assert (out.token_kl - kl).abs().max() < 1e-4
-    for gradient, exact in zip(found, wanted, strict=True):
+    for gradient, exact in zip(actual, wanted, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient.double() - exact).norm() < 1e-2 * exact.norm()
 
@@ -112,8 +112,8 @@ def test_memory_at_16384_tokens(mode, limit, itemsize):
     generator = torch.Generator("cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
-        made = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-        return made / shape[1] ** 0.5
+        tensor = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return tensor / shape[1] ** 0.5
 
     hidden, head = randn(16_384, 2048).requires_grad_(), randn(V, 2048).requires_grad_()
     teacher = randn(16_384, 4096), randn(V, 4096)
@@ -149,5 +149,5 @@ def test_compiles_whole():
     tensors = sides(32)
     plain = torch.autograd.grad(linear_reverse_kl(*tensors).loss, tensors[:2])
     compiled = torch.compile(lambda *x: linear_reverse_kl(*x).loss, fullgraph=True)
-    made = torch.autograd.grad(compiled(*tensors), tensors[:2])
-    assert all(torch.equal(a, b) for a, b in zip(plain, made, strict=True))
+    tensor = torch.autograd.grad(compiled(*tensors), tensors[:2])
+    assert all(torch.equal(a, b) for a, b in zip(plain, tensor, strict=True))

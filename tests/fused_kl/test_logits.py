@@ -63,15 +63,15 @@ def test_value_and_gradient(beta, reduction, teacher_vocab):
     direction = torch.linspace(-1, 2, 9, dtype=torch.float64)
     if reduction == "sum":
         assert_close(out.loss, rows.sum())
-        found, truth = (torch.autograd.grad(x, student)[0] for x in (out.loss, rows.sum()))
+        actual, truth = (torch.autograd.grad(x, student)[0] for x in (out.loss, rows.sum()))
     else:
         assert_close(out.loss, rows)
-        found, truth = (torch.autograd.grad(x, student, direction)[0] for x in (out.loss, rows))
+        actual, truth = (torch.autograd.grad(x, student, direction)[0] for x in (out.loss, rows))
     for value, true in zip(
         (out.token_kl, out.student_entropy, out.teacher_entropy), details, strict=True
     ):
         assert_close(value, true.detach(), rtol=1e-9, atol=1e-10)
-    assert_close(found, truth, rtol=1e-9, atol=1e-11)
+    assert_close(actual, truth, rtol=1e-9, atol=1e-11)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
@@ -92,11 +92,11 @@ def test_half_precision_costs_one_rounding(dtype):
     ids = torch.arange(9)
     out = reverse_kl(student, teacher, token_ids=ids)
     rows, _ = dense(student, teacher, 1.0)
-    (found,) = torch.autograd.grad(out.loss, student)
+    (actual,) = torch.autograd.grad(out.loss, student)
     (truth,) = torch.autograd.grad(rows.sum(), student)
-    assert found.dtype == dtype and out.loss.dtype == torch.float32
+    assert actual.dtype == dtype and out.loss.dtype == torch.float32
     error = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
-    assert (found.double() - truth.double()).norm() < error * truth.double().norm()
+    assert (actual.double() - truth.double()).norm() < error * truth.double().norm()
     picked = student.double().log_softmax(-1)[ids, ids]
     assert out.student_logprobs is not None
     assert_close(out.student_logprobs.double(), picked.detach(), rtol=1e-5, atol=1e-5)

@@ -112,8 +112,8 @@ def test_logprobs_make_what_backward_needs_once(
     # Again, with other factors, some of them 0.
     weights = tensors.advantages.double() * (torch.arange(13) % 3)
     fused = torch.autograd.grad(logprobs @ weights, leaves)
-    for found, right in zip(fused, torch.autograd.grad(expected @ weights, leaves), strict=True):
-        assert_close(found, right, rtol=1e-9, atol=1e-11)
+    for actual, right in zip(fused, torch.autograd.grad(expected @ weights, leaves), strict=True):
+        assert_close(actual, right, rtol=1e-9, atol=1e-11)
 
 
 def test_more_rows_than_the_head_has_columns_are_recomputed(case, multiplied):

@@ -40,16 +40,16 @@ def rules_of(tensors) -> dict[str, Any]:
 def assert_same(tensors, out, dense, direction=None, tolerance=1e-9):
     """Loss, details and every gradient; along `direction` where the loss is a vector."""
     loss, *details = dense
-    for found, truth in zip(
+    for actual, truth in zip(
         (out.loss, out.token_kl, out.student_entropy, out.teacher_entropy),
         (loss, *details),
         strict=True,
     ):
-        assert_close(found.detach(), truth.detach(), rtol=tolerance, atol=1e-10)
+        assert_close(actual.detach(), truth.detach(), rtol=tolerance, atol=1e-10)
     leaves = [leaf for leaf in (getattr(tensors, name) for name in LEAVES) if leaf is not None]
-    made = torch.autograd.grad(out.loss, leaves, direction)
-    for found, truth in zip(made, torch.autograd.grad(loss, leaves, direction), strict=True):
-        assert_close(found, truth, rtol=tolerance, atol=1e-11)
+    gradients = torch.autograd.grad(out.loss, leaves, direction)
+    for actual, truth in zip(gradients, torch.autograd.grad(loss, leaves, direction), strict=True):
+        assert_close(actual, truth, rtol=tolerance, atol=1e-11)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lowmem"])
@@ -117,8 +117,8 @@ def test_lowmem_with_one_trained_input_or_none(case, trained, narrow_tiles):
     assert out.loss.requires_grad == (trained is not None)
     if trained:
         leaf = getattr(tensors, trained)
-        made, wanted = (torch.autograd.grad(loss, leaf)[0] for loss in (out.loss, truth))
-        assert_close(made, wanted)
+        gradients, wanted = (torch.autograd.grad(loss, leaf)[0] for loss in (out.loss, truth))
+        assert_close(gradients, wanted)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lowmem"])
@@ -197,10 +197,10 @@ def test_topk(case, tail, support, k):
 def test_topk_of_the_whole_vocabulary_is_the_reverse_kl(case, tail):
     tensors = case.build()
     whole = linear_reverse_kl(*sides(tensors))
-    found = topk_reverse_kl(*sides(tensors), k=1187, tail=tail)
-    assert_close(found.loss, whole.loss)
+    actual = topk_reverse_kl(*sides(tensors), k=1187, tail=tail)
+    assert_close(actual.loss, whole.loss)
     leaves = sides(tensors)[:2]
-    pair = (torch.autograd.grad(out.loss, leaves) for out in (found, whole))
+    pair = (torch.autograd.grad(out.loss, leaves) for out in (actual, whole))
     for a, b in zip(*pair, strict=True):
         assert_close(a, b)
 
@@ -213,11 +213,11 @@ def test_topk_by_hand():
         torch.tensor([[0.3, 0.6, 0.1]]).log(),
     )
     eye = torch.eye(3)
-    found = topk_reverse_kl(student, eye, teacher, eye, k=2)
-    assert found.loss.item() == pytest.approx(log(2) / 3, rel=1e-5)
-    found = topk_reverse_kl(student, eye, teacher, eye, k=2, tail=True)
+    actual = topk_reverse_kl(student, eye, teacher, eye, k=2)
+    assert actual.loss.item() == pytest.approx(log(2) / 3, rel=1e-5)
+    actual = topk_reverse_kl(student, eye, teacher, eye, k=2, tail=True)
     exact = 0.5 * log(0.5 / 0.3) + 0.25 * log(0.25 / 0.6) + 0.25 * log(0.25 / 0.1)
-    assert found.loss.item() == pytest.approx(exact, rel=1e-5)
+    assert actual.loss.item() == pytest.approx(exact, rel=1e-5)
 
 
 # The estimator on sampled tokens.
@@ -235,9 +235,9 @@ def test_sampled(case):
     for name in ("token_kl", "student_entropy", "teacher_entropy", "student_logprobs"):
         assert_close(getattr(out, name), getattr(full, name), rtol=1e-9, atol=1e-10)
     leaves = [getattr(tensors, name) for name in LEAVES]
-    made = torch.autograd.grad(out.loss, leaves)
-    for found, truth in zip(made, torch.autograd.grad(surrogate, leaves), strict=True):
-        assert_close(found, truth, rtol=1e-9, atol=1e-11)
+    gradients = torch.autograd.grad(out.loss, leaves)
+    for actual, truth in zip(gradients, torch.autograd.grad(surrogate, leaves), strict=True):
+        assert_close(actual, truth, rtol=1e-9, atol=1e-11)
 
 
 # torch.compile sees one node.
@@ -274,8 +274,8 @@ def test_compiles_whole(case, function, options):
     for call in (loss, compiled):
         value, token_kl = call(*leaves)
         results.append((value.detach(), token_kl, *torch.autograd.grad(value, leaves)))
-    for eager, made in zip(*results, strict=True):
-        assert_close(made, eager, rtol=1e-6, atol=1e-7)
+    for eager, gradients in zip(*results, strict=True):
+        assert_close(gradients, eager, rtol=1e-6, atol=1e-7)
     assert not results[1][1].requires_grad
 
 

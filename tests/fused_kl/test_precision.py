@@ -141,8 +141,8 @@ def half_products(monkeypatch):
     """A GPU's bf16 path on a CPU: products of bf16 inputs with fp32 results, gradients in bf16."""
 
     def product_(out, a, b, *, alpha, accumulate):
-        made = alpha * (a.double() @ b.double())
-        out.copy_(out + made if accumulate else made)
+        gradients = alpha * (a.double() @ b.double())
+        out.copy_(out + gradients if accumulate else gradients)
 
     def multiplies_half(*tensors):
         return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
@@ -165,9 +165,9 @@ def test_bf16_gradients_of_fp32_logits_stay_within_one_percent(
     out = linear_reverse_kl(
         *sides(tensors), token_weights=weights, mode=mode, chunk_size=chunk_size
     )
-    found = torch.autograd.grad(out.loss, sides(tensors)[:2])
+    actual = torch.autograd.grad(out.loss, sides(tensors)[:2])
     truth, token_kl, *_ = reference.linear_reverse_kl(*sides(tensors), token_weights=weights)
-    for gradient, exact in zip(found, torch.autograd.grad(truth, sides(tensors)[:2]), strict=True):
+    for gradient, exact in zip(actual, torch.autograd.grad(truth, sides(tensors)[:2]), strict=True):
         assert gradient.dtype == torch.bfloat16
         # The reference hands its gradient over in bf16 too: half of what is seen is its rounding.
         assert (gradient.double() - exact.double()).norm() < 1e-2 * exact.double().norm()

@@ -94,7 +94,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
         grad=expected_grad,
     )
     grad = student.to(DEVICE, copy=True)
-    found = triton_rows.divergence_rows_(
+    actual = triton_rows.divergence_rows_(
         grad,
         teacher.to(DEVICE),
         ids.to(DEVICE),
@@ -103,7 +103,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
         scale=scale.to(DEVICE),
         grad=grad,
     )
-    for value, truth in zip(found, expected, strict=True):
+    for value, truth in zip(actual, expected, strict=True):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
     # A JSD between strangers has gradients of 1e-8, which no fp32 program can tell from 0.
     error = (grad.cpu().double() - expected_grad).norm()
@@ -114,7 +114,7 @@ def test_divergence_rows(beta, gap, share, num_columns, std, splits, split_rows)
     )
     assert torch.equal(kept.cpu(), student)
     assert len(without) == 3
-    for value, again in zip(without, found[:3], strict=True):
+    for value, again in zip(without, actual[:3], strict=True):
         assert torch.equal(value, again)
 
 
@@ -143,7 +143,7 @@ def test_token_rows(share, with_entropy, num_columns, std, splits, split_rows):
         grad=expected_grad,
     )
     grad = values.to(DEVICE, copy=True)
-    found = triton_rows.token_rows_(
+    actual = triton_rows.token_rows_(
         grad,
         ids.to(DEVICE),
         banned=place(banned),
@@ -151,7 +151,7 @@ def test_token_rows(share, with_entropy, num_columns, std, splits, split_rows):
         entropy_scale=None if of_entropy is None else of_entropy.to(DEVICE),
         grad=grad,
     )
-    for value, truth in zip(found, expected, strict=True):
+    for value, truth in zip(actual, expected, strict=True):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
     for row, truth in zip(grad.cpu().double(), expected_grad, strict=True):
         assert (row - truth).norm() < 1e-4 * truth.norm()
@@ -199,8 +199,8 @@ def test_a_row_in_tiles(beta, num_columns, std, splits, split_rows):
             )
             grads.append(s)
         results.append([*summary[1:], *parts, torch.cat(grads, -1)])
-    for truth, found in zip(*results, strict=True):
-        assert (found.cpu().double() - truth).norm() <= 1e-5 * truth.norm() + 1e-7
+    for truth, actual in zip(*results, strict=True):
+        assert (actual.cpu().double() - truth).norm() <= 1e-5 * truth.norm() + 1e-7
 
 
 # One block, less than one, a ragged end, and more blocks than programs.
@@ -251,10 +251,10 @@ def test_no_allowed_column_is_never_silent():
 
 def test_no_rows():
     student, teacher = logits(0, 50, 1.0, None)
-    found = triton_rows.divergence_rows_(
+    actual = triton_rows.divergence_rows_(
         student.to(DEVICE), teacher.to(DEVICE), beta=1.0, banned=None
     )
-    assert [len(values) for values in found] == [0, 0, 0]
+    assert [len(values) for values in actual] == [0, 0, 0]
 
 
 COMPILE = """
@@ -282,14 +282,14 @@ programs = {name for name, function in functions.items() if "tl.program_id" in f
 assert programs == {v.kernel.__name__ for v in variants}, "a program is not compiled here"
 
 for variant in variants:
-    made = compiled(variant, target)
+    kernel = compiled(variant, target)
     if amd:
-        text = made.asm["amdgcn"]
+        text = kernel.asm["amdgcn"]
         registers, spills = (int(re.search(rf"\\.vgpr_{what}_?count: +(\\d+)", text)[1])
             for what in ("", "spill_"))
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
+            file.write(kernel.asm["cubin"])
             file.flush()
             command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -297,12 +297,12 @@ for variant in variants:
             int(re.search(rf"{what}:(\\d+)", text)[1]) for what in ("REG", "STACK")
         )
     # The row index leaves 32 bits before anything multiplies it.
-    ttir = made.asm["ttir"]
+    ttir = kernel.asm["ttir"]
     index, rest = re.search(r"(%\\S+) = tt.get_program_id x(.*)", ttir, re.S).groups()
     uses = re.findall(rf"^.*[ (]{index}[ ,)].*$", rest, re.M)
     assert registers <= REGISTERS and spills == 0, (variant, registers, spills)
     # Fp32 gradients under a ban exchange a block of logits between threads.
-    assert made.metadata.shared <= 8192, variant
+    assert kernel.metadata.shared <= 8192, variant
     assert uses and all("arith.extsi" in use and "i32 to i64" in use for use in uses), uses
 """
 
@@ -377,13 +377,13 @@ ERRORS = {F32: 1e-5, torch.bfloat16: 1e-2}
 
 def sides(tensors, device, dtype):
     """Leaves on the device, and the same values in fp64 on the CPU."""
-    made, exact = [], []
+    leaves, exact = [], []
     for name in NAMES:
         tensor = getattr(tensors, name).detach().to(dtype)
         trained = name.startswith("student")
-        made.append(tensor.to(device, copy=True).requires_grad_(trained))
+        leaves.append(tensor.to(device, copy=True).requires_grad_(trained))
         exact.append(tensor.to(F64, copy=True).requires_grad_(trained))
-    return made, exact
+    return leaves, exact
 
 
 def rules_of(tensors, device, dtype):
@@ -395,8 +395,8 @@ def rules_of(tensors, device, dtype):
     }
 
 
-def assert_near(found, exact, error):
-    assert (found.double().cpu() - exact).norm() <= error * exact.norm() + 1e-12
+def assert_near(actual, exact, error):
+    assert (actual.double().cpu() - exact).norm() <= error * exact.norm() + 1e-12
 
 
 dtypes = pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -408,29 +408,31 @@ dtypes = pytest.mark.parametrize("dtype", ERRORS, ids=str)
 def test_divergences_through_them(device, dtype, mode, beta, case, monkeypatch):
     monkeypatch.setattr("fused_kl.tiles.LOWMEM_BYTES", {"cpu": 60_000, "gpu": 60_000})
     tensors = case.build(teacher_vocab=1201)
-    made, exact = sides(tensors, device, dtype)
+    leaves, exact = sides(tensors, device, dtype)
     out = linear_reverse_kl(
-        *made, **rules_of(tensors, device, F32), beta=beta, mode=mode, chunk_size=5
+        *leaves, **rules_of(tensors, device, F32), beta=beta, mode=mode, chunk_size=5
     )
     truth, kl, *_ = reference.linear_reverse_kl(*exact, **rules_of(tensors, "cpu", F64), beta=beta)
     assert_near(out.token_kl, kl.detach(), 1e-5)
     gradients = torch.autograd.grad(truth, exact[:2])
-    for found, wanted in zip(torch.autograd.grad(out.loss * 2, made[:2]), gradients, strict=True):
-        assert found.dtype == dtype
-        assert_near(found / 2, wanted, ERRORS[dtype])
+    for actual, wanted in zip(
+        torch.autograd.grad(out.loss * 2, leaves[:2]), gradients, strict=True
+    ):
+        assert actual.dtype == dtype
+        assert_near(actual / 2, wanted, ERRORS[dtype])
 
 
 @dtypes
 def test_token_losses_through_them(device, dtype, case):
     tensors = case.build()
-    made, exact = sides(tensors, device, dtype)
+    leaves, exact = sides(tensors, device, dtype)
     ids, advantages = tensors.token_ids.to(device), tensors.advantages.to(device)
     rules, wide = rules_of(tensors, device, F32), rules_of(tensors, "cpu", F64)
     rules["allowed_columns"] = wide["allowed_columns"] = None
-    sampled = linear_reverse_kl(*made, **rules, token_ids=ids, estimator="sampled", chunk_size=5)
-    policy = linear_policy_loss(*made[:2], ids, advantages=advantages, **rules, chunk_size=5)
+    sampled = linear_reverse_kl(*leaves, **rules, token_ids=ids, estimator="sampled", chunk_size=5)
+    policy = linear_policy_loss(*leaves[:2], ids, advantages=advantages, **rules, chunk_size=5)
     weights = rules.pop("token_weights")
-    plain, ahead = (linear_logprobs(*made[:2], ids, **rules, chunk_size=n) for n in (5, "auto"))
+    plain, ahead = (linear_logprobs(*leaves[:2], ids, **rules, chunk_size=n) for n in (5, "auto"))
     dense, *_ = reference.linear_policy_loss(
         *exact[:2], tensors.token_ids, advantages=tensors.advantages, **wide
     )
@@ -444,9 +446,9 @@ def test_token_losses_through_them(device, dtype, case):
         ((weights * plain.logprobs).sum(), (exact_weights * log_p).sum()),
         ((weights * ahead.logprobs).sum(), (exact_weights * log_p).sum()),
     )
-    for found, truth in pairs:
+    for actual, truth in pairs:
         wanted = torch.autograd.grad(truth, exact[:2], retain_graph=True)
-        for gradient, right in zip(torch.autograd.grad(found, made[:2]), wanted, strict=True):
+        for gradient, right in zip(torch.autograd.grad(actual, leaves[:2]), wanted, strict=True):
             assert_near(gradient, right, ERRORS[dtype])
     assert_near(plain.logprobs.detach(), log_p.detach(), 1e-5)
 
@@ -454,14 +456,14 @@ def test_token_losses_through_them(device, dtype, case):
 @dtypes
 def test_an_entropy_bonus_through_them(device, dtype, case):
     tensors = case.build()
-    made, exact = (leaves[:2] for leaves in sides(tensors, device, dtype))
+    trained, exact = (leaves[:2] for leaves in sides(tensors, device, dtype))
     columns = tensors.allowed_columns.nonzero().squeeze(-1)
     ids = columns[tensors.token_ids % len(columns)]
     tensors.token_weights[4] = 0
     rules, wide = rules_of(tensors, device, F32), rules_of(tensors, "cpu", F64)
     advantages = 0 * tensors.advantages  # the bonus alone
     out = linear_policy_loss(
-        *made,
+        *trained,
         ids.to(device),
         advantages=advantages.to(device),
         entropy_coef=0.5,
@@ -473,7 +475,7 @@ def test_an_entropy_bonus_through_them(device, dtype, case):
     )
     assert_near(out.loss.detach(), truth.detach(), 1e-5)
     wanted = torch.autograd.grad(truth, exact)
-    for gradient, right in zip(torch.autograd.grad(out.loss, made), wanted, strict=True):
+    for gradient, right in zip(torch.autograd.grad(out.loss, trained), wanted, strict=True):
         assert_near(gradient, right, ERRORS[dtype])
 
 

@@ -134,8 +134,8 @@ def test_weights_scale_the_loss_and_its_gradients_and_nothing_else(case, loss):
     out = fused(tensors, weights)
     value, surrogate = dense(tensors, weights)
     assert_close(out.loss.detach(), value.detach())
-    found = gradients_of(out.loss, tensors)
-    for gradient, exact in zip(found, gradients_of(surrogate, tensors), strict=True):
+    actual = gradients_of(out.loss, tensors)
+    for gradient, exact in zip(actual, gradients_of(surrogate, tensors), strict=True):
         assert_close(gradient, exact, rtol=1e-9, atol=1e-11)
     for detail, plain in zip(
         details_of(out), details_of(fused(tensors, torch.ones(N))), strict=True
@@ -178,9 +178,9 @@ def test_a_denominator_in_the_weights_is_a_division_of_the_loss(case, loss, inpu
     assert weighted.dtype == F32
     error = 1e-5 if input_dtype == F32 else 1e-2
     pairs = zip(gradients_of(weighted, inside), gradients_of(divided, outside), strict=True)
-    for found, wanted in ((weighted, divided), *pairs):
-        assert found.dtype == wanted.dtype
-        difference = (found.double() - wanted.double()).norm()
+    for actual, wanted in ((weighted, divided), *pairs):
+        assert actual.dtype == wanted.dtype
+        difference = (actual.double() - wanted.double()).norm()
         assert difference <= error * wanted.double().norm()
 
 

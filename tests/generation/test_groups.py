@@ -289,8 +289,8 @@ def test_every_method_takes_the_step_of_separate_prompts(
     assert row["trained_share"] == expected["trained_share"]
     assert (row["trained_share"] or 1.0) < 1 or method != "routed"
     assert row["prompt_tokens_per_query"] < 0.7 * expected["prompt_tokens_per_query"]
-    for made in (trainer, alone):
-        assert made.counter.passes("prompt", made.progress.prompt_tokens) == 1.0
+    for tested in (trainer, alone):
+        assert tested.counter.passes("prompt", tested.progress.prompt_tokens) == 1.0
     assert (trainer.progress.prompts, trainer.progress.groups) == (6, 3)
 
 

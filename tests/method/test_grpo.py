@@ -70,10 +70,10 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
 
 def drawn(lm: VideoLM, policy: Policy, batch: Any) -> Rollouts:
     draws = uniforms(0, 0, [e.id for e in batch.examples], GROUP, 5)
-    made = graded(sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws), batch.examples)
-    assert made.rewards is not None
-    told_apart = ~all_equal(made.rewards)
-    return replace(made, trained=told_apart[:, None].expand_as(made.rewards))
+    rollouts = graded(sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws), batch.examples)
+    assert rollouts.rewards is not None
+    told_apart = ~all_equal(rollouts.rewards)
+    return replace(rollouts, trained=told_apart[:, None].expand_as(rollouts.rewards))
 
 
 def dense(
@@ -97,89 +97,89 @@ def dense(
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_a_step_is_plain_autograd(trainer, size, normalize):
     lm = ours("student", layers=2)
-    made = trainer(lm, normalize=normalize, micro_batch_size=size)
+    tested = trainer(lm, normalize=normalize, micro_batch_size=size)
     prompts = unequal_prompts(lm)
     whole = batch_of(prompts)
-    rollouts = drawn(lm, made.policy, whole)
+    rollouts = drawn(lm, tested.policy, whole)
     trained = rollouts.loss_mask
     assert trained.any(2).sum(1).tolist() == [GROUP, 0, GROUP]
     by = int(trained.sum()) if normalize == "token" else 2 * GROUP
-    expected = backward(lm.model, lambda: dense(lm, whole, made.policy, rollouts, None, 0.2) / by)
+    expected = backward(lm.model, lambda: dense(lm, whole, tested.policy, rollouts, None, 0.2) / by)
     lm.model.zero_grad()
     seen: dict[str, Tensor] = {}
-    made.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
+    tested.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
     micro = [whole] if size is None else [batch_of([prompt]) for prompt in prompts]
-    row = made.step(micro, 0)
+    row = tested.step(micro, 0)
     worst = gap((row["loss"], seen), expected)
     assert worst.loss < 1e-12 and worst.gradient < 1e-12, worst
     assert row["equal_groups"] == 1 and row["grad_norm"] > 0
     assert row["reward"] == pytest.approx(float(rollouts.rewards.mean()))
     assert row["completion_length"] == int(rollouts.completion_mask.sum()) / 12
-    assert made.counter.passes("prompt", sum(b.num_tokens for b in micro)) == 1.0
+    assert tested.counter.passes("prompt", sum(b.num_tokens for b in micro)) == 1.0
 
 
 @pytest.mark.usefixtures("exact_modules")
 def test_a_second_epoch_has_the_first_ones_logprobs(trainer):
     lm = ours("student", layers=2)
-    made = trainer(lm, grpo=GRPOConfig(epochs=3, clip=0.01))
+    tested = trainer(lm, grpo=GRPOConfig(epochs=3, clip=0.01))
     batch = batch_of(unequal_prompts(lm))
-    rollouts = drawn(lm, made.policy, batch)
+    rollouts = drawn(lm, tested.policy, batch)
     with torch.no_grad():
         hidden = extend(lm, prefill_of(lm, batch), rollouts.completion_ids)
-        log_p = made.policy.log_probs(lm.head(hidden).double())
+        log_p = tested.policy.log_probs(lm.head(hidden).double())
         old = log_p.gather(-1, rollouts.completion_ids[..., None])[..., 0]
     seen: list[tuple[Any, dict[str, Tensor]]] = []
 
     def before_step(*_: Any) -> None:
-        found = {name: grad.clone() for name, grad in gradients(lm.model).items()}
+        actual = {name: grad.clone() for name, grad in gradients(lm.model).items()}
         lm.model.zero_grad()
         truth = backward(
             lm.model,
-            lambda: dense(lm, batch, made.policy, rollouts, old if seen else None, 0.01) / 8,
+            lambda: dense(lm, batch, tested.policy, rollouts, old if seen else None, 0.01) / 8,
         )
-        seen.append((truth, found))
+        seen.append((truth, actual))
         for name, parameter in lm.model.named_parameters():
-            if name in found:
-                parameter.grad = found[name]
+            if name in actual:
+                parameter.grad = actual[name]
 
-    made.engine.optimizer.register_step_pre_hook(before_step)
-    made.step([batch], 0)
+    tested.engine.optimizer.register_step_pre_hook(before_step)
+    tested.step([batch], 0)
     assert len(seen) == 3
-    for truth, found in seen:
+    for truth, actual in seen:
         # policy.log_probs is fp32, so old log-probabilities agree to 1e-7.
-        assert gap((truth[0], found), truth).gradient < 1e-4
+        assert gap((truth[0], actual), truth).gradient < 1e-4
     first, second = (torch.cat([g.flatten() for g in seen[i][1].values()]) for i in (0, 1))
     assert second.norm() < 0.9 * first.norm(), "the clip stopped nothing"
-    assert made.engine.steps_done == 3
+    assert tested.engine.steps_done == 3
 
 
 def test_prompt_forwards_are_the_epochs(trainer):
     lm = ours("student", layers=1)
-    made = trainer(lm, grpo=GRPOConfig(epochs=2))
+    tested = trainer(lm, grpo=GRPOConfig(epochs=2))
     batch = batch_of(unequal_prompts(lm))
-    made.step([batch], 0)
-    assert made.counter.passes("prompt", batch.num_tokens) == 2.0
+    tested.step([batch], 0)
+    assert tested.counter.passes("prompt", batch.num_tokens) == 2.0
 
 
 def test_nothing_to_prefer_changes_nothing(trainer, monkeypatch):
     lm = ours("student", layers=1)
-    made = trainer(lm)
+    tested = trainer(lm)
     batch = batch_of(unequal_prompts(lm))
-    made.step([batch], 0)
+    tested.step([batch], 0)
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-    state = {k: v.clone() for p in made.engine.optimizer.state.values() for k, v in p.items()}
+    state = {k: v.clone() for p in tested.engine.optimizer.state.values() for k, v in p.items()}
 
     def equal(rollouts: Rollouts, *_: Any) -> Rollouts:
         return replace(rollouts, rewards=torch.full_like(rewards_of(rollouts), 0.25))
 
     monkeypatch.setattr("opd.method.trainer.grade", equal)
-    row = made.step([batch], 1)
+    row = tested.step([batch], 1)
     assert row["loss"] == 0 and row["grad_norm"] == 0 and row["skipped"] is None
     assert row["equal_groups"] == 3 and row["reward"] == 0.25 and row["reward_std"] == 0
     assert all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
-    again = {k: v for p in made.engine.optimizer.state.values() for k, v in p.items()}
+    again = {k: v for p in tested.engine.optimizer.state.values() for k, v in p.items()}
     assert all(torch.equal(state[k], v) for k, v in again.items())
-    assert made.engine.steps_done == 2
+    assert tested.engine.steps_done == 2
 
 
 def small() -> tuple[Tensor, Tensor, Tensor, Tensor, Policy]:
@@ -208,10 +208,10 @@ def test_the_penalty_is_the_kl_to_the_reference():
     distance = reference - now
     ratio = (now - now.detach()).exp()
     truth = -(ratio * relative).sum() + 0.3 * (distance.exp() - distance - 1).sum()
-    found: Loss = grpo(targets, hidden, head)
-    assert_close(found.loss, truth)
+    actual: Loss = grpo(targets, hidden, head)
+    assert_close(actual.loss, truth)
     wanted = torch.autograd.grad(truth, (hidden, head))
-    for a, b in zip(torch.autograd.grad(found.loss, (hidden, head)), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(actual.loss, (hidden, head)), wanted, strict=True):
         assert_close(a, b)
     # At the reference itself the penalty is 0, and pulls nowhere.
     same = Targets(ids, policy, hidden.detach(), head.detach(), 0 * relative, None, config)
@@ -231,11 +231,11 @@ def test_the_bonus_is_the_entropy_of_the_policy(weight):
     now = log_p[torch.arange(3), torch.tensor([0, 2, 4])]
     entropy = -(log_p.exp() * log_p).sum(-1)
     truth = weight * (-((now - now.detach()).exp() * relative) - 0.7 * entropy).sum()
-    found: Loss = grpo(targets, hidden, head)
-    assert_close(found.loss, truth, rtol=1e-12, atol=1e-12)
-    assert_close(found.student_entropy, entropy.detach())
+    actual: Loss = grpo(targets, hidden, head)
+    assert_close(actual.loss, truth, rtol=1e-12, atol=1e-12)
+    assert_close(actual.student_entropy, entropy.detach())
     wanted = torch.autograd.grad(truth, (hidden, head))
-    for a, b in zip(torch.autograd.grad(found.loss, (hidden, head)), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(actual.loss, (hidden, head)), wanted, strict=True):
         assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -246,15 +246,15 @@ def test_groups_of_equal_rewards_keep_penalty_and_bonus(trainer, size, kl_coef, 
     """All twelve rollouts are in loss and denominator, the second prompt's with advantage 0."""
     lm, reference = ours("student", layers=2), ours("student", seed=5, layers=2)
     rules = GRPOConfig(kl_coef=kl_coef, entropy_coef=entropy_coef)
-    made = trainer(lm, Teacher(reference), grpo=rules, micro_batch_size=size)
+    tested = trainer(lm, Teacher(reference), grpo=rules, micro_batch_size=size)
     prompts = unequal_prompts(lm)
     batch = batch_of(prompts)
-    rollouts = replace(drawn(lm, made.policy, batch), trained=None)
+    rollouts = replace(drawn(lm, tested.policy, batch), trained=None)
 
     def log_probs(model: VideoLM) -> Tensor:
         hidden = extend(model, prefill_of(model, batch), rollouts.completion_ids)
-        logits = hidden @ model.model.lm_head.weight.T / made.policy.temperature
-        return logits.masked_fill(~made.policy.allowed_columns, -1e30).log_softmax(-1)
+        logits = hidden @ model.model.lm_head.weight.T / tested.policy.temperature
+        return logits.masked_fill(~tested.policy.allowed_columns, -1e30).log_softmax(-1)
 
     def chosen(log_p: Tensor) -> Tensor:
         return log_p.gather(-1, rollouts.completion_ids[..., None])[..., 0]
@@ -265,15 +265,15 @@ def test_groups_of_equal_rewards_keep_penalty_and_bonus(trainer, size, kl_coef, 
         penalty = (distance.exp() - distance - 1) * rollouts.loss_mask
         entropy = -(log_p.exp() * log_p).sum(-1) * rollouts.loss_mask
         assert penalty[1].sum() > 0 and entropy[1].sum() > 0
-        rewarded = dense(lm, batch, made.policy, rollouts, None, 0.2)
+        rewarded = dense(lm, batch, tested.policy, rollouts, None, 0.2)
         more = kl_coef * penalty.sum() - entropy_coef * entropy.sum()
         return (rewarded + more) / (3 * GROUP)
 
     expected = backward(lm.model, whole)
     lm.model.zero_grad()
     seen: dict[str, Tensor] = {}
-    made.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
-    row = made.step([batch] if size is None else [batch_of([prompt]) for prompt in prompts], 0)
+    tested.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
+    row = tested.step([batch] if size is None else [batch_of([prompt]) for prompt in prompts], 0)
     worst = gap((row["loss"], seen), expected)
     assert worst.loss < 1e-6 and worst.gradient < 1e-6, worst
     assert row["equal_groups"] == 1 and row["trained_share"] == 1
@@ -284,24 +284,24 @@ def test_groups_of_equal_rewards_keep_penalty_and_bonus(trainer, size, kl_coef, 
 def test_a_mix_with_the_reward_is_the_sum(objective, trainer, monkeypatch):
     lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))
     batch = batch_of(unequal_prompts(lm))
-    found: dict[str, dict[str, Tensor]] = {}
+    actual: dict[str, dict[str, Tensor]] = {}
     for name, coef in (("plain", 0.0), ("mixed", 0.5), ("more", 1.5)):
-        made = trainer(
+        tested = trainer(
             lm, teacher, method="opd", objective=objective, opd=OPDConfig(reward_coef=coef)
         )
-        _, rollouts = made.micro_step(batch, 0)
+        _, rollouts = tested.micro_step(batch, 0)
         assert rollouts.trained is None
-        found[name] = {n: g.clone() for n, g in gradients(lm.model).items()}
+        actual[name] = {n: g.clone() for n, g in gradients(lm.model).items()}
         lm.model.zero_grad()
     # The policy gradient alone, by plain autograd, over all 12 rollouts.
-    rollouts = replace(drawn(lm, made.policy, batch), trained=None)
+    rollouts = replace(drawn(lm, tested.policy, batch), trained=None)
     _, rewarded = backward(
-        lm.model, lambda: dense(lm, batch, made.policy, rollouts, None, 0.2) / 12
+        lm.model, lambda: dense(lm, batch, tested.policy, rollouts, None, 0.2) / 12
     )
     for name, gradient in rewarded.items():
         for mix, coef in (("mixed", 0.5), ("more", 1.5)):
             assert_close(
-                found[mix][name], found["plain"][name] + coef * gradient, rtol=1e-6, atol=1e-9
+                actual[mix][name], actual["plain"][name] + coef * gradient, rtol=1e-6, atol=1e-9
             )
 
 

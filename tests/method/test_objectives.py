@@ -87,9 +87,9 @@ def test_expected_gradient_of_sampled_is_that_of_reverse_kl():
     ids = torch.zeros(len(hidden), dtype=torch.long)
     out = reverse_kl(Targets(ids, policy, teacher_hidden, teacher_head), hidden, head)
     truth = torch.autograd.grad(out.loss, leaves)
-    for found, expected in zip(expected_gradient, truth, strict=True):
+    for actual, expected in zip(expected_gradient, truth, strict=True):
         assert expected.abs().max() > 0.01
-        assert relative(found, expected) < 1e-10
+        assert relative(actual, expected) < 1e-10
     # E[-A] is the KL itself, so that descending the sampled loss descends the KL.
     assert relative(expected_loss, out.loss.detach()) < 1e-10
     assert out.loss > 0.1
@@ -124,7 +124,7 @@ def test_values_by_definition():
     assert relative(full.loss, kl.sum()) < EXACT
     assert relative(one.loss, -(scored - chosen).sum()) < EXACT
     assert relative(reference.loss, -chosen.sum()) < EXACT
-    for found, expected in (
+    for actual, expected in (
         (full.token_kl, kl),
         (one.token_kl, kl),
         (full.student_entropy, entropy),
@@ -134,8 +134,8 @@ def test_values_by_definition():
         (one.student_logprobs, chosen),
         (reference.student_logprobs, chosen),
     ):
-        assert found is not None and not found.requires_grad
-        assert relative(found, expected) < EXACT
+        assert actual is not None and not actual.requires_grad
+        assert relative(actual, expected) < EXACT
 
 
 # Variants and controls.
@@ -166,7 +166,7 @@ def dense_sides():
 def test_variants_are_plain_autograd(objective, settings):
     leaves, sides, policy, ids, log_p, log_q, chosen = dense_sides()
     config = Config(objective=objective, opd=OPDConfig(**settings))
-    found = OBJECTIVES[objective](Targets(ids, policy, *sides, config=config), *leaves)
+    actual = OBJECTIVES[objective](Targets(ids, policy, *sides, config=config), *leaves)
     p, q = log_p.exp(), log_q.exp()
     if objective == "constant":
         truth = chosen.sum()
@@ -192,10 +192,10 @@ def test_variants_are_plain_autograd(objective, settings):
         value = (a.exp() * (a - b)).sum(-1)
         truth = value.sum()
     if objective != "constant":
-        assert relative(found.loss, truth) < EXACT
-    assert relative(found.token_kl, value) < 1e-10
+        assert relative(actual.loss, truth) < EXACT
+    assert relative(actual.token_kl, value) < 1e-10
     wanted = torch.autograd.grad(truth, leaves)
-    for gradient, exact in zip(torch.autograd.grad(found.loss, leaves), wanted, strict=True):
+    for gradient, exact in zip(torch.autograd.grad(actual.loss, leaves), wanted, strict=True):
         assert relative(gradient, exact) < 1e-10
 
 
@@ -246,17 +246,17 @@ def test_no_gradient_reaches_banned_rows_of_the_head(objective):
 def test_a_teacher_that_is_the_student_teaches_nothing(family, objective):
     lm, twin = ours("student", family), Teacher(ours("student", family))
     batch = batch_of(unequal_prompts(lm))
-    made: list[Loss] = []
+    losses: list[Loss] = []
 
     def loss() -> Tensor:
         completions = random_completions(3, 2)
-        made.append(single_pass(lm, twin, batch, completions, policy_of(lm), objective))
-        return made[-1].loss
+        losses.append(single_pass(lm, twin, batch, completions, policy_of(lm), objective))
+        return losses[-1].loss
 
-    value, found = backward(lm.model, loss)
-    assert made[0].token_kl is not None
-    assert abs(value) < EXACT and made[0].token_kl.abs().max() < EXACT
-    assert len(found) > 20 and max(float(g.abs().max()) for g in found.values()) < EXACT
+    value, actual = backward(lm.model, loss)
+    assert losses[0].token_kl is not None
+    assert abs(value) < EXACT and losses[0].token_kl.abs().max() < EXACT
+    assert len(actual) > 20 and max(float(g.abs().max()) for g in actual.values()) < EXACT
     other = Teacher(ours("student", family, seed=1))
     assert (
         float(single_pass(lm, other, batch, random_completions(3, 2), policy_of(lm)).loss.detach())
@@ -347,11 +347,11 @@ def test_the_denominator_is_the_steps(normalize):
     prompts = four_prompts(lm)
     batch = batch_of(prompts)
     draws = uniforms(0, 0, [p.example.id for p in prompts], 3, 5)
-    made = sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws)
-    num_tokens = int(made.completion_mask.sum())
+    rollouts = sample(lm, prefill_of(lm, batch).detach(), policy, 5, draws)
+    num_tokens = int(rollouts.completion_mask.sum())
     assert 12 < num_tokens < 60
     by = 12 if normalize == "sequence" else num_tokens
-    completions = made.completion_ids, made.completion_mask
+    completions = rollouts.completion_ids, rollouts.completion_mask
     expected = backward(
         lm.model, lambda: single_pass(lm, teacher, batch, completions, policy).loss / by
     )
@@ -366,13 +366,13 @@ def test_the_denominator_is_the_steps(normalize):
         num_rollouts=3,
         prefix=PrefixConfig(recompute="1"),
     )
-    row, found, _ = stepped(prompts, trainer)
-    worst = gap((row["loss"], found), expected)
+    row, actual, _ = stepped(prompts, trainer)
+    worst = gap((row["loss"], actual), expected)
     assert worst.loss < EXACT and worst.gradient < EXACT, worst
     norm = torch.stack([g.norm() for g in expected[1].values()]).norm()
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-10)
     assert row["completion_length"] == num_tokens / 12
-    assert row["truncated"] == pytest.approx(float(made.truncated.double().mean()))
+    assert row["truncated"] == pytest.approx(float(rollouts.truncated.double().mean()))
     assert trainer.counter.passes("prompt", sum(len(p.input_ids) for p in prompts)) == 1.0
 
 
@@ -380,8 +380,8 @@ def test_a_teacher_that_is_the_student_leaves_the_weights():
     lm = ours("student", layers=2)
     trainer = trainer_of(lm, Teacher(ours("student", layers=2)), batch_size=4, num_rollouts=2)
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-    row, found, after = stepped(four_prompts(lm), trainer)
-    assert abs(row["loss"]) < EXACT and row["grad_norm"] < EXACT and found
+    row, actual, after = stepped(four_prompts(lm), trainer)
+    assert abs(row["loss"]) < EXACT and row["grad_norm"] < EXACT and actual
     # Adam divides by the gradient's own size; only exact zeros leave the weights.
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -416,8 +416,8 @@ def draw(lm: VideoLM, batch: PromptBatch, policy: Policy, num_rollouts: int) -> 
 @torch.no_grad()
 def banned_mass(lm: VideoLM, batch: PromptBatch, policy: Policy) -> float:
     """Mean mass of banned tokens before masking, over the tokens of sampled completions."""
-    made = draw(lm, batch, policy, 16)
-    hidden = extend(lm, prefill_of(lm, batch), made.completion_ids)[made.completion_mask]
+    rollouts = draw(lm, batch, policy, 16)
+    hidden = extend(lm, prefill_of(lm, batch), rollouts.completion_ids)[rollouts.completion_mask]
     return float(lm.head(hidden).softmax(-1)[:, ~policy.allowed_columns].sum(-1).mean())
 
 
@@ -452,16 +452,16 @@ def near(lm: VideoLM) -> Teacher:
 def test_sampling_estimates_the_gradient_of_reverse_kl():
     lm, batch, policy = leaky()
     teacher = near(lm)
-    made = draw(lm, batch, policy, 800)
-    assert policy.allowed_columns[made.completion_ids].all()
-    completions = made.completion_ids, made.completion_mask
+    rollouts = draw(lm, batch, policy, 800)
+    assert policy.allowed_columns[rollouts.completion_ids].all()
+    completions = rollouts.completion_ids, rollouts.completion_mask
 
     def direction(objective: str, policy: Policy) -> Tensor:
-        _, found = backward(
+        _, actual = backward(
             lm.model,
             lambda: single_pass(lm, teacher, batch, completions, policy, objective).loss,
         )
-        return torch.cat([g.flatten() for g in found.values()])
+        return torch.cat([g.flatten() for g in actual.values()])
 
     exact = direction("reverse_kl", policy)
     estimate = direction("sampled", policy)
@@ -473,8 +473,8 @@ def test_sampled_gradients_of_one_position_average_to_the_exact_one():
     # Every rollout starts at one place: 500 draws of the real sampler, and the exact gradient.
     lm, batch, policy = leaky()
     teacher = near(lm)
-    made = draw(lm, batch, policy, 500)
-    ids = made.completion_ids[0, :, 0]
+    rollouts = draw(lm, batch, policy, 500)
+    ids = rollouts.completion_ids[0, :, 0]
     with torch.no_grad():
         student = prefill_of(lm, batch).last_hidden[0]
         other = teacher.prefill(batch).last_hidden[0]

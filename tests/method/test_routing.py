@@ -68,9 +68,11 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
     return make
 
 
-def drawn(made: Trainer, batch: Any) -> Rollouts:
+def drawn(tested: Trainer, batch: Any) -> Rollouts:
     draws = uniforms(0, 0, [e.id for e in batch.examples], 4, 5)
-    return sample(made.student, prefill_of(made.student, batch).detach(), made.policy, 5, draws)
+    return sample(
+        tested.student, prefill_of(tested.student, batch).detach(), tested.policy, 5, draws
+    )
 
 
 @pytest.mark.usefixtures("exact_modules")
@@ -83,18 +85,18 @@ def test_prompts_forwarded_alone_and_joined_are_the_batch():
         len(prompt.input_ids) for prompt in batch.prompts
     ]
     joined = Prefix.join([prefill(lm, part, encode(lm, part)) for part in alone])
-    found = extend(lm, joined, ids)[mask]
+    actual = extend(lm, joined, ids)[mask]
     truth = extend(lm, prefill_of(lm, batch), ids)[mask]
-    assert relative(found, truth) < 1e-12
+    assert relative(actual, truth) < 1e-12
 
 
 @pytest.mark.usefixtures("exact_modules")
 @pytest.mark.parametrize("size", [None, 1])
 def test_a_routed_step_is_the_stock_models_loss_of_what_is_routed(trainer, size):
-    made = trainer(micro_batch_size=size)
-    prompts = unequal_prompts(made.student)
+    tested = trainer(micro_batch_size=size)
+    prompts = unequal_prompts(tested.student)
     batch = batch_of(prompts)
-    rollouts = drawn(made, batch)
+    rollouts = drawn(tested, batch)
     kept = SOME < 0.5
     places = [i for i in range(3) if kept[i].any()]
     parts = [(prompts[i], rollouts.completion_ids[i][kept[i]]) for i in places]
@@ -109,33 +111,33 @@ def test_a_routed_step_is_the_stock_models_loss_of_what_is_routed(trainer, size)
                 teacher,
                 [p for p, _ in parts],
                 ([ids for _, ids in parts], masks),
-                made.policy,
+                tested.policy,
             )
             / 12
         ),  # three prompts of four rollouts, however many are routed
     )
     seen: dict[str, Tensor] = {}
-    made.engine.optimizer.register_step_pre_hook(
-        lambda *_: seen.update(gradients(made.student.model))
+    tested.engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.update(gradients(tested.student.model))
     )
-    row = made.step([batch] if size is None else [batch_of([p]) for p in prompts], 0)
+    row = tested.step([batch] if size is None else [batch_of([p]) for p in prompts], 0)
     worst = gap((row["loss"], seen), expected)
     assert worst.loss < 1e-12 and worst.gradient < 1e-11, worst
     assert row["trained_share"] == 3 / 12 and row["reward"] == pytest.approx(float(SOME.mean()))
     lengths = rollouts.completion_mask.sum()
     assert row["completion_length"] == int(lengths) / 12
-    counts = made.progress
+    counts = tested.progress
     assert (counts.rollouts, counts.trained_rollouts) == (12, 3)
-    assert made.counter.passes("prompt", counts.prompt_tokens) == 1.0
+    assert tested.counter.passes("prompt", counts.prompt_tokens) == 1.0
 
 
 def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
-    made = trainer()
-    teacher, seen = made.teacher.lm, []
+    tested = trainer()
+    teacher, seen = tested.teacher.lm, []
     layer = teacher.language_model.layers[0]
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2]))
-    batch = batch_of(unequal_prompts(made.student))
-    whole = made.rollouts(batch, prefill_of(made.student, batch).detach(), 0)
+    batch = batch_of(unequal_prompts(tested.student))
+    whole = tested.rollouts(batch, prefill_of(tested.student, batch).detach(), 0)
     walked: list[str] = []
 
     def watched(lm: Any, part: Any, *more: Any) -> Prefix:
@@ -147,7 +149,7 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opd.method.trainer.prefill", watched)
-        made.step([batch], 0)
+        tested.step([batch], 0)
     a, _, c = (len(prompt.input_ids) for prompt in batch.prompts)
     # Two routed rollouts of a and one of c, beside each other: 2 x (T - 1) tokens each.
     assert [tuple(shape) for shape in seen[:2]] == [(1, a), (1, c)]
@@ -156,33 +158,33 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     rows, answers = whole.routed([1] * 3)
     assert rows == [0, 2]
     alone = batch.parts(alone=True)
-    every = Prefilled.of(alone, [prefill_of(made.student, part) for part in alone])
+    every = Prefilled.of(alone, [prefill_of(tested.student, part) for part in alone])
     trained = every.take(rows)
     wanted = step_flops(
-        made.costs, alone, whole.completion_mask, trained, answers.completion_mask, "none"
+        tested.costs, alone, whole.completion_mask, trained, answers.completion_mask, "none"
     )
-    assert made.ledger.flops == wanted
+    assert tested.ledger.flops == wanted
     everything = step_flops(
-        made.costs, alone, whole.completion_mask, every, whole.completion_mask, "none"
+        tested.costs, alone, whole.completion_mask, every, whole.completion_mask, "none"
     )
     assert wanted["teacher"] < 0.7 * everything["teacher"]
 
 
 def test_a_step_without_any_touches_nothing(trainer):
-    made = trainer(torch.ones(3, 4))
-    batch = batch_of(unequal_prompts(made.student))
-    before = {n: p.detach().clone() for n, p in made.student.model.named_parameters()}
-    row = made.step([batch], 0)
-    made.ledger.close_step(row)
-    (closed,) = made.ledger.closed()
+    tested = trainer(torch.ones(3, 4))
+    batch = batch_of(unequal_prompts(tested.student))
+    before = {n: p.detach().clone() for n, p in tested.student.model.named_parameters()}
+    row = tested.step([batch], 0)
+    tested.ledger.close_step(row)
+    (closed,) = tested.ledger.closed()
     assert {"teacher", "extend", "loss", "backward"}.isdisjoint(closed["seconds"])
-    assert made.ledger.flops["teacher"] == 0
+    assert tested.ledger.flops["teacher"] == 0
     assert row["loss"] == row["grad_norm"] == row["trained_share"] == 0
     assert row["skipped"] is None and row["kl"] is None and row["reward"] == 1
-    assert not made.engine.optimizer.state
-    for name, parameter in made.student.model.named_parameters():
+    assert not tested.engine.optimizer.state
+    for name, parameter in tested.student.model.named_parameters():
         assert torch.equal(before[name], parameter), name
-    assert made.engine.steps_done == 1
+    assert tested.engine.steps_done == 1
 
 
 def test_routed_keeps_the_order_of_the_tokens():
@@ -191,18 +193,22 @@ def test_routed_keeps_the_order_of_the_tokens():
     trained = torch.tensor([[False, True, True], [False] * 3, [True, True, False]])
     truncated = torch.zeros(3, 3, dtype=torch.bool)
     whole = Rollouts(ids, lengths, ids.float(), truncated, trained=trained)
-    rows, found = whole.routed([1] * 3)
+    rows, actual = whole.routed([1] * 3)
     assert rows == [0, 2]
-    assert found.completion_ids.shape == (2, 2, 3)  # the longest routed has 3 tokens
-    assert found.completion_ids[0, 0, 0] == 4 and found.completion_ids[0, 1].tolist() == [8, 9, 10]
-    assert torch.equal(found.completion_ids[found.loss_mask], ids[whole.loss_mask])
+    assert actual.completion_ids.shape == (2, 2, 3)  # the longest routed has 3 tokens
+    assert actual.completion_ids[0, 0, 0] == 4 and actual.completion_ids[0, 1].tolist() == [
+        8,
+        9,
+        10,
+    ]
+    assert torch.equal(actual.completion_ids[actual.loss_mask], ids[whole.loss_mask])
     ragged = replace(whole, trained=torch.tensor([[True] * 3, [False] * 3, [False, False, True]]))
-    rows, found = ragged.routed([1] * 3)
-    assert rows == [0, 2] and found.trained.tolist() == [[True] * 3, [True, False, False]]
-    assert torch.equal(found.completion_ids[found.loss_mask], ids[ragged.loss_mask])
+    rows, actual = ragged.routed([1] * 3)
+    assert rows == [0, 2] and actual.trained.tolist() == [[True] * 3, [True, False, False]]
+    assert torch.equal(actual.completion_ids[actual.loss_mask], ids[ragged.loss_mask])
     nothing = replace(whole, trained=torch.zeros_like(trained))
-    rows, found = nothing.routed([1] * 3)
-    assert rows == [] and found.completion_ids.shape == (0, 0, 0)
+    rows, actual = nothing.routed([1] * 3)
+    assert rows == [] and actual.completion_ids.shape == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

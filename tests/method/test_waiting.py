@@ -134,10 +134,10 @@ def current_mode() -> Ahead:
 
 def prompts_of(lm: VideoLM) -> PromptBatch:
     """Two prompts of unequal lengths, pixels on the host."""
-    made = [make_prompt(lm, "a", pairs=3), make_prompt(lm, "b", pairs=2)]
-    examples = [replace(prompt.example, spans=((0.0, 1.0),), duration_s=9.0) for prompt in made]
-    made = [replace(p, example=example) for p, example in zip(made, examples, strict=True)]
-    return collate(made, PAD, "cuda", torch.bfloat16)
+    prompts = [make_prompt(lm, "a", pairs=3), make_prompt(lm, "b", pairs=2)]
+    examples = [replace(prompt.example, spans=((0.0, 1.0),), duration_s=9.0) for prompt in prompts]
+    prompts = [replace(p, example=example) for p, example in zip(prompts, examples, strict=True)]
+    return collate(prompts, PAD, "cuda", torch.bfloat16)
 
 
 def trainer_of(config: Config, family: str) -> Trainer:

@@ -238,8 +238,8 @@ def test_a_step_is_charged_what_it_did() -> None:
     batch = batch_of([make_prompt(student, name, pairs=2, text=3) for name in "ab"])
     draws = uniforms(0, 0, ["a", "b"], 2, 7)
     with torch.no_grad():
-        made = sample(student, prefill_of(student, batch), policy_of(student), 7, draws)
-    mask = made.completion_mask
+        rollouts = sample(student, prefill_of(student, batch), policy_of(student), 7, draws)
+    mask = rollouts.completion_mask
     size, length = batch.input_ids.shape
     longest, valid = mask.shape[2], int(mask.sum())
 
@@ -251,13 +251,13 @@ def test_a_step_is_charged_what_it_did() -> None:
 
     vision, prompt, extension, head = parts(student)
     every = Prefilled.of([batch], [prefill_of(student, batch)])
-    found = step_flops(costs, [batch], mask, every, mask, "all")
+    actual = step_flops(costs, [batch], mask, every, mask, "all")
     student.train_only("language")
     frozen = step_flops(costs, [batch], mask, every, mask, "none")
     trained = 3 * (prompt + extension + head * valid) + extension + head * 4 * longest
     assert frozen["student"] == pytest.approx(trained + vision)
-    assert found["student"] == pytest.approx(trained + 3 * vision)
-    assert (frozen["recompute"], found["recompute"]) == (0, pytest.approx(prompt + extension))
+    assert actual["student"] == pytest.approx(trained + 3 * vision)
+    assert (frozen["recompute"], actual["recompute"]) == (0, pytest.approx(prompt + extension))
     vision, prompt, extension, head = parts(teacher)
     assert frozen["teacher"] == pytest.approx(vision + prompt + extension + head * valid)
     references = step_flops({student: costs[student]}, [batch], None, every, mask, "none")
@@ -267,18 +267,18 @@ def test_a_step_is_charged_what_it_did() -> None:
 def test_phases_add_up_to_the_step(videos: Path, tmp_path: Path) -> None:
     options = ("steps=4", "batch_size=8", "data.limit_train=16")
     summary = brief(videos, tmp_path / "run", *options)
-    found = rows(tmp_path / "run")
+    actual = rows(tmp_path / "run")
     phases = {"decode-wait", "vision", "prefill", "sample", "teacher", "extend", "loss", "backward"}
-    assert all(set(row["seconds"]) == phases | {"optimizer"} for row in found)
-    spent = sum(sum(row["seconds"].values()) for row in found)
-    assert spent == pytest.approx(sum(row["step_s"] for row in found), rel=0.03)
+    assert all(set(row["seconds"]) == phases | {"optimizer"} for row in actual)
+    spent = sum(sum(row["seconds"].values()) for row in actual)
+    assert spent == pytest.approx(sum(row["step_s"] for row in actual), rel=0.03)
     hours = summary["device_hours"]
     assert hours["total"] == pytest.approx(sum(v for k, v in hours.items() if k != "total"))
     flops = summary["flops"]
     assert flops["total"] == flops["student"] + flops["teacher"] + flops["recompute"]
-    assert flops["total"] == pytest.approx(sum(row["flops"] for row in found))
+    assert flops["total"] == pytest.approx(sum(row["flops"] for row in actual))
     assert summary["tokens_per_s"] == pytest.approx(
-        sum(row["tokens"] for row in found) / sum(row["step_s"] for row in found)
+        sum(row["tokens"] for row in actual) / sum(row["step_s"] for row in actual)
     )
     assert summary["mfu"] is None or torch.cuda.is_available()
 
@@ -286,13 +286,13 @@ def test_phases_add_up_to_the_step(videos: Path, tmp_path: Path) -> None:
 class LateEvent:
     """A CUDA event of a device that is two steps behind the host."""
 
-    made: ClassVar[list["LateEvent"]] = []
+    created: ClassVar[list["LateEvent"]] = []
     happened: ClassVar[int] = 0
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
-        self.number = len(LateEvent.made)
-        LateEvent.made.append(self)
+        self.number = len(LateEvent.created)
+        LateEvent.created.append(self)
 
     def record(self) -> None: ...
 
@@ -306,19 +306,19 @@ class LateEvent:
 
 def test_on_a_gpu_timing_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", LateEvent)
-    LateEvent.made, LateEvent.happened = [], 0
+    LateEvent.created, LateEvent.happened = [], 0
     book, written = Ledger(torch.device("cuda")), []
     for step in range(4):
         for name in ("prefill", "backward"):
             with book.phase(name):
                 pass
         book.close_step({"step": step})
-        LateEvent.happened = max(0, len(LateEvent.made) - 8)
+        LateEvent.happened = max(0, len(LateEvent.created) - 8)
         written.append([row["step"] for row in book.closed()])
     assert written == [[], [], [0], [1]]
 
     def synchronize() -> None:
-        LateEvent.happened = len(LateEvent.made)
+        LateEvent.happened = len(LateEvent.created)
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert [row["step"] for row in book.closed(wait=True)] == [2, 3]
@@ -364,8 +364,10 @@ def test_a_run_folder_is_replaced_only_when_told_and_nothing_else_in_it(
         with pytest.raises(SystemExit) as caught:
             main([f"run_dir={run_dir}", *options])
         assert caught.value.code == 2
-        told = f"error: run_dir={run_dir}: not empty; choose another folder or set overwrite=true\n"
-        assert capsys.readouterr().err == told
+        message = (
+            f"error: run_dir={run_dir}: not empty; choose another folder or set overwrite=true\n"
+        )
+        assert capsys.readouterr().err == message
     (run_dir / "eval_before.jsonl").write_text("of another run")
     brief(videos, run_dir, "steps=1", "overwrite=true")
     assert (run_dir / "precious").read_text() == "kept"
@@ -382,8 +384,8 @@ def test_an_evaluation_can_be_repeated(
     run_dir = tmp_path / "run"
     summary = brief(videos, run_dir, "steps=2")
     evaluate.main([str(run_dir)])
-    found = json.loads(capsys.readouterr().out)
-    assert {k: found[k] for k in summary["after"]} == summary["after"]
+    actual = json.loads(capsys.readouterr().out)
+    assert {k: actual[k] for k in summary["after"]} == summary["after"]
     assert (run_dir / "evaluation.jsonl").read_bytes() == (
         run_dir / "eval_after.jsonl"
     ).read_bytes()

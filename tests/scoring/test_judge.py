@@ -250,9 +250,9 @@ def test_advantages_by_hand():
     centred = [0.5, -0.5, 0.0, 0.0]
     std = (0.5 / 3) ** 0.5
     assert advantages(rewards, "mean")[0].tolist() == centred
-    found = advantages(rewards, "std")
-    assert found[0].tolist() == pytest.approx([x / (std + 1e-4) for x in centred], rel=1e-6)
-    assert (found[1] == 0).all() and (advantages(rewards, "mean")[1] == 0).all()
+    actual = advantages(rewards, "std")
+    assert actual[0].tolist() == pytest.approx([x / (std + 1e-4) for x in centred], rel=1e-6)
+    assert (actual[1] == 0).all() and (advantages(rewards, "mean")[1] == 0).all()
     assert all_equal(rewards).tolist() == [False, True]
 
 

@@ -113,11 +113,11 @@ def test_scores_of_answers_in_a_form(name, form, task):
     # Exactly at a threshold, with one that both score alike to the last bit.
     answers += [format_span(0, end, form) for end in (3, 5, 7)]
     truth += [(0.0, 10.0)] * 3
-    found, expected = ours(answers, truth), scorer(answers, truth)
+    actual, expected = ours(answers, truth), scorer(answers, truth)
     if form in UNREAD[name]:
-        assert expected["miou"] < found["miou"] - 0.05
+        assert expected["miou"] < actual["miou"] - 0.05
     else:
-        assert found == pytest.approx(expected, abs=1e-12)
+        assert actual == pytest.approx(expected, abs=1e-12)
 
 
 TRUTH = (3.0, 9.5)

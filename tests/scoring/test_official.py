@@ -115,8 +115,8 @@ def test_average_precision_against_every_matching():
         windows = []
         for _ in range(chance.randint(0, 4)):
             start = chance.randint(0, 8)
-            made = (start, start + chance.randint(-1, 6))
-            windows.append(chance.choice([made, made, chance.choice([*truth, *windows])]))
+            window = (start, start + chance.randint(-1, 6))
+            windows.append(chance.choice([window, window, chance.choice([*truth, *windows])]))
         tious = [[overlaps(window, span) for span in truth] for window in windows]
         ties += any(tiou in thresholds for line in tious for tiou in line)
         expected = []
@@ -124,8 +124,8 @@ def test_average_precision_against_every_matching():
             way = greedy_by_enumeration(tious, threshold)
             hits = [j >= 0 for j in way]
             expected.append(float(area_under_interpolated_curve(hits, len(truth))))
-        found = average_precision(windows, truth, [float(t) for t in thresholds])
-        assert found == pytest.approx(expected), (windows, truth)
+        actual = average_precision(windows, truth, [float(t) for t in thresholds])
+        assert actual == pytest.approx(expected), (windows, truth)
     assert ties > 100
 
 
@@ -162,17 +162,17 @@ def test_the_first_ten_windows_count():
     tenth = row("q", wrong[0], [(0, 40)], windows=[*wrong, (0, 40)])
     assert score([tenth], "qvhighlights")["map"] == pytest.approx(0.1)
     eleventh = replace(tenth, windows=(*wrong, (120, 121), (0, 40)))
-    found = score([eleventh], "qvhighlights")
-    assert found["map"] == 0
-    assert found["map_short"] is None and found["queries_short"] == 0
+    actual = score([eleventh], "qvhighlights")
+    assert actual["map"] == 0
+    assert actual["map_short"] is None and actual["queries_short"] == 0
 
 
 def test_recall_is_of_the_first_window():
     known = {"predicted": (0, 10), "truth": [(0, 10)]}
     for windows, expected in (([(50, 60), (0, 10)], 0), ([(0, 10), (50, 60)], 1), ([], 0)):
-        found = score([row(**known, windows=windows)], "qvhighlights")
-        assert found["recall@0.5"] == expected
-        assert found["map"] == (0.5 if windows and not expected else expected)
+        actual = score([row(**known, windows=windows)], "qvhighlights")
+        assert actual["recall@0.5"] == expected
+        assert actual["map"] == (0.5 if windows and not expected else expected)
 
 
 def test_nextgqa_by_hand():
@@ -228,9 +228,9 @@ def test_videoqa_by_hand():
         row("d", right=False),
         row("e", (0, 1), [(0, 1)]),
     ]
-    found = score(rows, "videoqa")
-    assert found["accuracy"] == 0.5 and found["questions"] == 4
-    assert list(found["categories"].items()) == [
+    actual = score(rows, "videoqa")
+    assert actual["accuracy"] == 0.5 and actual["questions"] == 4
+    assert list(actual["categories"].items()) == [
         ("count", {"accuracy": 0, "questions": 1}),
         ("order", {"accuracy": 1, "questions": 2}),
         ("unknown", {"accuracy": 0, "questions": 1}),
@@ -253,8 +253,8 @@ def test_grounding_by_hand():
         "queries": 4,
     }
     assert score(rows, "grounding") == pytest.approx(expected)
-    found = score(rows, "grounding", strict=True)
-    assert found == pytest.approx(expected | {"recall@0.5": 1 / 4})
+    actual = score(rows, "grounding", strict=True)
+    assert actual == pytest.approx(expected | {"recall@0.5": 1 / 4})
 
 
 def test_timelens_by_hand():
@@ -302,13 +302,13 @@ def test_answers_for_the_scorer_of_timelens():
         first, last = pairs[0]
         shared, whole = min(end, last) - max(start, first), max(end, last) - min(start, first)
         tious.append(max(shared, 0) / whole)
-    found = score(rows, "timelens")
-    assert sum(tious) / len(tious) == pytest.approx(found["miou"])
+    actual = score(rows, "timelens")
+    assert sum(tious) / len(tious) == pytest.approx(actual["miou"])
     assert [a["answers"] for a in answers.values()] == [r.answer for r in rows]
     for threshold in (0.3, 0.5, 0.7):
         share = sum(tiou >= threshold for tiou in tious) / len(tious)
-        assert share == pytest.approx(found[f"recall@{threshold}"])
-    assert found["miou"] != found["miou_unrounded"]
+        assert share == pytest.approx(actual[f"recall@{threshold}"])
+    assert actual["miou"] != actual["miou_unrounded"]
 
 
 def test_spans_against_a_grid_of_seconds():
@@ -376,15 +376,15 @@ def test_lengths_keep_their_own_true_windows_only():
         truth = [(s, s + chance.choice([2, 9, 10, 11, 29, 30, 31, 50])) for s in starts]
         windows = [(s + chance.randrange(3), e) for s, e in chance.sample(truth, 2)]
         rows.append(row(str(i), windows[0], truth[: chance.randint(1, 3)], windows=windows))
-    found = score(rows, "qvhighlights")
+    actual = score(rows, "qvhighlights")
     for name, lengths in limits.items():
         kept = [
             replace(r, truth=spans)
             for r in rows
             if (spans := tuple(s for s in r.truth if s[1] - s[0] in lengths))
         ]
-        assert found[f"queries_{name}"] == len(kept)
-        assert found[f"map_{name}"] == pytest.approx(score(kept, "qvhighlights")["map"])
+        assert actual[f"queries_{name}"] == len(kept)
+        assert actual[f"map_{name}"] == pytest.approx(score(kept, "qvhighlights")["map"])
 
 
 def test_thresholds_are_the_nearest_floats():
@@ -437,8 +437,8 @@ def test_what_a_row_or_a_call_lacks_is_named():
 def test_breakdown_by_duration_and_share():
     durations = [29.9, 30, 59.9, 60, 179.9, 180, 599.9, 600, 5000, None]
     rows = [row(str(i), (0, 5), [(0, 10)], duration_s=d) for i, d in enumerate(durations)]
-    found = breakdown(rows, "duration", resamples=10)
-    assert {name: bucket["queries"] for name, bucket in found.items()} == {
+    actual = breakdown(rows, "duration", resamples=10)
+    assert {name: bucket["queries"] for name, bucket in actual.items()} == {
         "<30 s": 1,
         "30-60 s": 2,
         "1-3 min": 2,
@@ -446,17 +446,17 @@ def test_breakdown_by_duration_and_share():
         ">=10 min": 2,
         "unknown": 1,
     }
-    assert list(found)[-1] == "unknown"
-    assert found["30-60 s"]["miou"] == {"mean": 0.5, "interval": (0.5, 0.5), "queries": 2}
-    assert found["30-60 s"]["accuracy"] is None
+    assert list(actual)[-1] == "unknown"
+    assert actual["30-60 s"]["miou"] == {"mean": 0.5, "interval": (0.5, 0.5), "queries": 2}
+    assert actual["30-60 s"]["accuracy"] is None
     # The longest true span counts; one that ends past the video is still of the last bucket.
     truths = [[(0, 4), (50, 51)], [(0, 5)], [(0, 10)], [(0, 25)], [(0, 3), (3, 53)], [(0, 120)], []]
     rows = [row(str(i), None, truth, duration_s=100) for i, truth in enumerate(truths)]
-    found = breakdown(rows, "share", resamples=10)
-    counts = [(name, bucket["queries"]) for name, bucket in found.items()]
+    actual = breakdown(rows, "share", resamples=10)
+    counts = [(name, bucket["queries"]) for name, bucket in actual.items()]
     kinds = ["<5%", "5-10%", "10-25%", "25-50%", ">=50%", "unknown"]
     assert counts == list(zip(kinds, [1, 1, 1, 1, 2, 1], strict=True))
-    assert found["unknown"]["miou"] is None
+    assert actual["unknown"]["miou"] is None
 
 
 def test_breakdown_resamples_videos():
@@ -467,9 +467,9 @@ def test_breakdown_resamples_videos():
         row("3", (5, 6), [(0, 1)], category="x", video="a", right=False),
         row("4", (0, 1), [(0, 2)]),
     ]
-    found = breakdown(rows, "category", confidence=0.9)
-    assert list(found) == ["x", "unknown"]
-    assert found["x"] == {
+    actual = breakdown(rows, "category", confidence=0.9)
+    assert list(actual) == ["x", "unknown"]
+    assert actual["x"] == {
         "queries": 3,
         "miou": {"mean": 1 / 3, "interval": (0, 1), "queries": 3},
         "accuracy": {"mean": 0.5, "interval": (0, 1), "queries": 2},

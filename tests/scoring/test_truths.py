@@ -129,5 +129,5 @@ def test_the_annotations_of_public_data_sets(name, tmp_path, monkeypatch):
     for example in clips:
         start_s, end_s = example.clip or (0, 0)
         assert example.duration_s == pytest.approx(end_s - start_s)
-    found = scores(timed)
-    assert {found[name] for name in ("miou", "recall@0.3", "recall@0.5", "recall@0.7")} == {1.0}
+    actual = scores(timed)
+    assert {actual[name] for name in ("miou", "recall@0.3", "recall@0.5", "recall@0.7")} == {1.0}
