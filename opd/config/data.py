@@ -106,7 +106,8 @@ class DataConfig:
     queries_per_video: int | None = option(
         None,
         "Maximum number of queries about one video that training answers behind one forward of it; "
-        "more than 1 needs a prompt with the video before the query. null is 4 where it has.",
+        "more than 1 needs a prompt with the video before the query. null is 4 where it has, or a "
+        "micro-batch that is smaller.",
         least=1,
     )
     reading: str = option(

@@ -103,6 +103,8 @@ def plan_steps(
 ) -> list[list[list[int]]]:
     """Return the indices of the examples of this rank's micro-batches, by step; all are among
     `chosen`. Says on stderr where groups of `data.queries_per_video` are far from full."""
+    ranks = range(distributed.world_size())
+    every = [positions for rank in ranks for positions in micro_batches(config, rank)]
     plan = schedule(
         len(chosen),
         steps,
@@ -110,8 +112,8 @@ def plan_steps(
         seed,
         [examples[i].weight for i in chosen],
         [examples[i].footage for i in chosen],
-        config.data.group_size,
-        [own for rank in range(distributed.world_size()) for own in micro_batches(config, rank)],
+        min(config.data.group_size, len(every[0])),
+        every,
     )
     own = [[[chosen[batch[i]] for i in some] for some in micro_batches(config)] for batch in plan]
     queries = config.data.queries_per_video or 1

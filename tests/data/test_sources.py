@@ -308,6 +308,17 @@ def test_scheduled_groups_keep_the_shares_of_weights() -> None:
         assert abs(drawn - heavy * 16 * (step + 1)) <= 4  # a group
 
 
+def test_a_micro_batch_of_one_takes_the_plain_order():
+    """Four queries about each video: without the key they are not kept together."""
+    config = Config(batch_size=8, micro_batch_size=1, data=DataConfig(prompt="{video}{query}"))
+    examples = [
+        Example(id=f"{k}", video=Path(f"{k // 4}.mp4"), query="q", spans=(), duration_s=None)
+        for k in range(64)
+    ]
+    plan = plan_steps(config, examples, range(64), 8, 0)
+    assert [i for step in plan for own in step for i in own] == shuffled(64, 0, 0)
+
+
 @pytest.mark.parametrize("queries", [4, 2, None])
 def test_groups_that_are_not_full_are_said(queries, capsys):
     """Twelve videos with two queries each, in steps of three videos."""
