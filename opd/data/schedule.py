@@ -104,7 +104,7 @@ def plan_steps(
     """Return the indices of the examples of this rank's micro-batches, by step; all are among
     `chosen`. Says on stderr where groups of `data.queries_per_video` are far from full."""
     ranks = range(distributed.world_size())
-    every = [positions for rank in ranks for positions in micro_batches(config, rank)]
+    every = [some for rank in ranks for some in micro_batches(config, rank)]
     plan = schedule(
         len(chosen),
         steps,
@@ -115,7 +115,8 @@ def plan_steps(
         min(config.data.group_size, len(every[0])),
         every,
     )
-    own = [[[chosen[batch[i]] for i in some] for some in micro_batches(config)] for batch in plan]
+    positions = micro_batches(config)
+    own = [[[chosen[batch[i]] for i in some] for some in positions] for batch in plan]
     queries = config.data.queries_per_video or 1
     if queries > 1 and distributed.is_first():
         footage = [[examples[i].footage for i in some] for batch in own for some in batch]

@@ -110,12 +110,14 @@ class EvaluationRow:
         """
         form, options = config.strict_form, example.options or ()
         video = f"{example.video.parent.name}/{example.video.name}"
-        start_s, end_s = example.clip or (0.0, 0.0)
+        if example.clip is not None:
+            start_s, end_s = example.clip
+            video += f"#t={start_s},{end_s}"
         spans = tuple(named_span(text, example, form) for text in sampled)
         row = cls(
             id=example.id,
             query=example.query,
-            video=video if example.clip is None else f"{video}#t={start_s},{end_s}",
+            video=video,
             duration_s=example.duration_s,
             category=example.category,
             truth=example.spans,
