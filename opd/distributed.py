@@ -1,6 +1,7 @@
 """Rank, world size and collectives; no-ops in a single process. Also the set-up of each rank's
 process: its device, its threads, its progress bars."""
 
+import atexit
 import ctypes
 import os
 import sys
@@ -59,6 +60,14 @@ def start(alone_too: bool = False) -> None:
         options |= {"store": store, "rank": 0, "world_size": 1}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
     dist.init_process_group(backend, **options)
+
+
+def leave_at_exit() -> None:
+    """Leave the process group before the interpreter ends; for ranks that end together, after their
+    last collective. A gloo thread that still holds a tensor of it would abort the process."""
+    if dist.is_initialized():
+        atexit.unregister(dist.destroy_process_group)  # of an earlier run in this process
+        atexit.register(dist.destroy_process_group)
 
 
 def barrier() -> None:

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         if distributed.is_first():
             shown = {k: v for k, v in results[0].items() if k not in ("by", "conventions", "of")}
             print(compared(targets, results) if several else json.dumps(shown, indent=2))
+        distributed.leave_at_exit()
     except UserError as error:
         fail(error)
 

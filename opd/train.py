@@ -84,9 +84,8 @@ def train(config: Config) -> dict[str, Any]:
     except Stopped as stopped:
         run.save_state()
         run.write_left_out()
-        done = f"after step {trainer.progress.step} of {config.steps}"
-        message = f"{stopped} {done}; resume=auto continues from there"
-        raise Stopped(message, stopped.exit_code) from None
+        where = f"{stopped} after step {trainer.progress.step} of {config.steps}"
+        raise Stopped(f"{where}; resume=auto continues from there", stopped.exit_code) from None
     finally:
         folder.close()
     run.read_clock()
@@ -293,14 +292,15 @@ class Run:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
         usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
-        config = load_config(command_line(usage, arguments))
+        config = load_config(command_line(usage, sys.argv[1:] if arguments is None else arguments))
         summary = train(config)
     except UserError as error:
         fail(error)
     except Stopped as stopped:
+        distributed.leave_at_exit()
         fail(stopped, stopped.exit_code)
+    distributed.leave_at_exit()
     if distributed.is_first():
         print(table(summary))
         print(f"run folder: {config.run_dir}")

@@ -346,6 +346,7 @@ def main(out: str, cases: list[str]) -> None:
             origin = "" if load is None else f"_{load}"
             torch.save(outcome, Path(out) / f"{ranks}_{name}_{stage}{origin}.pt")
             print(case, outcome["rows"][0], flush=True)
+    distributed.leave_at_exit()
 
 
 if __name__ == "__main__":

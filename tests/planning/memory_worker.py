@@ -96,6 +96,7 @@ def main(folder: Path, keys: list[str]) -> None:
     peak = distributed.all_max(memory("VmHWM") - before)
     if distributed.rank() == 0:  # lines of several ranks would run into each other
         print(len(prompts[0].input_ids), peak, flush=True)
+    distributed.leave_at_exit()
 
 
 if __name__ == "__main__":
