@@ -25,8 +25,9 @@ from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
 from opd.data.synthetic.clips import COLOURS
 from opd.distributed import set_up
+from opd.generation.policy import Policy
 from opd.generation.prefix import forward
-from opd.generation.sampling import Policy, decode_answers, sample
+from opd.generation.sampling import decode_answers, sample
 from opd.models.load import load_model, load_options, load_processor
 from opd.planning.auto import resolve_auto
 

@@ -34,7 +34,7 @@ from opd.data.synthetic import splits
 from opd.distributed import progress_bar, set_up
 from opd.errors import ConfigError, DataError, UserError, printable
 from opd.files import checksum
-from opd.generation.sampling import Policy
+from opd.generation.policy import Policy
 from opd.method.answering import evaluate
 from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.record.environment import environment

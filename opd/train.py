@@ -31,7 +31,7 @@ from opd.data.sources import check_leak, check_sources, load_split
 from opd.distributed import progress_bar, set_up
 from opd.errors import Stopped, UserError
 from opd.files import read_rows
-from opd.generation.sampling import Policy
+from opd.generation.policy import Policy
 from opd.method import curriculum
 from opd.method.answering import evaluate
 from opd.method.teacher import Teacher

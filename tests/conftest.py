@@ -92,6 +92,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=[False, True], ids=["one mask", "two parts"])
+def in_two_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Completions attend to prefix and themselves in two parts, or with one mask over both."""
+    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1 if request.param else 10**9)
+    return request.param
+
+
 def _rms_norm(self: Any, hidden: Tensor) -> Tensor:
     variance = hidden.pow(2).mean(-1, keepdim=True)
     return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))

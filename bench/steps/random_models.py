@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from opd.config.run import Config, load_config
 from opd.data.batch import Prompt
 from opd.data.examples import Example
-from opd.generation.sampling import Policy
+from opd.generation.policy import Policy
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
 from opd.models import liger

@@ -23,6 +23,7 @@ from opd import distributed
 from opd.data.batch import PromptBatch
 from opd.device import send
 from opd.generation.layer_counter import LayerCounter
+from opd.models.branches import Branches, are_cheaper
 from opd.models.layers import KeyValue, forward_layers
 from opd.models.video_lm import Video, VideoLM
 
@@ -35,7 +36,7 @@ class Prefix:
     `mask` is boolean `[N, P]`, True at the columns of its group that a prompt sees. `last_hidden`
     `[N, H]` is the last token's hidden state after the final norm, which predicts the first
     completion token. `next_position` int64 `[N]` is the position id of that token. `counts` has the
-    number of prompts in each group.
+    number of prompts in each group. `whole` says that each prompt sees all columns of its group.
     """
 
     keys: list[torch.Tensor]
@@ -44,6 +45,7 @@ class Prefix:
     last_hidden: torch.Tensor
     next_position: torch.Tensor
     counts: tuple[int, ...]
+    whole: bool
 
     @property
     def layers(self) -> list[KeyValue]:
@@ -120,6 +122,7 @@ class Prefix:
             last_hidden=torch.cat([part.last_hidden for part in parts]),
             next_position=torch.cat([part.next_position for part in parts]),
             counts=tuple(count for part in parts for count in part.counts),
+            whole=all(part.whole and part.mask.shape[1] == width for part in parts),
         )
 
 
@@ -189,7 +192,8 @@ def prefill(
         )
     keys, values = map(list, zip(*new, strict=True))
     last_hidden = language_model.norm(hidden.index_select(1, batch.last_columns()).flatten(0, 1))
-    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, counts)
+    whole = max(counts) == 1
+    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, counts, whole)
 
 
 @torch.no_grad()
@@ -233,17 +237,20 @@ def extend(
     inputs = prefix.by_group(completion_ids[:, :, :-1]).flatten(1)
     device, groups = inputs.device, len(inputs)
     offsets = torch.arange(steps, device=device).repeat(branches)
-    branch = torch.arange(branches, device=device).repeat_interleave(steps)
-    block = (branch[:, None] == branch) & (offsets[:, None] >= offsets)
 
     def of_tokens(values: torch.Tensor) -> torch.Tensor:
         """Repeat `[N, ...]` of the prompts for each token of their completions."""
         grouped = prefix.by_group(values)[:, :, None]
         return grouped.expand(-1, -1, rollouts * steps, *grouped.shape[3:]).flatten(1, 2)
 
-    attention_mask = torch.cat([of_tokens(prefix.mask), block.expand(groups, -1, -1)], dim=2)[
-        :, None
-    ]
+    if are_cheaper(branches, steps):
+        seen = None if prefix.whole else prefix.by_group(prefix.mask)
+        attention_mask = Branches(prefix.width, rollouts, steps, seen)
+    else:
+        branch = torch.arange(branches, device=device).repeat_interleave(steps)
+        block = (branch[:, None] == branch) & (offsets[:, None] >= offsets)
+        own = block.expand(groups, -1, -1)
+        attention_mask = torch.cat([of_tokens(prefix.mask), own], dim=2)[:, None]
     positions = (of_tokens(prefix.next_position) + offsets).expand(3, -1, -1)
     counter, language_model = counter or LayerCounter(), lm.language_model
     with counter.label("completion"):

@@ -1,95 +1,31 @@
 """Sampling completions from a prefix.
 
-Policy    the distribution of a token, shared by the sampler and every loss
 Rollouts  sampled completions, and which of their tokens are in the loss
-uniforms  random numbers, one per token, independent of batching and world size
 sample    the decoding loop
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd import distributed
-from opd.config.method import SampleConfig
 from opd.data.batch import PromptBatch
 from opd.device import fetch, send
 from opd.generation.decoder import Decoder
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import Policy, choose
 from opd.generation.prefix import Prefix
-from opd.models.video_lm import VideoLM, end_token_ids
-
-VISION_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+from opd.models.video_lm import VideoLM
 
 # Tokens between checks whether every completion has ended: each check waits for the device.
 CHECK_EVERY = {"cuda": 8}
-
-
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """The distribution that completions are sampled from; the sampler and every loss use this one
-    object, so that both see the same probabilities.
-
-    p(v) = softmax over allowed columns of logits / temperature. `allowed_columns` is boolean `[V]`,
-    False for vision tokens (one sampled makes the next forward fail) and for rows of the embedding
-    that no token of the tokenizer uses.
-
-    With `top_k` or `top_p` the sampler alone leaves out unlikely tokens (`likely`); losses do not.
-    """
-
-    allowed_columns: torch.Tensor
-    temperature: float
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, lm: VideoLM, tokenizer: Any, config: SampleConfig) -> "Policy":
-        """The policy of a checkpoint: its tokenizer's vocabulary without vision tokens, and the end
-        tokens of tokenizer and generation config."""
-        allowed = torch.zeros(lm.head.weight.shape[0], dtype=torch.bool, device=lm.device)
-        allowed[: len(tokenizer)] = True
-        allowed[
-            [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
-        ] = False
-        ends = end_token_ids(tokenizer, lm.model.generation_config)
-        pad, limits = tokenizer.pad_token_id, (config.top_k, config.top_p)
-        return cls(allowed, config.temperature, ends, pad, *limits)
-
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `[..., V]` in fp32 for logits of any dtype; -inf at columns that are
-        not allowed."""
-        logits = logits.float() / self.temperature
-        return logits.masked_fill(~self.allowed_columns, -torch.inf).log_softmax(-1)
-
-    def likely(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """What the sampler draws from: log-probabilities `[..., V]`, -inf at unlikely tokens.
-
-        Of the `top_k` most likely tokens, renormalised, it keeps the fewest whose probabilities add
-        up to at least `top_p`. Of equally likely tokens the first counts as more likely.
-        """
-        if self.top_k is None and self.top_p >= 1:
-            return log_probs
-        count = min(self.top_k or log_probs.shape[-1], log_probs.shape[-1])
-        values, columns = log_probs.sort(dim=-1, descending=True, stable=True)
-        values, columns = values[..., :count], columns[..., :count]
-        probs = values.softmax(-1, dtype=torch.float64)
-        before = probs.cumsum(-1) - probs  # mass of the more likely tokens
-        values = values.masked_fill(before >= self.top_p, -torch.inf)
-        return torch.full_like(log_probs, -torch.inf).scatter(-1, columns, values)
+# Finished completions leave the batch, which copies the caches of the others, when at most this
+# share of it is left.
+KEEP_BELOW = 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,36 +145,6 @@ class Rollouts:
         return cls(ids, lengths, unknown, torch.zeros_like(lengths, dtype=torch.bool))
 
 
-def uniforms(
-    seed: int, step: int, prompt_ids: Sequence[str], num_rollouts: int, length: int
-) -> torch.Tensor:
-    """Uniform random numbers, one per token: fp64 `[B, R, T]` in [0, 1).
-
-    Each is a function of (seed, step, prompt id, rollout, position) alone, so that batching,
-    padding, world size and resuming do not change a rollout.
-    """
-    rows = []
-    for prompt_id in prompt_ids:
-        for rollout in range(num_rollouts):
-            digest = hashlib.blake2b(
-                f"{seed}/{step}/{prompt_id}/{rollout}".encode(), digest_size=16
-            ).digest()
-            generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
-            rows.append(generator.random(length))
-    return torch.from_numpy(np.stack(rows).reshape(len(prompt_ids), num_rollouts, length))
-
-
-def choose(log_probs: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-    """Choose token ids `[...]` from log-probabilities `[..., V]`: by inverting the cumulative
-    distribution at `draws` `[...]`, or greedily where `draws` is None."""
-    if draws is None:
-        return log_probs.argmax(-1)
-    cumulative = log_probs.double().exp().cumsum(-1)
-    points = draws[..., None] * cumulative[..., -1:]
-    ids = torch.searchsorted(cumulative, points, right=True)[..., 0]
-    return ids.clamp_max(log_probs.shape[-1] - 1)
-
-
 @torch.no_grad()
 def sample(
     lm: VideoLM,
@@ -254,41 +160,70 @@ def sample(
         prefix: detached, since no gradient passes through sampling.
         draws: `[B, R, T]` from `uniforms`; None decodes one completion per prompt greedily.
     """
-    batch, device = len(prefix.last_hidden), prefix.last_hidden.device
+    device, num_prompts = prefix.last_hidden.device, len(prefix.last_hidden)
     num_rollouts = 1 if draws is None else draws.shape[1]
-    if draws is not None:
-        draws = send(draws, device)
+    count = num_prompts * num_rollouts
+    draws = None if draws is None else send(draws, device).flatten(0, 1)
     ends = send(torch.tensor(policy.eos_token_ids), device)
+    ids = torch.full((max_completion_length, count), policy.pad_token_id, device=device)
+    logprobs = torch.zeros(max_completion_length, count, device=device)
+    # Everything that goes on is arranged by group, [G, B]; `places` are its columns in `ids`.
     decoder = Decoder(lm, prefix, num_rollouts, max_completion_length - 1)
-    hidden = prefix.last_hidden[:, None].expand(-1, num_rollouts, -1)
-    done = torch.zeros(batch, num_rollouts, dtype=torch.bool, device=device)
-    lengths = torch.zeros(batch, num_rollouts, dtype=torch.long, device=device)
-    ids, logprobs = [], []
-    every = CHECK_EVERY.get(device.type, 1)
+    places = torch.arange(count, device=device).view(num_prompts, num_rollouts)
+    places = prefix.by_group(places).flatten(1)
+    hidden = prefix.by_group(prefix.last_hidden).repeat_interleave(num_rollouts, 1)
+    done = torch.zeros_like(places, dtype=torch.bool)
+    every, position = CHECK_EVERY.get(device.type, 1), 0
     for position in range(max_completion_length):
         log_probs = policy.log_probs(lm.head(hidden))
         if draws is None:
             token = choose(log_probs, None)
         else:
-            token = choose(policy.likely(log_probs), draws[:, :, position])
-        lengths += ~done
-        ids.append(torch.where(done, policy.pad_token_id, token))
-        logprobs.append(log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0))
+            token = choose(policy.likely(log_probs), draws[:, position][places])
+        logprob = log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0)
+        token = torch.where(done, policy.pad_token_id, token)
+        ids[position].index_copy_(0, places.flatten(), token.flatten())
+        logprobs[position].index_copy_(0, places.flatten(), logprob.flatten())
         done = done | torch.isin(token, ends)
         if position + 1 == max_completion_length:
             break
         if (position + 1) % every == 0:
-            unfinished = int(not fetch(done).all())
+            going_on = ~fetch(done)
+            unfinished = int(going_on.any())
             # With sharded weights, all ranks decode until the last has finished.
             if not (distributed.all_max(unfinished) if lm.sharded else unfinished):
                 break
-        hidden = decoder.step(ids[-1], counter)
-    lengths, ended = fetch(torch.stack([lengths, done.long()])).unbind()
+            if decoder.apart and (kept := _fewer(going_on)):
+                groups, branches = (send(index, device) for index in kept)
+                chosen = groups[:, None], branches
+                token, places, done = token[chosen], places[chosen], done[chosen]
+                decoder.keep(groups, branches)
+        hidden = decoder.step(token, counter)
+    is_end = torch.isin(ids[: position + 1], ends)  # padding behind the first may be an end token
+    ended = is_end.any(0)
+    lengths = torch.where(ended, is_end.byte().argmax(0) + 1, position + 1)
+    shape = num_prompts, num_rollouts
+    both = torch.stack([lengths, ended.long()]).view(2, *shape)
+    lengths, ended = fetch(both).unbind()
     longest = int(lengths.max())  # columns after the last end token are cut off
     completion_ids, rollout_logprobs = (
-        torch.stack(values, 2)[..., :longest] for values in (ids, logprobs)
+        values[:longest].t().contiguous().unflatten(0, shape) for values in (ids, logprobs)
     )
     return Rollouts(completion_ids, lengths, rollout_logprobs, truncated=ended == 0)
+
+
+def _fewer(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What `Decoder.keep` takes, if at most `KEEP_BELOW` of the completions remain with it.
+
+    Args:
+        going_on: whether each completion goes on, boolean `[G, B]`, on the host.
+    """
+    groups = going_on.any(1).nonzero().flatten()
+    width = int(going_on.sum(1).max())
+    if not 0 < len(groups) * width <= KEEP_BELOW * going_on.numel():
+        return None
+    # A stable sort puts what goes on first, in its order.
+    return groups, (~going_on[groups]).byte().argsort(dim=1, stable=True)[:, :width]
 
 
 def decode_answers(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:

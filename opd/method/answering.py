@@ -11,8 +11,9 @@ from opd.config.run import Config
 from opd.data.batch import PromptBatch
 from opd.data.loader import rows_of
 from opd.data.prompts import Prompts
+from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import forward
-from opd.generation.sampling import Policy, decode_answers, sample, uniforms
+from opd.generation.sampling import decode_answers, sample
 from opd.models.video_lm import VideoLM
 from opd.scoring.evaluation import Evaluation, EvaluationRow, write_evaluation
 

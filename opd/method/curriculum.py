@@ -33,8 +33,9 @@ from opd.data.loader import rows_of
 from opd.data.prompts import Prompts
 from opd.errors import DataError
 from opd.files import read_rows, write_rows
+from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import forward
-from opd.generation.sampling import Policy, decode_answers, sample, uniforms
+from opd.generation.sampling import decode_answers, sample
 from opd.method.teacher import Teacher
 from opd.models.video_lm import VideoLM
 from opd.scoring.evaluation import EvaluationRow

@@ -33,7 +33,7 @@ from fused_kl import (
 )
 from opd.config.run import Config
 from opd.device import fetch
-from opd.generation.sampling import Policy
+from opd.generation.policy import Policy
 
 
 class Loss(NamedTuple):

@@ -33,9 +33,10 @@ from opd.device import fetch, send
 from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import Policy, uniforms
 from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import Prefix, encode, extend, prefill
-from opd.generation.sampling import Policy, Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.advantages import advantages, grade, trained_rollouts
 from opd.method.health import gather_step, signals
 from opd.method.objectives import Loss, Targets, objective_of
@@ -109,8 +110,8 @@ class Trainer:
     def sample(self, batch: PromptBatch, prompts: Prefilled, step: int) -> Rollouts:
         """Continue the detached prompts into completions."""
         with self.ledger.phase("sample"):
-            prefix = Prefix.join([prefix.detach() for prefix in prompts.prefixes])
-            return self.rollouts(batch, prefix, step)
+            prefixes = [prefix.detach() for prefix in prompts.prefixes]
+            return self.rollouts(batch, Prefix.join(prefixes), step)
 
     def rollouts(self, batch: PromptBatch, prefix: Prefix, step: int) -> Rollouts:
         """Completions to train on: sampled from the student, or the reference answers."""
@@ -205,9 +206,8 @@ class Trainer:
         gradient's norm before clipping. Without a token in the loss nothing changes."""
         lengths = torch.cat([rollouts.loss_lengths.flatten() for _, rollouts in results])
         losses = fetch(torch.stack([loss.loss.detach() for loss, _ in results]))
-        tokens, answers, loss = distributed.all_sum(
-            [int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())]
-        )
+        sums = int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())
+        tokens, answers, loss = distributed.all_sum(sums)
         count = tokens if self.config.normalize == "token" else answers
         loss /= self.engine.loss_factor * (1 if self.preset_denominator else max(1, count))
         with self.ledger.phase("optimizer"):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from opd.models.branches import Branches
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [G, kv_heads, P, D]
 
 
@@ -24,8 +26,7 @@ def prepared_mask(mask: torch.Tensor, language_model: Any, dtype: torch.dtype) -
     Returns: `[B, 1, groups, L, K]` of dtype `dtype`: 0 where a token attends, -inf elsewhere;
         `groups` is the number of query heads per key/value head.
     """
-    config = language_model.config
-    groups = config.num_attention_heads // config.num_key_value_heads
+    groups = query_groups(language_model)
     batch, _, length, width = mask.shape
     align = MASK_ALIGNMENT if mask.device.type == "cuda" else 1
     shape = (batch, 1, groups, length, -(-width // align) * align)
@@ -33,12 +34,18 @@ def prepared_mask(mask: torch.Tensor, language_model: Any, dtype: torch.dtype) -
     return added.masked_fill_(mask[:, :, None], 0.0)
 
 
+def query_groups(language_model: Any) -> int:
+    """Number of query heads per key/value head."""
+    config = language_model.config
+    return config.num_attention_heads // config.num_key_value_heads
+
+
 def run_layer(
     layer: torch.nn.Module,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     layer_cache: Any,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | Branches | None = None,
 ) -> torch.Tensor:
     """Forward `hidden` `[B, T, H]` through one decoder layer, which calls `layer_cache.update` with
     its new keys and values and attends to what that returns."""
@@ -53,17 +60,22 @@ def _cache_argument(layer_class: type[torch.nn.Module]) -> str:
 
 
 class LayerCache:
-    """One layer's cache: keeps the new keys and values, and returns them appended to the past's."""
+    """One layer's cache: keeps the new keys and values, and returns them appended to the past's;
+    for branches, beside them."""
 
-    def __init__(self, past: KeyValue | None = None) -> None:
-        self.past = past
+    def __init__(self, past: KeyValue | None = None, branches: Branches | None = None) -> None:
+        self.past, self.branches = past, branches
         self.key = self.value = torch.empty(0)
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> KeyValue:
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         self.key, self.value = key, value
         if self.past is None:
             return key, value
-        return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
+        if self.branches is None:
+            return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
+        own = map(self.branches.by_branch, (key, value))
+        past_key, past_value, own_key, own_value = *self.past, *own
+        return (past_key, own_key), (past_value, own_value)
 
 
 def recomputed_layers(mode: str, num_layers: int) -> int:
@@ -76,7 +88,7 @@ def forward_layers(
     language_model: Any,
     hidden: torch.Tensor,
     position_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Branches | None,
     past: Sequence[KeyValue] | None = None,
     recompute: str = "none",
     again: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -87,7 +99,8 @@ def forward_layers(
     Args:
         hidden: `[G, T, H]`.
         position_ids: int64 `[3, G, T]`.
-        attention_mask: boolean `[G, 1, T, P + T]`, or of the last rows alone; see `attend`.
+        attention_mask: boolean `[G, 1, T, P + T]`, or of the last rows alone; see `attend`. For
+            branches, their layout.
         past: keys and values of each layer, `[G, kv_heads, P, D]`, which the tokens attend to.
         recompute: `none`, `all`, or the number of layers whose activations are dropped and
             recomputed in backward; keys and values stay on the graph in every mode.
@@ -99,13 +112,16 @@ def forward_layers(
     """
     layers, mask = language_model.layers, attention_mask
     rotary = language_model.rotary_emb(hidden, position_ids)
-    if mask is not None:
+    branches = mask if isinstance(mask, Branches) else None
+    if branches is not None:
+        mask = branches.prepared(hidden.dtype, query_groups(language_model))
+    elif isinstance(mask, torch.Tensor):
         mask = prepared_mask(mask, language_model, hidden.dtype)
 
     def run(
         layer: Any, hidden: torch.Tensor, past: KeyValue | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer_cache = LayerCache(past)
+        layer_cache = LayerCache(past, branches)
         out = run_layer(layer, hidden, rotary, layer_cache, mask)
         return out, layer_cache.key, layer_cache.value
 

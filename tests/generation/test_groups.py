@@ -18,8 +18,9 @@ from opd.data.loader import batches, rows_of
 from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import uniforms
 from opd.generation.prefix import encode, extend, forward, prefill
-from opd.generation.sampling import Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Targets
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -210,7 +211,7 @@ def training_step(lm: VideoLM, batch: PromptBatch, rollouts: int, recompute: str
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rollouts", [1, 3])
 @pytest.mark.parametrize("recompute", ["none", "1", "all"])
-@pytest.mark.usefixtures("exact_modules", "poisoned_memory")
+@pytest.mark.usefixtures("exact_modules", "poisoned_memory", "in_two_parts")
 def test_a_grouped_step_is_the_stock_models_of_separate_prompts(family, rollouts, recompute):
     lm, model = ours("student", family), stock("student", family)
     prompts, seen = unequal_groups(lm), []

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.generation.decoder import Decoder
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import Prefix, encode, extend, prefill
-from opd.generation.sampling import Policy, Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Targets
 from opd.method.teacher import Teacher
 from opd.models.video_lm import VideoLM
@@ -93,7 +94,7 @@ def compare(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_rollouts", [1, 3])
 @pytest.mark.parametrize("recompute", ["none", "all", "1"])
-@pytest.mark.usefixtures("exact_modules")
+@pytest.mark.usefixtures("exact_modules", "in_two_parts")
 def test_loss_and_every_gradient_equal_the_full_forward(family, num_rollouts, recompute):
     result = compare(family, num_rollouts, recompute=recompute)
     assert result.loss < EXACT and result.gradient < EXACT, result
@@ -302,7 +303,7 @@ def test_the_prompts_cache_is_never_expanded(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_rollouts", [1, 3])
 @pytest.mark.usefixtures("exact_modules")
-def test_decoder_equals_extend(family, num_rollouts):
+def test_decoder_equals_extend(family, num_rollouts, in_two_parts):
     lm = ours("student", family)
     batch = batch_of(unequal_prompts(lm))
     prefix = prefill_of(lm, batch)
@@ -310,13 +311,14 @@ def test_decoder_equals_extend(family, num_rollouts):
     expected = extend(lm, prefix, ids)
     assert expected.shape == (3, num_rollouts, 6, prefix.last_hidden.shape[-1])
     decoder = Decoder(lm, prefix.detach(), num_rollouts, 5)
+    assert decoder.apart == in_two_parts
     for step in range(5):
-        actual = decoder.step(ids[:, :, step])
+        actual = decoder.step(ids[:, :, step])  # one prompt a group
         assert not actual.requires_grad
         assert relative(actual, expected[:, :, step + 1]) < 1e-12
 
 
-@pytest.mark.usefixtures("exact_modules")
+@pytest.mark.usefixtures("exact_modules", "in_two_parts")
 def test_rollouts_do_not_see_each_other(case):
     lm, _, _ = case
     prefix = prefill_of(lm, batch_of(unequal_prompts(lm)))

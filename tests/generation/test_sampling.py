@@ -10,16 +10,10 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from opd.config.method import SampleConfig
 from opd.data.batch import Prompt
+from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import VISION_TOKENS, Policy, choose, uniforms
 from opd.generation.prefix import extend
-from opd.generation.sampling import (
-    CHECK_EVERY,
-    VISION_TOKENS,
-    Policy,
-    Rollouts,
-    choose,
-    sample,
-    uniforms,
-)
+from opd.generation.sampling import CHECK_EVERY, Rollouts, sample
 from opd.models import tiny
 from opd.models.video_lm import VideoLM
 from tests.helpers import (
@@ -290,6 +284,7 @@ def test_sampling_stops_when_every_rollout_has_ended():
 
 
 @pytest.mark.parametrize("every", [2, 3, 5, 100])
+@pytest.mark.usefixtures("in_two_parts")
 def test_how_often_is_asked_changes_nothing(every, monkeypatch):
     lm = ours("student", layers=1)
     for ends in (tuple(range(0, 384, 3)), tuple(range(0, 384, 40)), ()):
@@ -300,6 +295,35 @@ def test_how_often_is_asked_changes_nothing(every, monkeypatch):
         monkeypatch.undo()
         for name in ("completion_ids", "completion_mask", "rollout_logprobs", "truncated"):
             assert torch.equal(getattr(actual, name), getattr(truth, name)), (name, ends)
+
+
+@pytest.mark.parametrize("rollouts", [1, 4])
+def test_finished_completions_leave_the_batch(rollouts: int, monkeypatch) -> None:
+    """The rows that decoding forwards; the rollouts stay what they are."""
+    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1)
+    lm = ours("student", layers=2)
+    prompts, policy = unequal_prompts(lm), with_ends(policy_of(lm), *range(0, 384, 9))
+
+    def forwarded(keep_below: float) -> tuple[int, Rollouts]:
+        monkeypatch.setattr("opd.generation.sampling.KEEP_BELOW", keep_below)
+        batch, counter = batch_of(prompts), LayerCounter().attach(lm)
+        draws = uniforms(0, 0, [prompt.example.id for prompt in prompts], rollouts, 30)
+        answers = sample(lm, prefill_of(lm, batch).detach(), policy, 30, draws, counter)
+        return counter.tokens["decode"] // 2, answers
+
+    every, truth = forwarded(0.0)
+    fewer, answers = forwarded(1.0)
+    lengths = truth.lengths
+    assert lengths.max() > 2 * lengths.float().mean() or rollouts == 1
+    assert every == len(prompts) * rollouts * (lengths.max() - 1)
+    width, needed = lengths.max(), 0
+    for position in range(1, int(width)):  # a group is as wide as the one with the most
+        going_on = lengths > position
+        needed += int(going_on.any(1).sum() * going_on.sum(1).max())
+    assert fewer == needed < every
+    for name in ("completion_ids", "lengths", "truncated"):
+        assert torch.equal(getattr(answers, name), getattr(truth, name))
+    assert relative(answers.rollout_logprobs, truth.rollout_logprobs) < 1e-12
 
 
 def test_an_end_token_in_the_last_place_is_not_truncated():

@@ -13,8 +13,9 @@ from opd.config.optimisation import OptimConfig, PrefixConfig
 from opd.config.run import Config
 from opd.data.batch import Prompt, PromptBatch
 from opd.data.schedule import split
+from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import extend
-from opd.generation.sampling import Policy, Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Loss, Targets, reverse_kl, sampled, sft
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer

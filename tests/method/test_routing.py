@@ -12,9 +12,10 @@ from opd.config.method import CurriculumConfig, SampleConfig
 from opd.config.optimisation import OptimConfig
 from opd.config.run import Config, load_config
 from opd.errors import ConfigError
+from opd.generation.policy import uniforms
 from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import Prefix, encode, extend, prefill
-from opd.generation.sampling import Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
 from opd.record.flops import step_flops

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_iter, tree_map
 import opd.device
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch, collate
-from opd.generation.sampling import CHECK_EVERY, Policy
+from opd.generation.policy import Policy
+from opd.generation.sampling import CHECK_EVERY
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
 from opd.models import tiny

@@ -4,6 +4,7 @@ Not under deterministic mode: there sdpa never takes cuDNN, which is one of the 
 """
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.helpers import (
     relative,
     unequal_prompts,
 )
+from tests.models.test_branches import CASES, errors, gradients_of, in_two_parts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +73,14 @@ def test_masked_attention(keys: int, dtype: torch.dtype) -> None:
     assert names and not any("cudnn" in name.lower() for name in names), names
     assert relative(actual.double().cpu(), expected) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_in_two_parts(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    expected = gradients_of(in_two_parts, case, torch.float64)
+    actual = gradients_of(in_two_parts, case, dtype, DEVICE)
+    assert errors(actual, expected) < (0.15 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -351,7 +351,7 @@ def test_a_full_size_step_on_the_meta_device(
     hidden = torch.empty(prompts, config.hidden_size, dtype=torch.bfloat16, device=meta)
     mask = torch.ones(prompts, tokens, dtype=torch.bool, device=meta)
     places = torch.zeros(prompts, dtype=torch.long, device=meta)
-    prefix = Prefix(keys, keys, mask, hidden, places, counts=(1,) * prompts)
+    prefix = Prefix(keys, keys, mask, hidden, places, counts=(1,) * prompts, whole=True)
     ids = torch.zeros(prompts, rollouts, length, dtype=torch.long, device=meta)
     with Live(lm.model.parameters(), "cuda"):
         hidden = extend(lm, prefix, ids)

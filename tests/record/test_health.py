@@ -18,9 +18,10 @@ from opd.data.batch import Prompt
 from opd.data.prompts import Prompts
 from opd.errors import Stopped
 from opd.generation.layer_counter import LayerCounter
+from opd.generation.policy import uniforms
 from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import encode, extend
-from opd.generation.sampling import Rollouts, sample, uniforms
+from opd.generation.sampling import Rollouts, sample
 from opd.method.health import signals
 from opd.method.objectives import Loss
 from opd.method.teacher import Teacher
