@@ -3,8 +3,8 @@
 `extend` forwards eight answers of 512 tokens and goes backward through them to the prompt's keys.
 Its memory is compared beyond what the same call takes without attention: activations of everything
 else are the same on both sides. `decode` samples eight answers whose lengths are log-normal, as
-those of reasoning are: half of them below 190 tokens, at most 512. In two parts, finished ones leave
-the batch.
+those of reasoning are: half of them below 190 tokens, at most 512. Finished ones leave the batch
+where attention is in two parts.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ class EvalConfig:
 
     draws: int = option(4, "Sampled answers per query, in addition to the greedy one.", least=0)
     batch_size: int = option(
-        32, "Prompts per batch, in evaluation and in scoring for the curriculum.", least=1
+        16, "Prompts per batch, in evaluation and in scoring for the curriculum.", least=1
     )
     teacher: bool = option(True, "Also evaluate the teacher (method opd).")
     before: bool = option(True, "Also evaluate the student before training.")

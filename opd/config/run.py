@@ -43,7 +43,7 @@ class Config:
         choices=("sequence", "token"),
     )
     seed: int = option(0, "Seed of weights, data order and sampling.", least=0, most=2**63 - 1)
-    steps: int = option(450, "Number of optimizer steps.", least=1)
+    steps: int = option(200, "Number of optimizer steps.", least=1)
     batch_size: int = option(16, "Prompts per optimizer step, over all ranks.", least=1)
     micro_batch_size: int | None = option(
         None, "Prompts per backward pass; null is the whole batch of a rank.", least=1
