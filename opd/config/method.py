@@ -68,7 +68,8 @@ class OPDConfig:
     )
     horizon: int | None = option(
         None,
-        "Number of leading completion tokens that enter the loss; null is the whole completion.",
+        "Number of leading completion tokens that enter the loss; null is the whole completion. "
+        "Sampling stops there, too, unless a reward needs the whole answer.",
         least=1,
     )
     completions: str = option(

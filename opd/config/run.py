@@ -117,6 +117,15 @@ class Config:
         return routing == "on" or (routing == "auto" and kind == "scc")
 
     @property
+    def sampled_length(self) -> int:
+        """Tokens at which sampling for training stops: `sample.max_completion_length`, or the
+        horizon where nothing behind it is used."""
+        length, horizon = self.sample.max_completion_length, self.opd.horizon
+        if horizon is None or self.on_references or self.compares or self.routes:
+            return length
+        return min(length, horizon)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Fields of which a training example must have at least one; empty if it needs none."""
         if self.on_references:

@@ -51,7 +51,8 @@ def signals(
         `logprob_gap` is the mean absolute difference between the sampler's and the trainer's
         log-probability of a token, which is rounding as long as the two agree. `reward_std` is the
         mean standard deviation within a group, `equal_groups` the number of groups with equal
-        rewards. A value is None where the method does not have it, or it is not finite.
+        rewards. A value is None where the method does not have it, or it is not finite; `truncated`
+        and `parse_failures` also where sampling stops at the horizon.
     """
 
     def joined(name: str) -> torch.Tensor | None:
@@ -68,6 +69,8 @@ def signals(
     ids = torch.cat([r.in_loss(r.completion_ids) for r in rollouts])
     length = sum(r.num_tokens for r in rollouts)
     completions = sum(r.truncated.numel() for r in rollouts)
+    whole = config.on_references or config.sampled_length == config.sample.max_completion_length
+    truncated = sum(int(r.truncated.sum()) for r in rollouts)
     row = {
         "kl": mean(kl),
         "kl_number": None,
@@ -75,7 +78,7 @@ def signals(
         "student_entropy": mean(joined("student_entropy")),
         "teacher_entropy": mean(joined("teacher_entropy")),
         "completion_length": length / completions,
-        "truncated": sum(int(r.truncated.sum()) for r in rollouts) / completions,
+        "truncated": truncated / completions if whole else None,
         "parse_failures": None,
         "logprob_gap": None,
         "reward": None,
@@ -109,7 +112,7 @@ def signals(
             for of_prompt, example in zip(answers, examples, strict=True)
             for answer in of_prompt
         ]
-        row["parse_failures"] = sum(failures) / completions
+        row["parse_failures"] = sum(failures) / completions if whole else None
         first, answer = examples[0], answers[0][0]
         row["sample"] = {
             "id": first.id,

@@ -119,7 +119,7 @@ class Trainer:
         if config.on_references:
             references = Rollouts.references(batch, self.policy.pad_token_id)
             return replace(references, horizon=config.opd.horizon)
-        length, prompt_ids = config.sample.max_completion_length, [e.id for e in batch.examples]
+        length, prompt_ids = config.sampled_length, [example.id for example in batch.examples]
         draws = uniforms(config.seed, step, prompt_ids, config.num_rollouts, length)
         with self.engine.gathered_weights():
             rollouts = sample(self.student, prefix, self.policy, length, draws, self.counter)

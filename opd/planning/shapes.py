@@ -169,7 +169,7 @@ class Work:
             queries_per_video=config.data.queries_per_video or 1,
             own_tokens=own_tokens,
             rollouts=config.num_rollouts,
-            length=max(2, config.sample.max_completion_length),
+            length=max(2, config.sampled_length),
             sampled=not config.on_references,
             losses=(*losses, 1) if config.opd.reward_coef else losses,
             several=several,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd.config.method import OPDConfig, SampleConfig
 from opd.config.optimisation import OptimConfig, PrefixConfig
-from opd.config.run import Config
+from opd.config.run import Config, load_config
 from opd.data.batch import Prompt, PromptBatch
 from opd.data.schedule import split
 from opd.generation.policy import Policy, uniforms
@@ -201,7 +201,7 @@ def test_variants_are_plain_autograd(objective, settings):
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
-def test_a_horizon_cuts_the_loss_and_nothing_else(horizon):
+def test_a_horizon_cuts_the_loss_and_sampling(horizon):
     lm, teacher = ours("student", layers=1), Teacher(ours("teacher", seed=5, layers=1))
     prompts = four_prompts(lm)
     losses = []
@@ -209,12 +209,20 @@ def test_a_horizon_cuts_the_loss_and_nothing_else(horizon):
         trainer = trainer_of(lm, teacher, batch_size=4, num_rollouts=2, opd=settings)
         losses.append(trainer.micro_step(batch_of(prompts), 0))
     (whole, rollouts), (cut, again) = losses
-    assert torch.equal(rollouts.completion_ids, again.completion_ids)
+    assert rollouts.completion_ids.shape[2] > horizon
+    assert torch.equal(rollouts.completion_ids[..., :horizon], again.completion_ids)
     first = torch.arange(rollouts.completion_mask.shape[2]) < horizon
-    assert torch.equal(again.loss_mask, rollouts.completion_mask & first)
+    assert torch.equal(again.loss_mask, (rollouts.completion_mask & first)[..., :horizon])
     assert whole.token_kl is not None and cut.token_kl is not None
-    kept = again.loss_mask[rollouts.completion_mask]
+    kept = (rollouts.completion_mask & first)[rollouts.completion_mask]
     assert relative(cut.loss, whole.token_kl[kept].sum() / 8) < 1e-10  # 4 prompts x 2 rollouts
+
+
+def test_sampling_goes_on_where_something_behind_the_horizon_is_used() -> None:
+    keys = ["sample.max_completion_length=20", "opd.horizon=7"]
+    assert load_config(keys).sampled_length == 7
+    for more in ("opd.reward_coef=0.1 num_rollouts=2", "curriculum.routing=on", "opd.horizon=30"):
+        assert load_config([*keys, *more.split()]).sampled_length == 20
 
 
 def test_off_policy_scores_the_reference_answers():

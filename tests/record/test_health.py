@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 import opd.train
 from opd import evaluate
+from opd.config.method import OPDConfig
 from opd.config.run import Config
 from opd.data.batch import Prompt
 from opd.data.prompts import Prompts
@@ -109,6 +110,9 @@ def test_signals_by_hand() -> None:
         "predicted": (1.0, 2.0),
         "annotated": "From 1.0 to 2.0 seconds.",
     }
+    config = Config(opd=OPDConfig(horizon=8))  # nothing says how an answer would have ended
+    row = signals([loss], [rollouts], examples, Characters(), config)
+    assert row["truncated"] is None and row["parse_failures"] is None
 
 
 # Losses that are not finite.
