@@ -21,6 +21,7 @@ from opd.data.batch import Group, PromptBatch
 from opd.generation.decoder import Decoder
 from opd.generation.policy import Policy, choose
 from opd.generation.prefix import Prefix, extend, prefill
+from opd.generation.sampling import KEEP_BELOW
 from opd.models import tiny
 from opd.models.load import prepare, resolve
 from opd.models.video_lm import Video, VideoLM
@@ -248,18 +249,21 @@ def taken_gradients(lm: VideoLM, live: Live, work: Work) -> Iterator[None]:
 
 
 def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
-    """Sample the last token of a completion, when the cache is full, as `sample` does."""
+    """Sample the last token of a completion, when the cache is full, as `sample` does. Before it,
+    as many completions have ended as copies most of the others' caches."""
     with live.label("decode cache"):
         decoder = Decoder(lm, prefix, work.rollouts, work.length - 1)
-    size = work.prompts, work.rollouts
+        if decoder.apart and (groups := int(KEEP_BELOW * len(prefix.counts))):
+            kept, branches = (torch.arange(n, device="meta") for n in (groups, decoder.branches))
+            decoder.keep(kept, branches.expand(groups, -1))
     hidden = prefix.last_hidden[:, None].expand(-1, work.rollouts, -1)
     if work.length > 1:
         decoder.step_index = work.length - 2
-        hidden = decoder.step(torch.empty(size, dtype=torch.long, device="meta"))
+        decoder.step(torch.empty(decoder.next_position.shape, dtype=torch.long, device="meta"))
     allowed = torch.empty(len(lm.head.weight), dtype=torch.bool, device="meta")
     with live.label("logits"):
         log_probs = Policy(allowed, 1.0, (0,), 0).log_probs(lm.head(hidden))
-        choose(log_probs, torch.empty(size, dtype=torch.float64, device="meta"))
+        choose(log_probs, torch.empty(hidden.shape[:2], dtype=torch.float64, device="meta"))
 
 
 def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str, int]]:
