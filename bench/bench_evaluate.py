@@ -105,7 +105,7 @@ def test_training_behind_one_forward(benchmark: Any, method: str) -> None:
     """Ratios of seconds per query: 4 and 8 queries behind one forward, by one each."""
     keys = [f"batch_size={QUERIES}", "optim.lr=1e-7", "threads=1", *METHODS[method]]
     config = load_config([*settings("1500"), *keys])
-    device = set_up(config.threads, config.seed)
+    device = set_up(config.cpu_threads, config.seed)
     config = resolve_auto(config, device)
     prompts, plan = queries_of(config), [list(range(QUERIES))]
     trainer = train.make_trainer(config, device)

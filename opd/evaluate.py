@@ -127,7 +127,7 @@ def run(target: str, config: Config) -> dict[str, Any]:
         if target.endswith(".jsonl"):
             raise DataError(f"{target}: no such file of answers")
         resolve(config.model.student)
-    device = set_up(config.threads, config.seed)
+    device = set_up(config.cpu_threads, config.seed)
     distributed.start()
     left_out: list[str] = []
     frame_settings: dict[str, Any] = {}

@@ -58,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     micro_batches(config)  # raises ConfigError for a batch that the ranks cannot divide
-    device = set_up(config.threads, config.seed)
+    device = set_up(config.cpu_threads, config.seed)
     distributed.start()
     resolve(config.model.student, "model.student")
     if config.method == "opd":

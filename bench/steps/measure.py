@@ -24,7 +24,7 @@ from opd.planning.auto import resolve_auto
 
 def make_trainer(config: Config) -> tuple[Trainer, PromptBatch]:
     """A trainer of the configured models, and one batch of held-out clips."""
-    device = set_up(config.threads, config.seed)
+    device = set_up(config.cpu_threads, config.seed)
     trainer = train.make_trainer(resolve_auto(config, device), device)
     held_out = load_examples(config.data.eval, config.data, config.batch_size)
     pool = Prompts(held_out, config.data, trainer.processor, trainer.student)

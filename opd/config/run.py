@@ -43,8 +43,8 @@ class Config:
         choices=("sequence", "token"),
     )
     seed: int = option(0, "Seed of weights, data order and sampling.", least=0, most=2**63 - 1)
-    steps: int = option(200, "Number of optimizer steps.", least=1)
-    batch_size: int = option(16, "Prompts per optimizer step, over all ranks.", least=1)
+    steps: int = option(280, "Number of optimizer steps.", least=1)
+    batch_size: int = option(8, "Prompts per optimizer step, over all ranks.", least=1)
     micro_batch_size: int | None = option(
         None, "Prompts per backward pass; null is the whole batch of a rank.", least=1
     )
@@ -75,7 +75,11 @@ class Config:
         5, "Consecutive steps without a finite loss and gradient that end the run.", least=1
     )
     threads: int | None = option(
-        None, "Number of CPU threads; null keeps PyTorch's choice.", least=1, most=1024
+        None,
+        "Number of CPU threads; null keeps PyTorch's choice, or takes 1 for the embedded models, "
+        "whose operations are too small for more.",
+        least=1,
+        most=1024,
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -89,6 +93,12 @@ class Config:
     opd: OPDConfig = field(default_factory=OPDConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def cpu_threads(self) -> int | None:
+        """Number of CPU threads to set; None keeps PyTorch's choice."""
+        embedded = self.model.student.startswith(("embedded:", "tiny:"))
+        return 1 if self.threads is None and embedded else self.threads
 
     @property
     def on_references(self) -> bool:

@@ -75,7 +75,7 @@ class Split:
 
 SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
-    "eval": Split(seed=2, clips=256),
+    "eval": Split(seed=2, clips=128),
     "tune": Split(seed=3, clips=256),
     "mixed": Split(seed=9, clips=1024, jitter_s=0.5, wrong=0.2, ask="mixed"),
     "mixed_eval": Split(seed=10, clips=512, ask="mixed"),
