@@ -185,9 +185,10 @@ class _Part:
         value: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This part's gradients of query, key and value, with the merged `out` and `lse`."""
-        rows = [self.arranged(x) for x in (grad, query, out, lse)]
-        inputs = *rows, self.repeated(key), self.repeated(value)
-        d_query, *d_keys = fused_backward(*inputs, self.mask, self.causal, self.scale)
+        grad, query, out, lse = (self.arranged(rows) for rows in (grad, query, out, lse))
+        keys = self.repeated(key), self.repeated(value)
+        options = self.mask, self.causal, self.scale
+        d_query, *d_keys = fused_backward(grad, query, out, lse, *keys, *options)
         d_key, d_value = map(self.summed, d_keys)
         return self.restored(d_query), d_key, d_value
 
