@@ -194,7 +194,7 @@ def test_layers_are_gathered_while_others_compute(results: Any, case: str) -> No
 
 def test_unequal_shares_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"^batch_size=16: must be a multiple of the 3 ranks$"):
+    with pytest.raises(ConfigError, match=r"^batch_size=8: must be a multiple of the 3 ranks$"):
         micro_batches(load_config([]))
     message = r"^micro_batch_size=3: must divide batch_size=12/3 ranks$"
     with pytest.raises(ConfigError, match=message):
