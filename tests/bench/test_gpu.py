@@ -4,9 +4,11 @@ further call goes on with what is missing."""
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +160,14 @@ def run(folder: Path, end: str, limit_s: float = 600, again: bool = False) -> di
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a worker's: beside others pytest-benchmark times nothing."""
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not a worker's, beside which pytest-benchmark times nothing, nor a background job's, which
+    ignores SIGINT; what it starts would, too."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("alone")
