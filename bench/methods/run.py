@@ -87,6 +87,7 @@ def teacher(protocol: Protocol) -> dict[str, Any] | None:
     if not path.is_file():
         folder = RUNS / protocol.name / "teacher"
         keys = [f"run_dir={folder / 'scores'}", "overwrite=true", "threads=1"]
+        keys += [key for key in protocol.common if key.startswith("data.eval=")]
         command = [sys.executable, "-m", "opd.evaluate", "embedded:teacher", *keys]
         scores = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         del scores["answers"]

@@ -186,9 +186,8 @@ class _Part:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This part's gradients of query, key and value, with the merged `out` and `lse`."""
         grad, query, out, lse = (self.arranged(rows) for rows in (grad, query, out, lse))
-        keys = self.repeated(key), self.repeated(value)
-        options = self.mask, self.causal, self.scale
-        d_query, *d_keys = fused_backward(grad, query, out, lse, *keys, *options)
+        others = self.repeated(key), self.repeated(value), self.mask, self.causal, self.scale
+        d_query, *d_keys = fused_backward(grad, query, out, lse, *others)
         d_key, d_value = map(self.summed, d_keys)
         return self.restored(d_query), d_key, d_value
 

@@ -125,8 +125,8 @@ MISTAKES = {
     "data.train=none.json": "data.train: none.json: no such annotation file",
     "data.eval=none.json": "data.eval: none.json: no such annotation file",
     "data.train=synthetic:none": "data.train: synthetic:none: no such split "
-    "(known: train, eval, tune, mixed, mixed_eval, mixed_tune, mixed_first, names, words, short, "
-    "teacher, student)",
+    "(known: train, eval, eval_512, tune, mixed, mixed_eval, mixed_tune, mixed_first, names, "
+    "words, short, teacher, student)",
     "run_dir=/dev/null/run": "run_dir=/dev/null/run: /dev/null is not a writable folder",
     "missing.yaml": "missing.yaml: no such configuration file",
     "steps": "steps: no such configuration file (to set the key, write steps=VALUE)",

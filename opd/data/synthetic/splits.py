@@ -13,6 +13,7 @@ Splits have disjoint seeds:
     train                 the training pool; 20% of the annotations are wrong, the others jittered;
                           a fifth of the clips has shapes that the teacher never saw
     eval, tune            held out, clean; `tune` is for choosing settings
+    eval_512              those of eval and more like them
     mixed, mixed_eval,    the same for three tasks at once: grounding, VideoQA, grounded QA
     mixed_tune
     mixed_first           teaches the forms of these tasks to a student that knows grounding alone
@@ -76,6 +77,7 @@ class Split:
 SPLITS = {
     "train": Split(seed=1, clips=1024, jitter_s=0.5, wrong=0.2, novel=0.2),
     "eval": Split(seed=2, clips=128),
+    "eval_512": Split(seed=2, clips=512),
     "tune": Split(seed=3, clips=256),
     "mixed": Split(seed=9, clips=1024, jitter_s=0.5, wrong=0.2, ask="mixed"),
     "mixed_eval": Split(seed=10, clips=512, ask="mixed"),
