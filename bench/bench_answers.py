@@ -42,13 +42,14 @@ def side(name: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def case() -> tuple[VideoLM, Prefix]:
-    """The embedded student in fp32, and a prompt of 1,500 tokens after its forward."""
+def case() -> tuple[VideoLM, Prefix, Policy]:
+    """The embedded student in fp32, a prompt of 1,500 tokens after its forward, and its policy."""
     set_up(1, 0)
     config = load_config([*settings("1500"), "data.cache_mb=0"])
     prompts = queries_of(config)
     (batch,) = batches(prompts, [[0]])
-    return prompts.lm, forward(prompts.lm, batch).detach()
+    policy = Policy.of(prompts.lm, prompts.tokenizer, SampleConfig())
+    return prompts.lm, forward(prompts.lm, batch).detach(), policy
 
 
 def extended(lm: VideoLM, prefix: Prefix, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -60,8 +61,8 @@ def extended(lm: VideoLM, prefix: Prefix, ids: torch.Tensor) -> list[torch.Tenso
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def test_extend(benchmark: Any, case: tuple[VideoLM, Prefix]) -> None:
-    lm, prefix = case
+def test_extend(benchmark: Any, case: tuple[VideoLM, Prefix, Policy]) -> None:
+    lm, prefix, _ = case
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, (1, ROLLOUTS, LENGTH), generator=generator)
 
@@ -98,12 +99,11 @@ def with_lengths(policy: Policy, rollouts: int, lengths: list[int]) -> tuple[Pol
     return replace(policy, eos_token_ids=(last,)), draws
 
 
-def test_decode(benchmark: Any, case: tuple[VideoLM, Prefix]) -> None:
-    lm, prefix = case
-    tokenizer = queries_of(load_config(settings("1500"))).tokenizer
+def test_decode(benchmark: Any, case: tuple[VideoLM, Prefix, Policy]) -> None:
+    lm, prefix, policy = case
     drawn = torch.empty(ROLLOUTS).log_normal_(0.0, 0.8, generator=torch.Generator().manual_seed(1))
     lengths = (MEDIAN * drawn).long().clamp(1, LENGTH).tolist()
-    policy, draws = with_lengths(Policy.of(lm, tokenizer, SampleConfig()), ROLLOUTS, lengths)
+    policy, draws = with_lengths(policy, ROLLOUTS, lengths)
 
     def call(name: str, _: int) -> Rollouts:
         with side(name):

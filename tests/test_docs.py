@@ -64,13 +64,13 @@ def commands(page: Path) -> list[list[str]]:
     """Commands of the page's bash blocks, each as its arguments; `\\` joins lines."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in [*shlex.split(line, comments=True), "&&"]]
-    actual: list[list[str]] = [[]]
+    split: list[list[str]] = [[]]
     for part in parts:
         if part == "&&":
-            actual.append([])
+            split.append([])
         else:
-            actual[-1].append(part)
-    return [command for command in actual if command]
+            split[-1].append(part)
+    return [command for command in split if command]
 
 
 def modules(page: Path) -> list[tuple[str, list[str]]]:

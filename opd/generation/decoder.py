@@ -26,11 +26,13 @@ class Decoder:
         self.branches, self.prompt_length = prefix.width * rollouts, prefix.mask.shape[1]
         self.next_position = prefix.by_group(prefix.next_position).repeat_interleave(rollouts, 1)
         self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)  # [G, B, P]
-        self.whole = prefix.whole
+        self.whole, self.dtype = prefix.whole, prefix.last_hidden.dtype
         self.apart = are_cheaper(self.branches, max_steps)
-        self.prefix = [(key.detach(), value.detach()) for key, value in prefix.layers]
+        prefix = prefix.detach()
+        self.prefix = prefix.layers if self.apart else []  # else it is in the cache
+        self.layout = self._layout()
         self.cache: list[KeyValue] = []
-        for key, value in self.prefix:
+        for key, value in prefix.layers:
             groups, heads, _, size = key.shape
             if self.apart:
                 shape = groups * self.branches, heads, max_steps, size
@@ -41,8 +43,6 @@ class Decoder:
                 for buffer, source in zip(pair, (key, value), strict=True):
                     buffer[:, :, : self.prompt_length] = source
             self.cache.append(pair)
-        if not self.apart:
-            self.prefix = []  # is in the cache
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor, counter: LayerCounter | None = None) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Decoder:
         hidden = language_model.embed_tokens(token_ids)
         positions = (self.next_position + self.step_index).expand(3, -1, -1)
         rotary = language_model.rotary_emb(hidden, positions)
-        mask = self._mask(hidden.dtype)
+        mask = self._mask()
         with (counter or LayerCounter()).label("decode"):
             for index, layer in enumerate(language_model.layers):
                 hidden = run_layer(layer, hidden, rotary, self._layer_cache(index, mask), mask)
@@ -80,22 +80,26 @@ class Decoder:
             return values.flatten(0, 1).index_select(0, rows).unflatten(0, branches.shape)
 
         self.next_position, self.mask = kept(self.next_position), kept(self.mask)
+        self.layout = self._layout()
         for layer, pair in enumerate(self.cache):
             self.cache[layer] = pair[0].index_select(0, rows), pair[1].index_select(0, rows)
             if len(groups) < len(self.prefix[layer][0]):
                 key, value = self.prefix[layer]
                 self.prefix[layer] = key.index_select(0, groups), value.index_select(0, groups)
 
-    def _mask(self, dtype: torch.dtype) -> torch.Tensor | Branches:
-        language_model = self.lm.language_model
+    def _layout(self) -> Branches:
+        """The completions as branches, of which each sees the prefix as its prompt does."""
+        layout = Branches(self.branches, 1, 1, None if self.whole else self.mask)
+        return layout.prepared(self.dtype, query_groups(self.lm.language_model))
+
+    def _mask(self) -> torch.Tensor | Branches:
         if self.apart:
-            layout = Branches(self.branches, 1, 1, None if self.whole else self.mask)
-            return layout.prepared(dtype, query_groups(language_model))
+            return self.layout
         # Column b of every step belongs to branch b: the identity, once per step.
         own = torch.eye(self.branches, dtype=torch.bool, device=self.mask.device)
         own = own.repeat(1, self.step_index + 1).expand(len(self.mask), -1, -1)
         attention_mask = torch.cat([self.mask, own], dim=2)[:, None]
-        return prepared_mask(attention_mask, language_model, dtype)
+        return prepared_mask(attention_mask, self.lm.language_model, self.dtype)
 
     def _layer_cache(self, index: int, mask: torch.Tensor | Branches) -> "_PreallocatedCache":
         if isinstance(mask, Branches):

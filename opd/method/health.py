@@ -69,7 +69,7 @@ def signals(
     ids = torch.cat([r.in_loss(r.completion_ids) for r in rollouts])
     length = sum(r.num_tokens for r in rollouts)
     completions = sum(r.truncated.numel() for r in rollouts)
-    whole = config.on_references or config.sampled_length == config.sample.max_completion_length
+    whole = config.sampled_length == config.sample.max_completion_length
     truncated = sum(int(r.truncated.sum()) for r in rollouts)
     row = {
         "kl": mean(kl),

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from opd.models.fused_attention import added_to_scores, fused_backward, fused_forward
+
 FEWEST_TOKENS = 256  # of a group behind its prefix; with fewer, one mask over both parts is as fast
-MASK_ALIGNMENT = 16  # a GPU's kernel takes a mask whose rows are this many columns apart
-aten = torch.ops.aten
 
 
 def are_cheaper(branches: int, steps: int) -> bool:
@@ -69,9 +69,7 @@ class Branches:
         if self.steps == 1:
             rows = self.seen.repeat_interleave(self.rollouts, 1)[:, None, None]
             seen = rows.expand(-1, -1, per_head, -1, -1).flatten(2, 3)
-        width = -(-seen.shape[3] // MASK_ALIGNMENT) * MASK_ALIGNMENT
-        added = torch.full((*seen.shape[:3], width), -torch.inf, dtype=dtype, device=seen.device)
-        return replace(self, seen=added[..., : seen.shape[3]].masked_fill_(seen, 0.0))
+        return replace(self, seen=added_to_scores(seen, dtype))
 
     def by_branch(self, values: torch.Tensor) -> torch.Tensor:
         """Arrange `[G, heads, B * T, ...]` by branch: `[G * B, heads, T, ...]`."""
@@ -239,72 +237,3 @@ class _OwnPart(_Part):
 
     def summed(self, grad: torch.Tensor) -> torch.Tensor:
         return grad.unflatten(1, (self.kv_heads, -1)).sum(2) if self.causal else grad
-
-
-def fused_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by torch's fused kernels, as they are behind `scaled_dot_product_attention`.
-
-    Args:
-        query: `[S, heads, L, D]`; key and value: `[S, heads, n, D]`.
-        mask: added to the scores, `[S, 1, 1 or L, n]`.
-        causal: of square attention, L = n.
-
-    Returns: `[S, heads, L, D]`, and the natural log-sum-exp of each row's scores, `[S, heads, L]`,
-        at least fp32.
-    """
-    inputs = query, key, value
-    if not _is_cuda(query):
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(*inputs, 0.0, causal, attn_mask=mask, scale=scale)
-    if mask is None and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(*inputs, 0.0, causal, scale=scale)[:2]
-    efficient = aten._scaled_dot_product_efficient_attention
-    out, lse, *_ = efficient(*inputs, _spread(mask, query, key), True, 0.0, causal, scale=scale)
-    return out, lse[..., : query.shape[2]]  # whose length is rounded up
-
-
-def fused_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `fused_forward` in query, key and value, for any `out` and `lse` of its rows."""
-    inputs = grad, query, key, value
-    if not _is_cuda(query):
-        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash(*inputs, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
-    no_seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which is off
-    if mask is None and query.dtype != torch.float32:
-        flash = aten._scaled_dot_product_flash_attention_backward
-        lengths = None, None, query.shape[2], key.shape[2]
-        options = 0.0, causal, no_seed, no_seed
-        return flash(*inputs, out, lse.contiguous(), *lengths, *options, scale=scale)
-    efficient = aten._scaled_dot_product_efficient_attention_backward
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32))
-    wanted = [True, True, True, False]
-    options = out, lse, no_seed[0], no_seed[0], 0.0, wanted, causal
-    return efficient(*inputs, _spread(mask, query, key), *options, scale=scale)[:3]
-
-
-def _is_cuda(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda"
-
-
-def _spread(
-    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor | None:
-    """The mask with the shape of the scores, without a copy."""
-    return None if mask is None else mask.expand(*query.shape[:3], key.shape[2])

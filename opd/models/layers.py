@@ -10,11 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from opd.models.branches import Branches
+from opd.models.fused_attention import added_to_scores
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [G, kv_heads, P, D]
-
-
-MASK_ALIGNMENT = 16  # on a GPU, sdpa copies a mask whose rows are not aligned, at every call
 
 
 def prepared_mask(mask: torch.Tensor, language_model: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -27,11 +25,7 @@ def prepared_mask(mask: torch.Tensor, language_model: Any, dtype: torch.dtype) -
         `groups` is the number of query heads per key/value head.
     """
     groups = query_groups(language_model)
-    batch, _, length, width = mask.shape
-    align = MASK_ALIGNMENT if mask.device.type == "cuda" else 1
-    shape = (batch, 1, groups, length, -(-width // align) * align)
-    added = torch.full(shape, -torch.inf, dtype=dtype, device=mask.device)[..., :width]
-    return added.masked_fill_(mask[:, :, None], 0.0)
+    return added_to_scores(mask[:, :, None].expand(-1, -1, groups, -1, -1), dtype)
 
 
 def query_groups(language_model: Any) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.models import branches
+from opd.models import fused_attention
 from opd.models.branches import Branches, attend_branches
 
 CPU = torch.device("cpu")
@@ -176,8 +176,8 @@ def test_the_calls_of_a_gpus_kernels(
 ) -> None:
     expected = gradients_of(by_definition, case, torch.float64)
     stand_in = OfAGPU()
-    monkeypatch.setattr(branches, "aten", stand_in)
-    monkeypatch.setattr(branches, "_is_cuda", lambda _: True)
+    monkeypatch.setattr(fused_attention, "aten", stand_in)
+    monkeypatch.setattr(fused_attention, "_is_cuda", lambda _: True)
     assert errors(gradients_of(in_two_parts, case, torch.float64), expected) < 1e-13
     flash, efficient = (f"_scaled_dot_product_{x}_attention" for x in ("flash", "efficient"))
     past = efficient if case[-1] else flash
