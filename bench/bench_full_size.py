@@ -23,7 +23,8 @@ from opd.method.trainer import Trainer
 from opd.models import tiny
 from opd.models.load import load_options
 from opd.planning.auto import resolve_auto
-from opd.planning.memory import Shapes, capacity_of
+from opd.planning.memory import Shapes
+from opd.planning.plan import capacity_of
 from opd.record.flops import mfu
 
 GPU = torch.cuda.is_available()

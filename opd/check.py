@@ -24,7 +24,8 @@ from opd.data.sources import check_leak, check_sources, sources_of
 from opd.distributed import progress_bar
 from opd.errors import DataError, ModelError, UserError
 from opd.models.load import load_options, load_processor
-from opd.planning.memory import USABLE, Plan, Shapes, capacity_of, too_little
+from opd.planning.memory import Shapes
+from opd.planning.plan import USABLE, Plan, capacity_of, too_little
 from opd.planning.shapes import MOMENTS
 
 GIB = 2**30
@@ -89,6 +90,8 @@ def lines(plan: Plan, shapes: Shapes, ranks: int, capacity: int) -> list[str]:
     choice = f"prefix.recompute={plan.recompute}"
     if shapes.teacher is not None:
         choice += f" teacher.placement={plan.placement}"
+    if shapes.micro_batches(ranks) > 1 and not config.on_references:
+        choice += f" sample.together={plan.together}"
     fits = "fits" if plan.total <= USABLE * capacity else f"more than {USABLE:.0%}: does not fit"
     return [*report, f"{choice}: {fits}"]
 

@@ -90,7 +90,7 @@ def dense_loss(
 def generate(trainer: Trainer, batch: PromptBatch, step: int) -> Rollouts:
     """The rollouts that the single pass trains on in this step."""
     with torch.no_grad():
-        return trainer.rollouts(batch, forward(trainer.student, batch), step)
+        return trainer.rollouts([batch], forward(trainer.student, batch), step)[0]
 
 
 def train_on(

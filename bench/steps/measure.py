@@ -73,7 +73,7 @@ def prove_equal(trainer: Trainer, batch: PromptBatch, loop: Loop = trl_style) ->
     rollouts of four of the prompts, short and long. Raises AssertionError where they differ."""
     some = batch.prompts[:: max(1, len(batch.prompts) // 4)]
     batch = collate(some, trainer.policy.pad_token_id, batch.input_ids.device)
-    (ours, first), own_grads = gradient(trainer, lambda: trainer.micro_step(batch, 0))
+    ((ours, first),), own_grads = gradient(trainer, lambda: trainer.micro_steps([batch], 0))
     (theirs, second), other_grads = gradient(trainer, lambda: loop(trainer, batch, 0))
     assert torch.equal(first.completion_ids, second.completion_ids), "not the same rollouts"
     return errors((float(ours.loss.detach()), own_grads), (float(theirs.loss), other_grads))

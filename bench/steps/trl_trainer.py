@@ -126,7 +126,7 @@ def prove_equal(
     """Errors of our loss and gradient against TRL's on the same completions, both means over
     tokens."""
     assert trainer.config.normalize == "token"
-    (loss, rollouts), summed = gradient(trainer, lambda: trainer.micro_step(batch, 0))
+    ((loss, rollouts),), summed = gradient(trainer, lambda: trainer.micro_steps([batch], 0))
     ids = rollouts.completion_ids[:, 0]
     mask = rollouts.completion_mask[:, 0].long().to(ids.device)
     inputs = {

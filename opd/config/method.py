@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from opd.config.options import check_values, option
-from opd.errors import require
+from opd.errors import printable, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,12 @@ class SampleConfig:
         20, "Maximum length of a completion with its end token, in tokens.", least=1
     )
 
+    together: str = option(
+        "auto",
+        "Micro-batches of a step that are sampled together: off, a number, or auto (as many as fit "
+        "into memory). Their prompts are all in memory until they have been learned from.",
+    )
+
     @property
     def truncated(self) -> bool:
         """Whether sampling leaves out unlikely tokens."""
@@ -40,6 +46,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "sample")
+        value = self.together
+        valid = value in ("off", "auto") or (value.isascii() and value.isdecimal() and int(value))
+        require(valid, f"sample.together={printable(value)}: not off, auto or a number from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)

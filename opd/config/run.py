@@ -136,6 +136,12 @@ class Config:
         return min(length, horizon)
 
     @property
+    def together(self) -> int:
+        """Number of micro-batches that are sampled together; 1 until `auto` is resolved."""
+        together = self.sample.together
+        return int(together) if together.isdecimal() and not self.on_references else 1
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Fields of which a training example must have at least one; empty if it needs none."""
         if self.on_references:
@@ -256,5 +262,11 @@ def load_config(arguments: list[str]) -> Config:
 def to_yaml(config: Config, without: Collection[str] = ()) -> str:
     """The configuration as YAML, except for the keys and sections in `without`; loading the whole
     one gives an equal configuration."""
-    kept = {key: value for key, value in asdict(config).items() if key not in without}
+    kept = asdict(config)
+    for name in without:
+        *sections, key = name.split(".")
+        section = kept
+        for each in sections:
+            section = section[each]
+        del section[key]
     return OmegaConf.to_yaml(OmegaConf.create(kept))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Hashable, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from opd import distributed
 from opd.config.run import Config
 from opd.data.examples import Example
 from opd.errors import require
+
+Item = TypeVar("Item")
 
 
 def shuffled(num_examples: int, seed: int, epoch: int, group: int = 0) -> list[int]:
@@ -131,7 +134,7 @@ def plan_steps(
     return own
 
 
-def split(batch: list[int], size: int | None) -> list[list[int]]:
+def split(batch: list[Item], size: int | None) -> list[list[Item]]:
     """Split a batch into parts of `size`, the last one possibly smaller; one part for None."""
     size = size or len(batch)
     return [batch[i : i + size] for i in range(0, len(batch), size)]

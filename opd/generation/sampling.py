@@ -93,6 +93,21 @@ class Rollouts:
         ids, logprobs = fetch(self.completion_ids), fetch(self.rollout_logprobs)
         return replace(self, completion_ids=ids, rollout_logprobs=logprobs)
 
+    def divided(self, sizes: Sequence[int]) -> list["Rollouts"]:
+        """The rollouts of consecutive prompts, so many in each part; T shrinks to what they need.
+        For rollouts as they were sampled."""
+        if len(sizes) == 1:
+            return [self]
+        tensors = self.completion_ids, self.lengths, self.rollout_logprobs, self.truncated
+        parts = []
+        for ids, lengths, logprobs, truncated in zip(
+            *(values.split(list(sizes)) for values in tensors), strict=True
+        ):
+            longest = int(lengths.max())
+            cut = ids[..., :longest].contiguous(), lengths, logprobs[..., :longest].contiguous()
+            parts.append(Rollouts(*cut, truncated))
+        return parts
+
     def routed(self, counts: Sequence[int], lockstep: bool = False) -> tuple[list[int], "Rollouts"]:
         """Keep the prompts with a trained completion, and of their rollouts the trained ones.
 

@@ -45,7 +45,20 @@ def grade(
     return replace(rollouts, rewards=torch.tensor(rewards))
 
 
-def trained_rollouts(rollouts: Rollouts, config: Config) -> torch.Tensor | None:
+def for_loss(
+    rollouts: Rollouts, examples: Sequence[Example], processor: Any, config: Config
+) -> Rollouts:
+    """Add what the loss needs besides tokens: rewards where it uses them, and which tokens are in
+    it."""
+    rollouts = replace(rollouts, horizon=config.opd.horizon)
+    if config.on_references:
+        return rollouts
+    if config.compares or config.routes:
+        rollouts = grade(rollouts, examples, processor.tokenizer, config)
+    return replace(rollouts, trained=_trained(rollouts, config))
+
+
+def _trained(rollouts: Rollouts, config: Config) -> torch.Tensor | None:
     """Boolean `[B, R]`: the rollouts that take part in the loss; None where all do.
 
     GRPO leaves out groups with equal rewards, which prefer no answer, unless there is a KL penalty

@@ -16,11 +16,10 @@ from opd.scoring.judge import named_span, readable
 
 
 def gather_step(
-    results: Sequence[tuple[Loss, Rollouts]], batches: Sequence[PromptBatch]
+    results: Sequence[tuple[Loss, Rollouts]], batches: Sequence[PromptBatch], config: Config
 ) -> tuple[list[Loss], list[Rollouts], list[Example], dict[str, int]]:
-    """Losses, rollouts and examples of every rank's micro-batches, on the host, and the numbers of
-    their prompts, groups of prompts and prompt tokens. Each rank passes its own and receives
-    all."""
+    """Losses, rollouts and examples of every rank's micro-batches, on the host, and what they add
+    to the fields of `Progress`. Each rank passes its own and receives all."""
     mine = [
         (loss.cpu(), rollouts.cpu(), batch.examples, batch.num_tokens, len(batch.groups))
         for (loss, rollouts), batch in zip(results, batches, strict=True)
@@ -28,7 +27,16 @@ def gather_step(
     everyone = [micro_batch for rank in distributed.all_gather(mine) for micro_batch in rank]
     losses, rollouts, of_batches, num_tokens, num_groups = zip(*everyone, strict=True)
     examples = [example for of_batch in of_batches for example in of_batch]
-    counts = {"prompts": len(examples), "groups": sum(num_groups), "prompt_tokens": sum(num_tokens)}
+    sampled = () if config.on_references else rollouts
+    counts = {
+        "prompts": len(examples),
+        "groups": sum(num_groups),
+        "prompt_tokens": sum(num_tokens),
+        "rollouts": sum(r.truncated.numel() for r in sampled),
+        "generated_tokens": sum(r.num_tokens for r in sampled),
+        "trained_rollouts": sum(int((r.loss_lengths > 0).sum()) for r in sampled),
+        "trained_tokens": sum(int(r.loss_lengths.sum()) for r in rollouts),
+    }
     return [*losses], [*rollouts], examples, counts
 
 

@@ -3,7 +3,7 @@
     p = student, q = teacher, y ~ p( . | video, query):  minimise KL(p || q) over the tokens of y
 
 The gradient pulls the student towards what the teacher would have said after the student's own
-words. The method is `Trainer.micro_step`, in four parts:
+words. The method is `Trainer.micro_steps`, in four parts:
 
     prefill   forward the student's prompts once, and keep the graph of their keys and values
     sample    continue a detached view of the same keys and values into completions
@@ -11,14 +11,16 @@ words. The method is `Trainer.micro_step`, in four parts:
     learn     continue the student's graph through the completion tokens alone, compare the hidden
               states of both models in the objective, and call backward
 
-`Trainer.step` runs it on every micro-batch and then steps the optimizer.
+`Trainer.step` runs it on all micro-batches and then steps the optimizer. Those that fit into memory
+beside each other are sampled together: decoding reads every weight once per token, whatever the
+number of prompts.
 
 Left out on purpose: a reward, a value model, importance clipping, a reference model. The method
 needs none of them; `method=grpo`, the baseline, adds its own and shares everything else.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import torch
 from opd import distributed
 from opd.config.run import Config
 from opd.data.batch import PromptBatch
-from opd.data.schedule import micro_batches
+from opd.data.schedule import micro_batches, split
 from opd.device import fetch, send
 from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
@@ -37,7 +39,7 @@ from opd.generation.policy import Policy, uniforms
 from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import Prefix, encode, extend, prefill
 from opd.generation.sampling import Rollouts, sample
-from opd.method.advantages import advantages, grade, trained_rollouts
+from opd.method.advantages import advantages, for_loss
 from opd.method.health import gather_step, signals
 from opd.method.objectives import Loss, Targets, objective_of
 from opd.method.teacher import Teacher
@@ -76,22 +78,26 @@ class Trainer:
             parts = config.engine, len(micro_batches(config))
             self.engine = ZeroEngine(self.student, config.optim, updates, *parts)
 
-    # The method, on one micro-batch.
+    # The method, on micro-batches that are sampled together.
 
-    def micro_step(
-        self, batch: PromptBatch, step: int, earlier: tuple[Loss, Rollouts] | None = None
-    ) -> tuple[Loss, Rollouts]:
-        """Add the gradient of one micro-batch; returns its loss and its rollouts. With the result
-        of an `earlier` epoch, learn from the same rollouts again."""
-        prompts = self.prefill(batch)
-        rollouts = earlier[1] if earlier else self.sample(batch, prompts, step)
+    def micro_steps(
+        self, batches: list[PromptBatch], step: int, earlier: tuple[Loss, Rollouts] | None = None
+    ) -> list[tuple[Loss, Rollouts]]:
+        """Add the gradients of micro-batches, which are sampled together and then learned from one
+        after the other; returns the loss and the rollouts of each. With the result of an `earlier`
+        epoch, learn from the rollouts of the only micro-batch again."""
+        waiting = [self.prefill(batch) for batch in batches]
+        rollouts = [earlier[1]] if earlier else self.sample(batches, waiting, step)
         old_logprobs = earlier[0].student_logprobs if earlier else None
-        kept, answers = self.route(prompts, rollouts)
-        teacher_hidden = self.score(kept, answers)
-        loss = self.learn(kept, answers, teacher_hidden, old_logprobs)
-        decoded = None if earlier or self.config.on_references else rollouts.completion_mask
-        self.count(prompts, decoded, kept, answers, batch.num_tokens + rollouts.num_tokens)
-        return loss, rollouts
+        losses = []
+        for batch, sampled in zip(batches, rollouts, strict=True):
+            prompts = waiting.pop(0)  # so that its graph is freed before the next one's backward
+            kept, answers = self.route(prompts, sampled)
+            teacher_hidden = self.score(kept, answers)
+            losses.append(self.learn(kept, answers, teacher_hidden, old_logprobs))
+            decoded = None if earlier or self.config.on_references else sampled.completion_mask
+            self.count(prompts, decoded, kept, answers, batch.num_tokens + sampled.num_tokens)
+        return [*zip(losses, rollouts, strict=True)]
 
     def prefill(self, batch: PromptBatch) -> Prefilled:
         """Forward the student's prompts once, with their graph."""
@@ -107,26 +113,27 @@ class Trainer:
             prefixes = [prefill(self.student, part, video, *options) for part, video in pairs]
         return Prefilled.of(parts, prefixes)
 
-    def sample(self, batch: PromptBatch, prompts: Prefilled, step: int) -> Rollouts:
-        """Continue the detached prompts into completions."""
+    def sample(
+        self, batches: list[PromptBatch], prompts: list[Prefilled], step: int
+    ) -> list[Rollouts]:
+        """Continue the detached prompts of all micro-batches into completions."""
         with self.ledger.phase("sample"):
-            prefixes = [prefix.detach() for prefix in prompts.prefixes]
-            return self.rollouts(batch, Prefix.join(prefixes), step)
+            prefixes = [prefix.detach() for some in prompts for prefix in some.prefixes]
+            return self.rollouts(batches, Prefix.join(prefixes), step)
 
-    def rollouts(self, batch: PromptBatch, prefix: Prefix, step: int) -> Rollouts:
+    def rollouts(self, batches: list[PromptBatch], prefix: Prefix, step: int) -> list[Rollouts]:
         """Completions to train on: sampled from the student, or the reference answers."""
-        config = self.config
+        config, length, policy = self.config, self.config.sampled_length, self.policy
         if config.on_references:
-            references = Rollouts.references(batch, self.policy.pad_token_id)
-            return replace(references, horizon=config.opd.horizon)
-        length, prompt_ids = config.sampled_length, [example.id for example in batch.examples]
-        draws = uniforms(config.seed, step, prompt_ids, config.num_rollouts, length)
-        with self.engine.gathered_weights():
-            rollouts = sample(self.student, prefix, self.policy, length, draws, self.counter)
-        if config.compares or config.routes:
-            rollouts = grade(rollouts, batch.examples, self.processor.tokenizer, config)
-        trained = trained_rollouts(rollouts, config)
-        return replace(rollouts, trained=trained, horizon=config.opd.horizon)
+            drawn = [Rollouts.references(batch, policy.pad_token_id) for batch in batches]
+        else:
+            prompt_ids = [example.id for batch in batches for example in batch.examples]
+            draws = uniforms(config.seed, step, prompt_ids, config.num_rollouts, length)
+            with self.engine.gathered_weights():
+                every = sample(self.student, prefix, policy, length, draws, self.counter)
+            drawn = every.divided([len(batch.prompts) for batch in batches])
+        pairs = zip(drawn, batches, strict=True)
+        return [for_loss(own, batch.examples, self.processor, config) for own, batch in pairs]
 
     def route(self, prompts: Prefilled, rollouts: Rollouts) -> tuple[Prefilled, Rollouts]:
         """Prompts and rollouts to learn from: all of them, or with routing those that are not good
@@ -193,12 +200,13 @@ class Trainer:
         rollouts; returns the row of metrics. A loss or gradient that is not finite changes no
         weight, and the row names the examples."""
         lr = self.engine.lr
-        results = [self.micro_step(batch, step) for batch in batches]
+        together = split(batches, self.config.together)
+        results = [result for some in together for result in self.micro_steps(some, step)]
         updates = [self.update(results)]
         for _ in range(1, self.epochs):
             pairs = zip(batches, results, strict=True)
-            again = [self.micro_step(batch, step, earlier) for batch, earlier in pairs]
-            updates.append(self.update(again))
+            again = [self.micro_steps([batch], step, earlier) for batch, earlier in pairs]
+            updates.append(self.update([result for (result,) in again]))
         return {"step": step} | self.metrics(batches, results, updates, lr)
 
     def update(self, results: list[tuple[Loss, Rollouts]]) -> tuple[float, float]:
@@ -265,19 +273,11 @@ class Trainer:
         lr: float,
     ) -> dict[str, Any]:
         """Count the step of all ranks in the progress; returns the metrics of its first epoch."""
-        losses, rollouts, examples, counts = gather_step(results, batches)
+        losses, rollouts, examples, counts = gather_step(results, batches, self.config)
         tokenizer = self.processor.tokenizer if self.processor is not None else None
         health = signals(losses, rollouts, examples, tokenizer, self.config)
         finite = all(math.isfinite(number) for update in updates for number in update)
-        sampled = [] if self.config.on_references else rollouts
-        self.progress.count(
-            finite,
-            **counts,
-            rollouts=sum(r.truncated.numel() for r in sampled),
-            generated_tokens=sum(r.num_tokens for r in sampled),
-            trained_rollouts=sum(int((r.loss_lengths > 0).sum()) for r in sampled),
-            equal_groups=health.get("equal_groups") or 0,
-        )
+        self.progress.count(finite, **counts, equal_groups=health.get("equal_groups") or 0)
         loss, grad_norm = updates[0]
         return {
             "loss": loss if math.isfinite(loss) else None,

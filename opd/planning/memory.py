@@ -1,25 +1,18 @@
 """Memory plan of a run: the bytes it needs on each device, from shapes alone, and what `auto`
-chooses.
+chooses."""
 
-A plan has what is held throughout a step, and what is alive besides in each moment of the step. The
-moment that needs most decides; the needs of the others never coincide with it and are not added.
-"""
-
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from opd import distributed
 from opd.config.run import Config
 from opd.engine.zero import BUCKET
-from opd.errors import ConfigError
 from opd.generation.prefilled import Prefilled
 from opd.models.lora import add_lora
 from opd.models.video_lm import VideoLM
+from opd.planning.plan import USABLE, Plan
 from opd.planning.shapes import (
-    Size,
     Work,
     on_meta,
     pixel_bytes,
@@ -33,8 +26,6 @@ from opd.record.flops import Cost, step_flops
 TEXT = 64  # tokens of template and query, about
 STAMP = 10  # tokens around a frame pair that has a time before it: that and vision markers
 FRAME_TOKENS = 768  # maximum per frame pair in the processors' own budget
-UNKNOWN = 1.05  # factor for the allocator's rounding and the libraries' own buffers
-USABLE = 0.9  # share of a device to plan for; the rest covers the plan's error and the driver
 CONTEXT_BYTES = 2**29 + 2**25  # about: a CUDA context with its kernels, cuBLAS's workspace
 # About: up to 32 channels of a ring and a tree, with some 6 MiB per neighbour in each.
 NCCL_BYTES = 2**30
@@ -44,41 +35,6 @@ SUB_GROUP = 1_000_000_000  # weights that ZeRO-3 updates at once, DeepSpeed's de
 
 def _bytes(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Bytes on each device by purpose, for one choice of recomputation and teacher placement.
-
-    `held` is needed throughout a step; `moments` has what is alive besides in each moment.
-    """
-
-    held: dict[str, int]
-    moments: dict[str, dict[str, int]]
-    recompute: str
-    placement: str
-    cpu: int = 0  # bytes of CPU memory per device
-    sizes: dict[str, Size] = field(default_factory=dict)
-
-    def total_at(self, moment: str) -> int:
-        """Bytes on a device in this moment, with a margin for what cannot be planned."""
-        planned = sum(self.held.values()) + sum(self.moments[moment].values())
-        return int(UNKNOWN * planned)
-
-    @property
-    def peak(self) -> str:
-        """Moment that needs most."""
-        return max(self.moments, key=self.total_at)
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by purpose at the peak."""
-        return self.held | self.moments[self.peak]
-
-    @property
-    def total(self) -> int:
-        """Bytes on a device at the peak."""
-        return self.total_at(self.peak)
 
 
 @dataclass(frozen=True)
@@ -120,12 +76,23 @@ class Shapes:
         """Prompts in a rank's micro-batch."""
         return self.config.micro_batch_size or max(1, self.config.batch_size // ranks)
 
-    def work(self, ranks: int) -> Work:
+    def micro_batches(self, ranks: int) -> int:
+        """Micro-batches of a rank in a step."""
+        return max(1, self.config.batch_size // ranks // self.prompts(ranks))
+
+    def work(self, ranks: int, together: int = 1) -> Work:
         """Work of a rank in a micro-batch."""
-        config, prompts = self.config, self.prompts(ranks)
-        several = config.batch_size // ranks > prompts
-        whole = prompts, self.tokens, self.video_tokens, TEXT, several
-        return Work.of(config, self.device_type, _bytes(self.dtype) >= 4, *whole)
+        return Work.of(
+            self.config,
+            _bytes(self.dtype) >= 4,
+            self.micro_batches(ranks) > 1,
+            device_type=self.device_type,
+            prompts=self.prompts(ranks),
+            tokens=self.tokens,
+            video_tokens=self.video_tokens,
+            own_tokens=TEXT,
+            together=together,
+        )
 
     def flops(self, ranks: int, recompute: str) -> dict[str, float]:
         """FLOPs of a step on all devices, with full groups and completions, by `FLOPS`."""
@@ -139,10 +106,12 @@ class Shapes:
         flops = step_flops(costs, parts, decoded, kept, mask, recompute)
         return {name: n * self.config.batch_size / work.prompts for name, n in flops.items()}
 
-    def plan(self, ranks: int, recompute: str, placement: str) -> Plan:
-        """Plan for one choice of `prefix.recompute` and `teacher.placement`."""
-        each, student = _bytes(self.dtype), self.student
-        size, engine, work = size_of(student), self.config.engine, self.work(ranks)
+    def plan(self, ranks: int, recompute: str, placement: str, together: int = 0) -> Plan:
+        """Plan for one choice of `prefix.recompute`, `teacher.placement` and `sample.together`, by
+        default the configured number of micro-batches."""
+        together = min(together or self.config.together, self.micro_batches(ranks))
+        each, student, work = _bytes(self.dtype), self.student, self.work(ranks, together)
+        size, engine = size_of(student), self.config.engine
         stage, cpu, gpu = engine.zero_stage, 0, self.device_type == "cuda"
         weights, gradients, states = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks)}.get(
             stage, (ranks,) * 3
@@ -187,7 +156,7 @@ class Shapes:
             sizes["teacher"] = size_of(self.teacher)
         else:
             del moments["teacher"]
-        return Plan(held, moments, recompute, placement, cpu, sizes)
+        return Plan(held, moments, recompute, placement, together, cpu, sizes)
 
     def _student_step(self, work: Work, recompute: str) -> dict[str, dict[str, int]]:
         key = work, recompute
@@ -257,7 +226,8 @@ class Shapes:
 
     def best(self, ranks: int, capacity: int) -> Plan:
         """Plan that `auto` chooses: the fastest placement, with the fewest recomputed layers, that
-        fits in `USABLE` of `capacity` bytes; if none fits, the plan that needs least."""
+        fits in `USABLE` of `capacity` bytes, and then as many micro-batches sampled together as
+        fit; if none fits, the plan that needs least."""
         capacity = int(USABLE * capacity)
         config = self.config
         placements = PLACEMENTS if self.teacher else PLACEMENTS[:1]
@@ -271,9 +241,27 @@ class Shapes:
             for mode in modes:
                 plan = self.plan(ranks, mode, placement)
                 if plan.total <= capacity:
-                    return plan
+                    return self._together(plan, ranks, capacity)
                 rejected.append(plan)
         return min(rejected, key=lambda plan: plan.total)
+
+    def _together(self, plan: Plan, ranks: int, capacity: int) -> Plan:
+        """The plan with the fewest groups of micro-batches that are sampled together, if the
+        configuration leaves them open: each micro-batch more takes about as much as the second."""
+        count = self.micro_batches(ranks)
+        if self.config.sample.together != "auto" or self.config.on_references or count == 1:
+            return plan
+        choice = plan.recompute, plan.placement
+        two = self.plan(ranks, *choice, 2)
+        more = {moment: two.total_at(moment) - plan.total_at(moment) for moment in plan.moments}
+        for groups in range(1, count):
+            together = -(-count // groups)
+            expected = (plan.total_at(moment) + (together - 1) * more[moment] for moment in more)
+            if max(expected) <= 1.05 * capacity:  # else it is not worth a plan of its own
+                candidate = self.plan(ranks, *choice, together)
+                if candidate.total <= capacity:
+                    return candidate
+        return plan
 
     def _modes(self, ranks: int, placement: str, capacity: int) -> list[str]:
         """Values of `prefix.recompute` to try, fewest layers first.
@@ -291,17 +279,3 @@ class Shapes:
                 number = max(number, -int(-missing // saved) if saved > 0 else layers)
         modes = [str(n) if n else "none" for n in (number, number + 1) if n < layers]
         return [*modes, "all"]
-
-
-def capacity_of(device: torch.device) -> int:
-    """Memory of a rank in bytes: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.world_size()
-
-
-def too_little(plan: Plan, capacity: int) -> ConfigError:
-    """Error for a plan that does not fit."""
-    need, room = plan.total / 2**30, capacity / 2**30
-    remedies = "prefix.recompute=auto, more ranks, a higher engine.zero_stage, engine.offload=true"
-    return ConfigError(f"{need:.1f} GiB needed, {room:.1f} on each device: try {remedies}")

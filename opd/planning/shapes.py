@@ -146,29 +146,16 @@ class Work:
     several: bool  # a step has more than one micro-batch
     fp32_gradients: bool  # each gradient is copied to fp32 when it is complete
     kept_gradients: bool  # they stay: there are none of an earlier micro-batch to add them to
+    together: int = 1  # micro-batches that are sampled together
 
     @classmethod
-    def of(
-        cls,
-        config: Config,
-        device_type: str,
-        wide: bool,
-        prompts: int,
-        tokens: int,
-        video_tokens: int,
-        own_tokens: int,
-        several: bool,
-    ) -> "Work":
-        """Work under a configuration; `wide` says that weights are fp32 already."""
+    def of(cls, config: Config, wide: bool, several: bool, **sizes: Any) -> "Work":
+        """Work under a configuration; `wide` says that weights are fp32 already, `sizes` are the
+        fields that do not follow from it."""
         torch_engine = config.engine.kind == "torch"
         losses = (2,) if config.method == "opd" and config.objective != "constant" else (1,)
         return cls(
-            device_type=device_type,
-            prompts=prompts,
-            tokens=tokens,
-            video_tokens=video_tokens,
             queries_per_video=config.data.queries_per_video or 1,
-            own_tokens=own_tokens,
             rollouts=config.num_rollouts,
             length=max(2, config.sampled_length),
             sampled=not config.on_references,
@@ -176,6 +163,7 @@ class Work:
             several=several,
             fp32_gradients=torch_engine and not wide,
             kept_gradients=torch_engine and not several,
+            **sizes,
         )
 
     @property
@@ -271,18 +259,19 @@ def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str,
     Weights are left out; `teacher` has what the student keeps while the teacher scores."""
     live = Live(lm.model.parameters(), work.device_type)
     with torch.enable_grad(), live:
-        with live.moment("vision", "vision tower's activations, tokens"):
-            parts = prompts_of(lm, work)
-            videos = [see(lm, live, work.video_tokens) for _ in parts]
-        with live.moment("prefill", "prompts' activations"):
-            prefixes = [
-                prefill(lm, part, video, recompute)
-                for part, video in zip(parts, videos, strict=True)
-            ]
+        waiting: list[Prefix] = []  # of the micro-batches that are learned from later
+        for _ in range(work.together):
+            with live.moment("vision", "vision tower's activations, tokens"):
+                parts = prompts_of(lm, work)
+                videos = [see(lm, live, work.video_tokens) for _ in parts]
+            with live.moment("prefill", "prompts' activations"):
+                pairs = zip(parts, videos, strict=True)
+                prefixes = [prefill(lm, part, video, recompute) for part, video in pairs]
+            waiting += prefixes
         prefix = None
         if work.sampled:
             with live.moment("sample", "decode step"), torch.no_grad():
-                prefix = Prefix.join([part.detach() for part in prefixes])
+                prefix = Prefix.join([part.detach() for part in waiting])
                 sample_once(lm, live, work, prefix)
         with live.moment("teacher"):
             pass

@@ -27,6 +27,7 @@ class Progress:
     rollouts: int = 0  # sampled for training
     generated_tokens: int = 0  # of these rollouts, end tokens included
     trained_rollouts: int = 0  # rollouts with tokens in the loss
+    trained_tokens: int = 0  # tokens in the loss, of rollouts or reference answers
     equal_groups: int = 0  # groups of equal rewards, method grpo
     first_step_s: float = 0.0  # from the start of the run to the end of its first step
     train_s: float = 0.0  # sum over steps

@@ -41,6 +41,7 @@ FREE = (  # what may differ when a run resumes: it changes results by rounding a
     "micro_batch_size",
     "engine",
     "prefix",
+    "sample.together",
     "teacher",
 )
 

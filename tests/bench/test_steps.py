@@ -218,5 +218,5 @@ class TestTRL:
         after = theirs.model.parameters()
         assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert theirs._metrics["train"]["completions/min_length"][-2:] == [length, length]
-        rollouts = trainer.micro_step(batch, 0)[1]
+        [(_, rollouts)] = trainer.micro_steps([batch], 0)
         assert rollouts.completion_mask.all() and rollouts.completion_ids.shape[2] == length

@@ -25,6 +25,8 @@ SAME = {  # cases whose steps equal those of another case
     "persistent": "plain",
     "teacher_shard": "teacher_replica",
     "teacher_offload": "teacher_replica",
+    "together": "accumulated",
+    "together_routed": "routed",
     "grouped": "separate",
     "grouped_routed": "separate_routed",
 }
@@ -48,6 +50,7 @@ LAUNCHES = {  # ranks: cases and stages
         *(f"offloaded:{stage}" for stage in (1, 2, 3)),
         *(f"{name}:{stage}" for name in ("grouped", "grouped_routed") for stage in (0, 2, 3)),
         "layer_by_layer:3",
+        *(f"{name}:{stage}" for name in ("together", "together_routed") for stage in (0, 2, 3)),
         *(f"{name}:{stage}" for name in ("teacher_shard", "teacher_offload") for stage in (0, 3)),
         "interrupted:3",
         "persistent:3",

@@ -49,6 +49,8 @@ ROUTED = ("curriculum.routing=on", "curriculum.route_below=0.5")
 CASES: dict[str, tuple[str, ...]] = {  # name: keys beside those of the engine
     "plain": (),
     "accumulated": ("micro_batch_size=1",),
+    "together": ("micro_batch_size=1", "sample.together=2"),
+    "together_routed": ("micro_batch_size=1", "sample.together=3", *ROUTED),
     "by_token": ("normalize=token", "micro_batch_size=1"),
     "tied": (),
     "sampled": ("objective=sampled",),
@@ -91,13 +93,14 @@ class Watched(Trainer):
 
     seen: dict[str, list[list[int]]]
 
-    def rollouts(self, batch: Any, prefix: Any, step: int) -> Rollouts:
-        rollouts = super().rollouts(batch, prefix, step)
-        for row, example in enumerate(batch.examples):
-            ids, masks = rollouts.completion_ids[row], rollouts.completion_mask[row]
-            answers = [i[m].tolist() for i, m in zip(ids, masks, strict=True)]
-            self.seen[f"{step}/{example.id}"] = answers
-        return rollouts
+    def rollouts(self, batches: Any, prefix: Any, step: int) -> list[Rollouts]:
+        every = super().rollouts(batches, prefix, step)
+        for batch, rollouts in zip(batches, every, strict=True):
+            for row, example in enumerate(batch.examples):
+                ids, masks = rollouts.completion_ids[row], rollouts.completion_mask[row]
+                answers = [i[m].tolist() for i, m in zip(ids, masks, strict=True)]
+                self.seen[f"{step}/{example.id}"] = answers
+        return every
 
 
 def grades(case: str) -> Any:
@@ -157,7 +160,7 @@ def carry_out(
         interrupt(trainer, [prompts[i] for i in micro_batches(config)[0]])
     before, rows, gathers = weights_of(trainer), [], Gathers(trainer)
     watched = gathers.watch() if case.startswith("gathers") else nullcontext()
-    with mock.patch("opd.method.trainer.grade", grades(case)), watched:
+    with mock.patch("opd.method.advantages.grade", grades(case)), watched:
         for step in range(2):
             if load is not None and step == 0:
                 trainer.load(load)
@@ -304,7 +307,7 @@ def interrupt(trainer: Trainer, prompts: list[Prompt]) -> None:
 
     hook = trainer.student.language_model.layers[0].mlp.register_forward_pre_hook(fail)
     with suppress(InterruptedError):
-        trainer.micro_step(collate(prompts, PAD), 0)
+        trainer.micro_steps([collate(prompts, PAD)], 0)
     hook.remove()
 
 

@@ -1,10 +1,12 @@
 """One forward of a video for all its queries: the same answers, losses and gradients, at the
 expected cost."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -255,35 +257,38 @@ METHODS = {
 }
 
 
+def some_grades(rollouts: Rollouts, examples: Sequence[Example], *_: Any) -> Rollouts:
+    """Rewards that differ within most groups; with routing, some of a's and c's count."""
+    numbers = [sum(map(ord, example.id)) + 3 * i for example in examples for i in range(4)]
+    rewards = torch.tensor([n % 7 / 6 for n in numbers]).view(len(examples), 4)
+    return replace(rollouts, rewards=rewards[:, : rollouts.lengths.shape[1]].double())
+
+
+def first_step(
+    method: str, keys: Sequence[str], batches: Callable[[VideoLM], list[PromptBatch]]
+) -> tuple[dict[str, Any], dict[str, Tensor], Trainer]:
+    """The row of metrics and the gradients of a trainer's first step on these micro-batches."""
+    common = ("batch_size=6", "sample.max_completion_length=5", "optim.max_grad_norm=1e9")
+    config = load_config(["steps=20", *common, *METHODS[method], *keys])
+    lm, seen = ours("student"), {}
+    policy = replace(policy_of(lm), eos_token_ids=tuple(range(0, 350, 6)))
+    teacher = Teacher(ours("teacher", seed=5)) if config.method == "opd" else None
+    if config.method == "grpo":
+        teacher = Teacher(ours("student"))
+    processor = type("Processor", (), {"tokenizer": None})
+    trainer = Trainer(config, processor, lm, teacher, policy)
+    trainer.engine.optimizer.register_step_pre_hook(lambda *_: seen.update(gradients(lm.model)))
+    with mock.patch("opd.method.advantages.grade", some_grades):
+        return trainer.step(batches(lm), 0), seen, trainer
+
+
 @pytest.mark.usefixtures("exact_modules")
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_the_step_of_separate_prompts(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def grade(rollouts: Rollouts, examples: list[Example], *_: Any) -> Rollouts:
-        """Rewards that differ within most groups; with routing, some of a's and c's count."""
-        numbers = [sum(map(ord, example.id)) + 3 * i for example in examples for i in range(4)]
-        rewards = torch.tensor([n % 7 / 6 for n in numbers]).view(len(examples), 4)
-        return replace(rollouts, rewards=rewards[:, : rollouts.lengths.shape[1]].double())
-
-    monkeypatch.setattr("opd.method.trainer.grade", grade)
-    common = ("batch_size=6", "sample.max_completion_length=5", "optim.max_grad_norm=1e9")
-    config = load_config(["steps=20", *common, *METHODS[method]])
-    results = []
-    for size in (None, 1):
-        lm = ours("student")
-        policy = replace(policy_of(lm), eos_token_ids=tuple(range(0, 350, 6)))
-        teacher = Teacher(ours("teacher", seed=5)) if config.method == "opd" else None
-        if config.method == "grpo":
-            teacher = Teacher(ours("student"))
-        processor = type("Processor", (), {"tokenizer": None})
-        trainer, seen = Trainer(config, processor, lm, teacher, policy), {}
-        trainer.engine.optimizer.register_step_pre_hook(
-            lambda *_, seen=seen, lm=lm: seen.update(gradients(lm.model))
-        )
-        row = trainer.step([grouped(lm, unequal_groups(lm), size)], 0)
-        results.append((row, seen, trainer))
-    (row, seen, trainer), (expected, truth, alone) = results
+def test_every_method_takes_the_step_of_separate_prompts(method: str) -> None:
+    (row, seen, trainer), (expected, truth, alone) = (
+        first_step(method, (), lambda lm, size=size: [grouped(lm, unequal_groups(lm), size)])
+        for size in (None, 1)
+    )
     result = gap((row["loss"] or 1.0, seen), (expected["loss"] or 1.0, truth))
     assert result.loss < 1e-12 and result.gradient < 1e-10, result
     assert row["completion_length"] == expected["completion_length"]

@@ -50,7 +50,7 @@ def graded(rollouts: Rollouts, examples: Any, *_: Any) -> Rollouts:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.method.trainer.grade", graded)
+    monkeypatch.setattr("opd.method.advantages.grade", graded)
 
     def make(lm: VideoLM, teacher: Teacher | None = None, **options: Any) -> Trainer:
         policy = replace(policy_of(lm), eos_token_ids=MANY_ENDS)
@@ -173,7 +173,7 @@ def test_nothing_to_prefer_changes_nothing(trainer, monkeypatch):
     def equal(rollouts: Rollouts, *_: Any) -> Rollouts:
         return replace(rollouts, rewards=torch.full_like(rewards_of(rollouts), 0.25))
 
-    monkeypatch.setattr("opd.method.trainer.grade", equal)
+    monkeypatch.setattr("opd.method.advantages.grade", equal)
     row = tested.step([batch], 1)
     assert row["loss"] == 0 and row["grad_norm"] == 0 and row["skipped"] is None
     assert row["equal_groups"] == 3 and row["reward"] == 0.25 and row["reward_std"] == 0
@@ -290,7 +290,7 @@ def test_a_mix_with_the_reward_is_the_sum(objective, trainer, monkeypatch):
         tested = trainer(
             lm, teacher, method="opd", objective=objective, opd=OPDConfig(reward_coef=coef)
         )
-        _, rollouts = tested.micro_step(batch, 0)
+        [(_, rollouts)] = tested.micro_steps([batch], 0)
         assert rollouts.trained is None
         actual[name] = {n: g.clone() for n, g in gradients(lm.model).items()}
         lm.model.zero_grad()

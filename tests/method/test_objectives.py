@@ -207,7 +207,7 @@ def test_a_horizon_cuts_the_loss_and_sampling(horizon):
     losses = []
     for settings in (OPDConfig(), OPDConfig(horizon=horizon)):
         trainer = trainer_of(lm, teacher, batch_size=4, num_rollouts=2, opd=settings)
-        losses.append(trainer.micro_step(batch_of(prompts), 0))
+        losses += trainer.micro_steps([batch_of(prompts)], 0)
     (whole, rollouts), (cut, again) = losses
     assert rollouts.completion_ids.shape[2] > horizon
     assert torch.equal(rollouts.completion_ids[..., :horizon], again.completion_ids)
@@ -231,7 +231,7 @@ def test_off_policy_scores_the_reference_answers():
         lm, teacher, batch_size=4, objective="jsd", opd=OPDConfig(beta=0.0, completions="reference")
     )
     batch = batch_of(four_prompts(lm))
-    loss, rollouts = trainer.micro_step(batch, 0)
+    [(loss, rollouts)] = trainer.micro_steps([batch], 0)
     ids, lengths = batch.references(trainer.policy.pad_token_id)
     assert torch.equal(rollouts.completion_ids, ids)
     assert torch.equal(rollouts.loss_lengths, lengths) and lengths.unique().numel() == 1

@@ -48,7 +48,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
         def grade(rollouts: Rollouts, examples: Any, *_: Any) -> Rollouts:
             return replace(rollouts, rewards=torch.stack([table[e.id] for e in examples]))
 
-        monkeypatch.setattr("opd.method.trainer.grade", grade)
+        monkeypatch.setattr("opd.method.advantages.grade", grade)
         lm = ours("student", layers=layers)
         config = Config(
             **dict(
@@ -138,7 +138,7 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     layer = teacher.language_model.layers[0]
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2]))
     batch = batch_of(unequal_prompts(tested.student))
-    whole = tested.rollouts(batch, prefill_of(tested.student, batch).detach(), 0)
+    [whole] = tested.rollouts([batch], prefill_of(tested.student, batch).detach(), 0)
     walked: list[str] = []
 
     def watched(lm: Any, part: Any, *more: Any) -> Prefix:

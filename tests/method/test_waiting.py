@@ -191,7 +191,7 @@ def test_a_step_waits_only_where_it_says_so(
     keys = ["batch_size=2", f"sample.max_completion_length={LENGTH}", *METHODS[method]]
     config = load_config(keys)
     trainer = trainer_of(config, family)
-    loss, _ = trainer.micro_step(prompts_of(trainer.student), 0)
+    [(loss, _)] = trainer.micro_steps([prompts_of(trainer.student)], 0)
     assert isinstance(loss.loss, FakeTensor) and loss.loss.device.type == "cuda"
     checks = LENGTH // CHECK_EVERY["cuda"]
     shape = 2, config.num_rollouts

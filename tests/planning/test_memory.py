@@ -296,6 +296,7 @@ CASES = {  # ranks and keys
     "rollouts": (1, ["num_rollouts=8", "prefix.recompute=all"]),
     "long": (1, ["num_rollouts=4", "sample.max_completion_length=200", "prefix.recompute=all"]),
     "bfloat16": (1, ["model.dtype=bfloat16", "prefix.recompute=all", "micro_batch_size=1"]),
+    "together": (1, ["batch_size=3", "micro_batch_size=1", "sample.together=3"]),
     "zero2": (2, ["engine.kind=deepspeed", "engine.zero_stage=2"]),
     "zero3": (2, ["engine.kind=deepspeed", "engine.zero_stage=3"]),
 }
@@ -375,7 +376,7 @@ def test_the_command_says_what_fits(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "8 devices of 80 GiB, engine deepspeed, ZeRO stage 3, bfloat16"
     assert lines[2] == "student: 8.77B weights (0.58B vision, 8.19B trained)"
-    assert lines[-1].endswith("teacher.placement=shard: fits")
+    assert lines[-1].endswith("teacher.placement=shard sample.together=1: fits")
     with pytest.raises(SystemExit) as ended:
         main([*models, *keys, "prefix.recompute=auto", "--ranks=8", "--memory-gib=80"])
     assert ended.value.code == 2
