@@ -1,5 +1,6 @@
 """Token-by-token decoding from a prefix, without gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,8 +8,13 @@ import torch
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.prefix import Prefix
 from opd.models.branches import Branches, are_cheaper
+from opd.models.fused_attention import added_to_scores
 from opd.models.layers import KeyValue, prepared_mask, query_groups, run_layer
 from opd.models.video_lm import VideoLM
+
+# Tokens by which the part of the cache that a step reads grows. A GPU reads the same part in many
+# steps, so that one recorded step serves for all of them; what is not filled yet is masked.
+GROWTH = {"cuda": 256}
 
 
 class Decoder:
@@ -17,12 +23,16 @@ class Decoder:
     A group of prompts has B = K * R completions, arranged `[G, B]` (`by_group`). Long completions
     have caches of their own, beside the prefix, which is not copied; those that go on can then be
     kept alone. For short ones, one masked attention is as fast: the prefix is copied into the cache
-    once, and step t appends the B new tokens of each group behind those of step t - 1, so that the
-    filled part is contiguous: `P + B * (t + 1)` columns.
+    once, and step t writes the B new tokens of each group behind those of step t - 1, to columns
+    `P + B * t` and following.
+
+    `columns`, int64 on the device, are those of the next tokens in the cache. A step moves them and
+    `next_position` in place; two steps of the same `window` differ in nothing else.
     """
 
     def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
-        self.lm, self.step_index = lm, 0
+        self.lm, self.max_steps = lm, max_steps
+        self.growth = GROWTH.get(lm.device.type, 1)
         self.branches, self.prompt_length = prefix.width * rollouts, prefix.mask.shape[1]
         self.next_position = prefix.by_group(prefix.next_position).repeat_interleave(rollouts, 1)
         self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)  # [G, B, P]
@@ -31,6 +41,8 @@ class Decoder:
         prefix = prefix.detach()
         self.prefix = prefix.layers if self.apart else []  # else it is in the cache
         self.layout = self._layout()
+        first, count = (0, 1) if self.apart else (self.prompt_length, self.branches)
+        self.columns = torch.arange(first, first + count, device=self.mask.device)
         self.cache: list[KeyValue] = []
         for key, value in prefix.layers:
             groups, heads, _, size = key.shape
@@ -38,30 +50,41 @@ class Decoder:
                 shape = groups * self.branches, heads, max_steps, size
             else:
                 shape = groups, heads, self.prompt_length + self.branches * max_steps, size
-            pair = key.new_empty(shape), value.new_empty(shape)
+            # Masked columns have a weight of 0, which must not meet a number that is not finite.
+            pair = key.new_zeros(shape), value.new_zeros(shape)
             if not self.apart:
                 for buffer, source in zip(pair, (key, value), strict=True):
                     buffer[:, :, : self.prompt_length] = source
             self.cache.append(pair)
 
+    def window(self, steps: int) -> int:
+        """Number of tokens of each completion that a step reads which is the `steps`-th."""
+        return min(-(-steps // self.growth) * self.growth, self.max_steps)
+
     @torch.no_grad()
-    def step(self, token_ids: torch.Tensor, counter: LayerCounter | None = None) -> torch.Tensor:
+    def step(
+        self, token_ids: torch.Tensor, window: int, counter: LayerCounter | None = None
+    ) -> torch.Tensor:
         """Append one token to each completion and return the hidden states that predict the next.
 
         Args:
             token_ids: int64 `[G, B]`.
+            window: from `self.window`.
 
         Returns: `[G, B, H]`, after the final norm.
         """
         language_model = self.lm.language_model
         hidden = language_model.embed_tokens(token_ids)
-        positions = (self.next_position + self.step_index).expand(3, -1, -1)
-        rotary = language_model.rotary_emb(hidden, positions)
-        mask = self._mask()
+        rotary = language_model.rotary_emb(hidden, self.next_position.expand(3, -1, -1))
+        mask = self._branches(window) if self.apart else self._mask(window)
+        read = window if self.apart else self.prompt_length + self.branches * window
         with (counter or LayerCounter()).label("decode"):
             for index, layer in enumerate(language_model.layers):
-                hidden = run_layer(layer, hidden, rotary, self._layer_cache(index, mask), mask)
-        self.step_index += 1
+                prefix = self.prefix[index] if self.apart else None
+                cache = self.cache[index], self.columns, read, prefix, self.layout
+                hidden = run_layer(layer, hidden, rotary, _PreallocatedCache(*cache), mask)
+        self.next_position += 1
+        self.columns += len(self.columns)
         return language_model.norm(hidden)
 
     @torch.no_grad()
@@ -92,43 +115,48 @@ class Decoder:
         layout = Branches(self.branches, 1, 1, None if self.whole else self.mask)
         return layout.prepared(self.dtype, query_groups(self.lm.language_model))
 
-    def _mask(self) -> torch.Tensor | Branches:
-        if self.apart:
-            return self.layout
-        # Column b of every step belongs to branch b: the identity, once per step.
-        own = torch.eye(self.branches, dtype=torch.bool, device=self.mask.device)
-        own = own.repeat(1, self.step_index + 1).expand(len(self.mask), -1, -1)
-        attention_mask = torch.cat([self.mask, own], dim=2)[:, None]
-        return prepared_mask(attention_mask, self.lm.language_model, self.dtype)
+    def _filled(self, columns: torch.Tensor) -> torch.Tensor:
+        """False at columns of the cache that later tokens will fill."""
+        return columns <= self.columns[-1:]
 
-    def _layer_cache(self, index: int, mask: torch.Tensor | Branches) -> "_PreallocatedCache":
-        if isinstance(mask, Branches):
-            return _PreallocatedCache(self.cache[index], self.step_index, self.prefix[index], mask)
-        start = self.prompt_length + self.branches * self.step_index
-        return _PreallocatedCache(self.cache[index], start)
+    def _branches(self, window: int) -> Branches:
+        if self.growth == 1:
+            return self.layout
+        filled = self._filled(torch.arange(window, device=self.columns.device))
+        return replace(self.layout, own=added_to_scores(filled[None, None, None], self.dtype))
+
+    def _mask(self, window: int) -> torch.Tensor:
+        # Column b of every step belongs to branch b: the identity, once per step.
+        own = torch.eye(self.branches, dtype=torch.bool, device=self.mask.device).repeat(1, window)
+        if self.growth > 1:
+            first, last = self.prompt_length, self.prompt_length + own.shape[1]
+            own = own & self._filled(torch.arange(first, last, device=own.device))
+        attention_mask = torch.cat([self.mask, own.expand(len(self.mask), -1, -1)], dim=2)[:, None]
+        return prepared_mask(attention_mask, self.lm.language_model, self.dtype)
 
 
 class _PreallocatedCache:
-    """One layer's cache while decoding: writes new keys and values from column `start` on and
-    returns the filled part; for branches, beside the prefix."""
+    """One layer's cache while decoding: writes new keys and values to `columns`, int64 on the
+    device, and returns the first `read` ones; for branches, beside the prefix."""
 
     def __init__(
         self,
         buffers: KeyValue,
-        start: int,
-        prefix: KeyValue | None = None,
-        branches: Branches | None = None,
+        columns: torch.Tensor,
+        read: int,
+        prefix: KeyValue | None,
+        branches: Branches,
     ) -> None:
-        self.buffers, self.start, self.prefix, self.branches = buffers, start, prefix, branches
+        self.buffers, self.columns, self.read = buffers, columns, read
+        self.prefix, self.branches = prefix, branches
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         new = key, value
-        if self.branches is not None:
+        if self.prefix is not None:
             new = self.branches.by_branch(key), self.branches.by_branch(value)
-        end = self.start + new[0].shape[2]
         for buffer, tensor in zip(self.buffers, new, strict=True):
-            buffer[:, :, self.start : end] = tensor
-        filled = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+            buffer.index_copy_(2, self.columns, tensor)
+        key, value = (buffer[:, :, : self.read] for buffer in self.buffers)
         if self.prefix is None:
-            return filled
-        return (self.prefix[0], filled[0]), (self.prefix[1], filled[1])
+            return key, value
+        return (self.prefix[0], key), (self.prefix[1], value)

@@ -6,7 +6,7 @@ sample    the decoding loop
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ from opd.generation.decoder import Decoder
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import Policy, choose
 from opd.generation.prefix import Prefix
+from opd.generation.recorded import RECORDERS, Repeated
 from opd.models.video_lm import VideoLM
 
 # Tokens between checks whether every completion has ended: each check waits for the device.
@@ -177,54 +178,103 @@ def sample(
     """
     device, num_prompts = prefix.last_hidden.device, len(prefix.last_hidden)
     num_rollouts = 1 if draws is None else draws.shape[1]
-    count = num_prompts * num_rollouts
-    draws = None if draws is None else send(draws, device).flatten(0, 1)
-    ends = send(torch.tensor(policy.eos_token_ids), device)
-    ids = torch.full((max_completion_length, count), policy.pad_token_id, device=device)
-    logprobs = torch.zeros(max_completion_length, count, device=device)
-    # Everything that goes on is arranged by group, [G, B]; `places` are its columns in `ids`.
     decoder = Decoder(lm, prefix, num_rollouts, max_completion_length - 1)
-    places = torch.arange(count, device=device).view(num_prompts, num_rollouts)
-    places = prefix.by_group(places).flatten(1)
+    growing = _Growing(prefix, policy, decoder, draws, num_rollouts, max_completion_length)
     hidden = prefix.by_group(prefix.last_hidden).repeat_interleave(num_rollouts, 1)
-    done = torch.zeros_like(places, dtype=torch.bool)
-    every, position = CHECK_EVERY.get(device.type, 1), 0
-    for position in range(max_completion_length):
-        log_probs = policy.log_probs(lm.head(hidden))
-        if draws is None:
-            token = choose(log_probs, None)
-        else:
-            token = choose(policy.likely(log_probs), draws[:, position][places])
-        logprob = log_probs.gather(-1, token[..., None])[..., 0].masked_fill(done, 0.0)
-        token = torch.where(done, policy.pad_token_id, token)
-        ids[position].index_copy_(0, places.flatten(), token.flatten())
-        logprobs[position].index_copy_(0, places.flatten(), logprob.flatten())
-        done = done | torch.isin(token, ends)
-        if position + 1 == max_completion_length:
-            break
-        if (position + 1) % every == 0:
-            going_on = ~fetch(done)
+    growing.append(lm.head(hidden))
+    every, window, length = CHECK_EVERY.get(device.type, 1), 0, 1
+    record = None if lm.sharded else RECORDERS.get(device.type)
+    next_token = Repeated(lambda: None)
+    while length < max_completion_length:
+        changed = window != decoder.window(length)
+        if length % every == 0:
+            going_on = ~fetch(growing.done)
             unfinished = int(going_on.any())
             # With sharded weights, all ranks decode until the last has finished.
             if not (distributed.all_max(unfinished) if lm.sharded else unfinished):
                 break
             if decoder.apart and (kept := _fewer(going_on)):
-                groups, branches = (send(index, device) for index in kept)
-                chosen = groups[:, None], branches
-                token, places, done = token[chosen], places[chosen], done[chosen]
-                decoder.keep(groups, branches)
-        hidden = decoder.step(token, counter)
-    is_end = torch.isin(ids[: position + 1], ends)  # padding behind the first may be an end token
+                growing.keep(*(send(index, device) for index in kept))
+                changed = True
+        if changed:
+            window = decoder.window(length)
+            next_token = Repeated(partial(growing.step, window, counter), record, counter)
+        next_token()
+        length += 1
+    is_end = torch.isin(
+        growing.ids[:length], growing.ends
+    )  # padding behind the first may be an end token
     ended = is_end.any(0)
-    lengths = torch.where(ended, is_end.byte().argmax(0) + 1, position + 1)
+    lengths = torch.where(ended, is_end.byte().argmax(0) + 1, length)
     shape = num_prompts, num_rollouts
     both = torch.stack([lengths, ended.long()]).view(2, *shape)
     lengths, ended = fetch(both).unbind()
     longest = int(lengths.max())  # columns after the last end token are cut off
     completion_ids, rollout_logprobs = (
-        values[:longest].t().contiguous().unflatten(0, shape) for values in (ids, logprobs)
+        values[:longest].t().contiguous().unflatten(0, shape)
+        for values in (growing.ids, growing.logprobs)
     )
     return Rollouts(completion_ids, lengths, rollout_logprobs, truncated=ended == 0)
+
+
+class _Growing:
+    """Completions while they are sampled, all on the device.
+
+    `ids` and `logprobs` are `[T, B * R]` by prompt; everything that goes on is arranged by group,
+    `[G, B]`, and `places` are its next tokens' places in them. A step changes tensors in place, so
+    that the same kernels on the same memory are the next step, too.
+    """
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        policy: Policy,
+        decoder: Decoder,
+        draws: torch.Tensor | None,
+        rollouts: int,
+        length: int,
+    ) -> None:
+        device, self.count = prefix.last_hidden.device, len(prefix.last_hidden) * rollouts
+        self.policy, self.decoder, self.head = policy, decoder, decoder.lm.head
+        self.draws = None
+        if draws is not None:
+            self.draws = send(draws.flatten(0, 1).t().contiguous(), device).flatten()  # [T * B * R]
+        self.ids = torch.full((length, self.count), policy.pad_token_id, device=device)
+        self.logprobs = torch.zeros(length, self.count, device=device)
+        places = torch.arange(self.count, device=device).view(-1, rollouts)
+        self.places = prefix.by_group(places).flatten(1)
+        self.done = torch.zeros_like(self.places, dtype=torch.bool)
+        self.token = torch.zeros_like(self.places)
+        self.ends = send(torch.tensor(policy.eos_token_ids), device)
+
+    def step(self, window: int, counter: LayerCounter | None) -> None:
+        """Forward the last token and append the next one."""
+        self.append(self.head(self.decoder.step(self.token, window, counter)))
+
+    def append(self, logits: torch.Tensor) -> None:
+        """Append a token to each completion, drawn from logits `[G, B, V]`; padding to those that
+        have ended."""
+        policy, log_probs = self.policy, self.policy.log_probs(logits)
+        places = self.places.flatten()
+        if self.draws is None:
+            token = choose(log_probs, None)
+        else:
+            draws = self.draws.index_select(0, places).view_as(self.places)
+            token = choose(policy.likely(log_probs), draws)
+        logprob = log_probs.gather(-1, token[..., None])[..., 0].masked_fill(self.done, 0.0)
+        self.token.copy_(token.masked_fill(self.done, policy.pad_token_id))
+        self.ids.view(-1).index_copy_(0, places, self.token.flatten())
+        self.logprobs.view(-1).index_copy_(0, places, logprob.flatten())
+        self.done |= (token[..., None] == self.ends).any(-1)
+        self.places += self.count
+
+    def keep(self, groups: torch.Tensor, branches: torch.Tensor) -> None:
+        """Go on with these completions alone, as `Decoder.keep`."""
+        chosen = groups[:, None], branches
+        self.token, self.places, self.done = (
+            values[chosen] for values in (self.token, self.places, self.done)
+        )
+        self.decoder.keep(groups, branches)
 
 
 def _fewer(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -37,12 +37,15 @@ class Branches:
 
     `seen` is boolean `[G, prompts, P]`, the columns of its group's prefix that each prompt sees;
     None where each sees all of them. `prepared` turns it into what a kernel adds to the scores.
+    `own`, added to the scores of single tokens, `[1, 1, 1, n]`, hides what a branch does not have
+    yet; None where it has all n.
     """
 
     prompts: int
     rollouts: int
     steps: int
     seen: torch.Tensor | None
+    own: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -221,7 +224,7 @@ class _OwnPart(_Part):
 
     def __init__(self, branches: Branches, *sizes: Any) -> None:
         super().__init__(branches, *sizes)
-        self.causal = branches.steps > 1
+        self.causal, self.mask = branches.steps > 1, branches.own
 
     def arranged(self, rows: torch.Tensor) -> torch.Tensor:
         rows = self.branches.by_branch(rows)

@@ -246,8 +246,8 @@ def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
             decoder.keep(kept, branches.expand(groups, -1))
     hidden = prefix.last_hidden[:, None].expand(-1, work.rollouts, -1)
     if work.length > 1:
-        decoder.step_index = work.length - 2
-        decoder.step(torch.empty(decoder.next_position.shape, dtype=torch.long, device="meta"))
+        token_ids = torch.empty(decoder.next_position.shape, dtype=torch.long, device="meta")
+        decoder.step(token_ids, decoder.max_steps)
     allowed = torch.empty(len(lm.head.weight), dtype=torch.bool, device="meta")
     with live.label("logits"):
         log_probs = Policy(allowed, 1.0, (0,), 0).log_probs(lm.head(hidden))

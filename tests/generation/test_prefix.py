@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd.generation.decoder import Decoder
+from opd.generation.decoder import GROWTH, Decoder
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import Prefix, encode, extend, prefill
@@ -302,8 +302,10 @@ def test_the_prompts_cache_is_never_expanded(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_rollouts", [1, 3])
+@pytest.mark.parametrize("growth", [1, 2, 256])
 @pytest.mark.usefixtures("exact_modules")
-def test_decoder_equals_extend(family, num_rollouts, in_two_parts):
+def test_decoder_equals_extend(family, num_rollouts, growth, in_two_parts, monkeypatch):
+    monkeypatch.setitem(GROWTH, "cpu", growth)
     lm = ours("student", family)
     batch = batch_of(unequal_prompts(lm))
     prefix = prefill_of(lm, batch)
@@ -313,7 +315,9 @@ def test_decoder_equals_extend(family, num_rollouts, in_two_parts):
     decoder = Decoder(lm, prefix.detach(), num_rollouts, 5)
     assert decoder.apart == in_two_parts
     for step in range(5):
-        actual = decoder.step(ids[:, :, step])  # one prompt a group
+        window = decoder.window(step + 1)
+        assert window == {1: step + 1, 2: (2, 2, 4, 4, 5)[step], 256: 5}[growth]
+        actual = decoder.step(ids[:, :, step], window)  # one prompt a group
         assert not actual.requires_grad
         assert relative(actual, expected[:, :, step + 1]) < 1e-12
 

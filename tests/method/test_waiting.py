@@ -23,6 +23,7 @@ import opd.device
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch, collate
 from opd.generation.policy import Policy
+from opd.generation.recorded import RECORDERS
 from opd.generation.sampling import CHECK_EVERY
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -100,6 +101,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     for module in MODULES:
         monkeypatch.setattr(f"opd.{module}.fetch", fetch)
     monkeypatch.setattr(opd.device, "pin", lambda tensor: tensor)
+    monkeypatch.setitem(RECORDERS, "cuda", lambda step: step)  # what is recorded may not wait
     if not torch.cuda.is_available():  # torch asks for a driver before it asks the mode
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     # Row programs need a device: what surrounds their launches is traced.

@@ -146,7 +146,7 @@ def test_extend_joins_keys_and_values_in_every_layer(
 def test_the_decode_cache_holds_prompts_and_completions(
     moments: dict[str, dict[str, int]],
 ) -> None:
-    positions = 8 * 3 * 2
+    positions = 8 * 3 * 2 + 8 * 2  # of the completions, and columns in a group's cache
     cache = 6 * 2 * 3 * 2 * (300 + 2 * 4) * 64 * 2
     assert moments["sample"]["decode cache"] == cache + positions
     # A row of the vocabulary in fp32 at least twice, and in fp64 with its sum, for each rollout.
