@@ -32,7 +32,7 @@ from opd.distributed import progress_bar, set_up
 from opd.errors import Stopped, UserError
 from opd.files import read_rows
 from opd.generation.policy import Policy
-from opd.method import curriculum
+from opd.method import curriculum, health
 from opd.method.answering import evaluate
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -135,7 +135,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config, self.ledger = self.trainer.config, self.trainer.ledger
-        self.progress = self.trainer.progress
+        self.progress, self.watch = self.trainer.progress, health.Watch(self.config)
 
     def go(self) -> dict[str, Evaluation | None]:
         """Evaluate, train the remaining steps, evaluate again, save the student."""
@@ -156,6 +156,8 @@ class Run:
                 numbers = [f"{k}={row[k]:.3f}" for k in ("loss", "kl") if row[k] is not None]
                 bar.set_postfix_str(", ".join([*numbers, self.ledger.shares()]))
                 bar.update()
+                for warning in self.watch.note(row) if distributed.is_first() else ():
+                    bar.write(warning, file=sys.stderr)
                 progress.first_step_s = progress.first_step_s or time.perf_counter() - self.started
                 if progress.skipped_in_a_row >= config.max_skipped:
                     raise Stopped(f"no finite loss in {config.max_skipped} steps: stopped", 1)
@@ -251,11 +253,10 @@ class Run:
         if distributed.from_first(is_best):
             part, best = self.folder.path / "best.part", self.folder.path / "best"
             with self.ledger.phase("checkpoint"):
-                trainer, config = self.trainer, self.config
-                weights = trainer.engine.weights()
+                student, weights = self.trainer.student, self.trainer.engine.weights()
                 if distributed.is_first():
                     shutil.rmtree(part, ignore_errors=True)
-                    save_student(trainer.student, weights, trainer.processor, part, config.model)
+                    save_student(student, weights, self.trainer.processor, part, self.config.model)
                     shutil.rmtree(best, ignore_errors=True)
                     part.rename(best)
 
@@ -282,9 +283,8 @@ class Run:
 
     def write_left_out(self) -> dict[str, int]:
         """Write which examples could not be used; returns their number by split."""
-        lines = dict(self.unusable)
-        for split, prompts in (("train", self.pool), ("eval", self.held_out)):
-            lines[split] = lines[split] + prompts.left_out()
+        pools = {"train": self.pool, "eval": self.held_out}
+        lines = {split: self.unusable[split] + pools[split].left_out() for split in pools}
         self.folder.write_left_out(lines)
         return {split: len(of_split) for split, of_split in lines.items()}
 

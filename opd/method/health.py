@@ -1,5 +1,7 @@
-"""Health of a step: KL, entropy, lengths, rewards and parse failures, for `metrics.jsonl`."""
+"""Health of a step: KL, entropy, lengths, rewards and parse failures, for `metrics.jsonl`, and
+warnings of a policy that collapses."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ from opd.generation.sampling import Rollouts, decode_answers
 from opd.method.advantages import all_equal
 from opd.method.objectives import Loss
 from opd.scoring.judge import named_span, readable
+
+WATCHED = 20  # steps whose mean is compared with that of as many at the start
 
 
 def gather_step(
@@ -60,7 +64,8 @@ def signals(
         log-probability of a token, which is rounding as long as the two agree. `reward_std` is the
         mean standard deviation within a group, `equal_groups` the number of groups with equal
         rewards. A value is None where the method does not have it, or it is not finite; `truncated`
-        and `parse_failures` also where sampling stops at the horizon.
+        and `parse_failures` also where sampling stops at the horizon. `generated_tokens` were
+        sampled, `trained_tokens` are in the loss.
     """
 
     def joined(name: str) -> torch.Tensor | None:
@@ -86,6 +91,8 @@ def signals(
         "student_entropy": mean(joined("student_entropy")),
         "teacher_entropy": mean(joined("teacher_entropy")),
         "completion_length": length / completions,
+        "generated_tokens": None if config.on_references else length,
+        "trained_tokens": len(ids),
         "truncated": truncated / completions if whole else None,
         "parse_failures": None,
         "logprob_gap": None,
@@ -130,3 +137,40 @@ def signals(
             "annotated": config.template.reference(first.spans, first.answer, first.options),
         }
     return row
+
+
+class Watch:
+    """Watches the rows of metrics for completions that run into their limit, or whose length has
+    changed by a factor of four: the usual signs that a policy collapses."""
+
+    def __init__(self, config: Config) -> None:
+        self.limit = config.sample.max_completion_length
+        self.sampled = not config.on_references
+        self.lengths: deque[float] = deque(maxlen=WATCHED)
+        self.truncated: deque[float] = deque(maxlen=WATCHED)
+        self.first: float | None = None  # mean length at the start
+        self.said: set[str] = set()
+
+    def note(self, row: dict[str, Any]) -> list[str]:
+        """Warnings after this row, a line each; every kind of warning comes once."""
+        if not self.sampled:
+            return []
+        self.lengths.append(row["completion_length"])
+        self.truncated.append(row["truncated"] or 0.0)
+        if len(self.lengths) < WATCHED:
+            return []
+        length, truncated = (sum(v) / WATCHED for v in (self.lengths, self.truncated))
+        self.first = first = self.first or length
+        change = f"from {first:.1f} to {length:.1f} tokens in the mean of {WATCHED} steps"
+        signs = {
+            "limit": truncated >= 0.5
+            and f"{truncated:.0%} of the completions reach sample.max_completion_length="
+            f"{self.limit}: raise it, unless answers are meant to be shorter",
+            "shorter": length <= first / 4
+            and f"completions have shrunk {change}: if answers are cut short, lower optim.lr",
+            "longer": length >= 4 * first
+            and f"completions have grown {change}: if answers ramble, lower optim.lr",
+        }
+        new = {kind: text for kind, text in signs.items() if text and kind not in self.said}
+        self.said |= new.keys()
+        return [f"step {row['step']}: {text}" for text in new.values()]

@@ -67,6 +67,8 @@ def summarise(
         "student_prompt_recomputes_per_step": trainer.counter.passes(
             "recompute", progress.prompt_tokens
         ),
+        "generated_tokens": progress.generated_tokens,
+        "trained_tokens": progress.trained_tokens,
         "skipped_steps": progress.skipped,
         "trained_share": progress.trained_rollouts / progress.rollouts
         if progress.rollouts

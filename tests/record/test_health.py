@@ -23,7 +23,7 @@ from opd.generation.policy import uniforms
 from opd.generation.prefilled import Prefilled
 from opd.generation.prefix import encode, extend
 from opd.generation.sampling import Rollouts, sample
-from opd.method.health import signals
+from opd.method.health import Watch, signals
 from opd.method.objectives import Loss
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -101,6 +101,7 @@ def test_signals_by_hand() -> None:
     assert row["student_entropy"] == pytest.approx((count - 1) / 20)
     assert row["teacher_entropy"] == pytest.approx((count - 1) / 200)
     assert row["completion_length"] == count / 4 and row["truncated"] == 0.25
+    assert row["generated_tokens"] == row["trained_tokens"] == count
     assert row["parse_failures"] == 0.5  # "nothing!" and the one cut short
     assert row["logprob_gap"] == pytest.approx(0.25)
     assert row["sample"] == {
@@ -113,6 +114,45 @@ def test_signals_by_hand() -> None:
     config = Config(opd=OPDConfig(horizon=8))  # nothing says how an answer would have ended
     row = signals([loss], [rollouts], examples, Characters(), config)
     assert row["truncated"] is None and row["parse_failures"] is None
+    some = dataclasses.replace(rollouts, trained=torch.tensor([[True, False], [False, True]]))
+    few = Loss(torch.zeros(()), *(values[:13] for values in (kl, kl / 10, kl / 100, chosen)))
+    row = signals([few], [some], examples, None, Config())
+    assert (row["generated_tokens"], row["trained_tokens"]) == (count, 8 + 5)
+
+
+def noted(
+    lengths: list[float], truncated: float | None = 0.0, config: Config | None = None
+) -> list[tuple[int, str]]:
+    """Warnings by step for these mean lengths of completions."""
+    watch, found = Watch(config or Config()), []
+    for step, length in enumerate(lengths):
+        row = {"step": step, "completion_length": length, "truncated": truncated}
+        found += [(step, line) for line in watch.note(row)]
+    return found
+
+
+def test_a_collapse_is_said_once() -> None:
+    steady = [8.0] * 20
+    assert noted(steady * 5) == [] == noted([8.0, 2.0] * 30)
+    assert noted([8.0] * 19, 1.0) == []
+    [(step, line)] = noted(steady * 3, 0.5)
+    assert step == 19 and line.startswith("step 19: 50% of the completions reach sample.max_com")
+    [(step, line)] = noted([*steady, *[1.0] * 60])
+    assert step == 20 + 17 and "shrunk from 8.0 to 1.7" in line  # (2 * 8 + 18) / 20
+    assert [line.split()[4] for _, line in noted([*steady, *[64.0] * 60, *steady * 2])] == ["grown"]
+    sft = dataclasses.replace(Config(), method="sft")
+    assert noted([*steady, *[1.0] * 60], None, sft) == []
+
+
+@pytest.mark.slow
+def test_a_run_says_that_answers_are_cut_short(
+    videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = "steps=25", "batch_size=2", "sample.max_completion_length=2", "eval.before=false"
+    run(videos, tmp_path / "run", *keys)
+    assert capfd.readouterr().err.count("reach sample.max_completion_length=2: raise it") == 1
+    of_steps = rows(tmp_path / "run")
+    assert {row["generated_tokens"] for row in of_steps} == {4}
 
 
 # Losses that are not finite.
