@@ -1,6 +1,6 @@
 """One optimizer step on the embedded task, with a teacher of twice the student's size: this
 project's single pass against conventional loops and TRL's trainer, its phases, its rollouts and its
-recompute modes.
+recompute modes, and micro-batches sampled together.
 
 Before anything is timed, each side must give the same loss and gradient as the stock model's full
 forward and the definition of the loss. Calls are timed in turn; what is quoted is the median of the
@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench.bench_evaluate import TOKENS, settings
 from bench.steps.loops import loop_step, published_style, trl_style
 from bench.steps.measure import make_trainer, measure, phases, prove_equal, single_pass_step
 from opd.config.run import Config, load_config
+from opd.data.batch import collate
+from opd.data.schedule import split
+from opd.generation.sampling import Rollouts
 
 ROUNDS = 5
 PROMPTS, FEW = 16, 5  # against other loops, and of this project's steps against each other
@@ -91,6 +96,36 @@ def test_steps(benchmark: Any, config: Config) -> None:
     }
     spent = {name: phases(trainer, ROUNDS) for name, (trainer, _) in sides.items()}
     keep(benchmark, **results, phases_ms=spent, proof=proof)
+
+
+@pytest.mark.parametrize("tokens", ["300", "1500"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_sampling_together(benchmark: Any, config: Config, tokens: str, size: int) -> None:
+    """Four micro-batches of so many prompts of about so many tokens, decoded at once and one after
+    the other, from the same prefixes."""
+    keys = settings(tokens) if tokens in TOKENS else []
+    data = load_config([*keys, f"data.video_root={config.data.video_root}"]).data
+    changed = replace(config, data=data, batch_size=4 * size)
+    trainer, batch = make_trainer(changed)
+    parts = [
+        collate(some, trainer.policy.pad_token_id, batch.input_ids.device)
+        for some in split(list(batch.prompts), size)
+    ]
+    with torch.no_grad():
+        prefixes = [trainer.prefill(part) for part in parts]
+
+    def together(step: int) -> list[Rollouts]:
+        return trainer.sample(parts, prefixes, step)
+
+    def apart(step: int) -> list[Rollouts]:
+        pairs = zip(parts, prefixes, strict=True)
+        return [trainer.sample([part], [prefix], step)[0] for part, prefix in pairs]
+
+    for one, other in zip(together(0), apart(0), strict=True):
+        assert torch.equal(one.completion_ids, other.completion_ids), "not the same rollouts"
+    seconds = measure(benchmark, {"together": together, "apart": apart}, 4 * ROUNDS)
+    lengths = [len(prompt.input_ids) for prompt in batch.prompts]
+    keep(benchmark, seconds=seconds.against("together", "apart") | {"target": 0.5}, lengths=lengths)
 
 
 def test_against_trl_trainer(benchmark: Any, config: Config, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Decoder:
     `next_position` in place; two steps of the same `window` differ in nothing else.
     """
 
+    @torch.no_grad()
     def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
         self.lm, self.max_steps = lm, max_steps
         self.growth = GROWTH.get(lm.device.type, 1)
@@ -38,13 +39,12 @@ class Decoder:
         self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)  # [G, B, P]
         self.whole, self.dtype = prefix.whole, prefix.last_hidden.dtype
         self.apart = are_cheaper(self.branches, max_steps)
-        prefix = prefix.detach()
-        self.prefix = prefix.layers if self.apart else []  # else it is in the cache
+        self.prefix: list[KeyValue] = []  # of each layer, unless it is in the cache
         self.layout = self._layout()
         first, count = (0, 1) if self.apart else (self.prompt_length, self.branches)
         self.columns = torch.arange(first, first + count, device=self.mask.device)
         self.cache: list[KeyValue] = []
-        for key, value in prefix.layers:
+        for key, value in zip(prefix.keys, prefix.values, strict=True):
             groups, heads, _, size = key.shape
             if self.apart:
                 shape = groups * self.branches, heads, max_steps, size
@@ -52,7 +52,9 @@ class Decoder:
                 shape = groups, heads, self.prompt_length + self.branches * max_steps, size
             # Masked columns have a weight of 0, which must not meet a number that is not finite.
             pair = key.new_zeros(shape), value.new_zeros(shape)
-            if not self.apart:
+            if self.apart:
+                self.prefix.append((key, value))
+            else:
                 for buffer, source in zip(pair, (key, value), strict=True):
                     buffer[:, :, : self.prompt_length] = source
             self.cache.append(pair)

@@ -16,6 +16,7 @@ values of a video exist once, whatever the number of its queries and of their ro
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -39,8 +40,8 @@ class Prefix:
     number of prompts in each group. `whole` says that each prompt sees all columns of its group.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
     mask: torch.Tensor
     last_hidden: torch.Tensor
     next_position: torch.Tensor
@@ -100,30 +101,47 @@ class Prefix:
         return send(torch.tensor(prompts), device), send(torch.tensor(slots), device)
 
     @classmethod
-    def join(cls, parts: Sequence["Prefix"]) -> "Prefix":
-        """Concatenate groups, left-padded to the longest; each part keeps its graph."""
+    def join(cls, parts: Sequence["Prefix"], by_layer: bool = False) -> "Prefix":
+        """Concatenate groups, left-padded to the longest; each part keeps its graph.
+
+        Args:
+            by_layer: join the keys and values of a layer whenever they are read. For a single use,
+                so that at no time all layers exist twice.
+        """
         if len(parts) == 1:
             return parts[0]
         width = max(part.mask.shape[1] for part in parts)
-
-        def padded(values: torch.Tensor, dim: int) -> torch.Tensor:
-            missing = width - values.shape[dim]
-            after = [0, 0] * (values.dim() - 1 - dim)
-            return torch.nn.functional.pad(values, [*after, missing, 0])
-
-        def layers(name: str) -> list[torch.Tensor]:
-            by_layer = zip(*(getattr(part, name) for part in parts), strict=True)
-            return [torch.cat([padded(values, 2) for values in layer]) for layer in by_layer]
-
+        keys, values = (
+            _Joined([getattr(part, name) for part in parts], width) for name in ("keys", "values")
+        )
         return cls(
-            keys=layers("keys"),
-            values=layers("values"),
-            mask=torch.cat([padded(part.mask, 1) for part in parts]),
+            keys=keys if by_layer else list(keys),
+            values=values if by_layer else list(values),
+            mask=torch.cat([_padded(part.mask, 1, width) for part in parts]),
             last_hidden=torch.cat([part.last_hidden for part in parts]),
             next_position=torch.cat([part.next_position for part in parts]),
             counts=tuple(count for part in parts for count in part.counts),
             whole=all(part.whole and part.mask.shape[1] == width for part in parts),
         )
+
+
+def _padded(values: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+    """Left-pad a dimension with zeros."""
+    after = [0, 0] * (values.dim() - 1 - dim)
+    return torch.nn.functional.pad(values, [*after, width - values.shape[dim], 0])
+
+
+class _Joined(Sequence[torch.Tensor]):
+    """Keys or values of each layer, joined from those of several prefixes when they are read."""
+
+    def __init__(self, parts: Sequence[Sequence[torch.Tensor]], width: int) -> None:
+        self.parts, self.width = parts, width
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, layer: Any) -> Any:
+        return torch.cat([_padded(part[layer], 2, self.width) for part in self.parts])
 
 
 def encode(lm: VideoLM, batch: PromptBatch) -> Video:
@@ -206,7 +224,7 @@ def forward(lm: VideoLM, batch: PromptBatch) -> Prefix:
     parts = batch.parts(alone=lm.sharded)
     extra = distributed.all_max(len(parts)) - len(parts) if lm.sharded else 0
     prefixes = [prefill(lm, part, encode(lm, part)) for part in [*parts, *parts[-1:] * extra]]
-    return Prefix.join(prefixes[: len(parts)])
+    return Prefix.join(prefixes[: len(parts)], by_layer=True)
 
 
 def extend(

@@ -119,7 +119,7 @@ class Trainer:
         """Continue the detached prompts of all micro-batches into completions."""
         with self.ledger.phase("sample"):
             prefixes = [prefix.detach() for some in prompts for prefix in some.prefixes]
-            return self.rollouts(batches, Prefix.join(prefixes), step)
+            return self.rollouts(batches, Prefix.join(prefixes, by_layer=True), step)
 
     def rollouts(self, batches: list[PromptBatch], prefix: Prefix, step: int) -> list[Rollouts]:
         """Completions to train on: sampled from the student, or the reference answers."""

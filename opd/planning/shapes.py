@@ -271,7 +271,7 @@ def student_step(lm: VideoLM, work: Work, recompute: str) -> dict[str, dict[str,
         prefix = None
         if work.sampled:
             with live.moment("sample", "decode step"), torch.no_grad():
-                prefix = Prefix.join([part.detach() for part in waiting])
+                prefix = Prefix.join([part.detach() for part in waiting], by_layer=True)
                 sample_once(lm, live, work, prefix)
         with live.moment("teacher"):
             pass

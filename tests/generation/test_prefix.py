@@ -382,3 +382,16 @@ def test_a_frozen_vision_tower_has_no_graph():
     lm.train_only("all")
     embeds, deepstack = lm.encode_video(batch.pixel_values, batch.video_grid_thw)
     assert deepstack and all(x.requires_grad for x in (embeds, *deepstack))
+
+
+def test_joining_layer_by_layer_is_joining_at_once(case):
+    lm, _, _ = case
+    batch = batch_of(unequal_prompts(lm))
+    parts = [prefill_of(lm, part).detach() for part in batch.parts()]
+    assert len(parts) > 1
+    once, later = Prefix.join(parts), Prefix.join(parts, by_layer=True)
+    for name in ("keys", "values"):
+        pairs = list(zip(getattr(once, name), getattr(later, name), strict=True))
+        assert len(pairs) == len(lm.language_model.layers)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert later.keys[0] is not later.keys[0]  # nothing is kept
