@@ -96,6 +96,7 @@ def poisoned_memory() -> Iterator[None]:
 def in_two_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Completions attend to prefix and themselves in two parts, or with one mask over both."""
     monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1 if request.param else 10**9)
+    monkeypatch.setattr("opd.generation.decoder.MOST_MASKED", {})
     return request.param
 
 

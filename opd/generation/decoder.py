@@ -1,5 +1,6 @@
 """Token-by-token decoding from a prefix, without gradients."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,19 @@ from opd.models.video_lm import VideoLM
 # Tokens by which the part of the cache that a step reads grows. A GPU reads the same part in many
 # steps, so that one recorded step serves for all of them; what is not filled yet is masked.
 GROWTH = {"cuda": 256}
+# Long completions share a cache with their prefix while B * B * T is at most this: then the columns
+# that a mask hides cost less than a second call of the kernel does.
+MOST_MASKED = {"cpu": 32_768}
 
 
 class Decoder:
     """Decodes R completions per prompt, one token at a time, into a preallocated cache per layer.
 
-    A group of prompts has B = K * R completions, arranged `[G, B]` (`by_group`). Long completions
-    have caches of their own, beside the prefix, which is not copied; those that go on can then be
-    kept alone. For short ones, one masked attention is as fast: the prefix is copied into the cache
-    once, and step t writes the B new tokens of each group behind those of step t - 1, to columns
-    `P + B * t` and following.
+    A group of prompts has B = K * R completions, arranged `[G, B]` (`by_group`). Where they have
+    caches of their own (`apart`), the prefix is not copied, and the cost of a step grows with what
+    a completion may see. Otherwise one masked attention is as fast: the prefix is copied into the
+    cache once, and step t writes the B new tokens of each group behind those of step t - 1, to
+    columns `P + B * t` and following.
 
     `columns`, int64 on the device, are those of the next tokens in the cache. A step moves them and
     `next_position` in place; two steps of the same `window` differ in nothing else.
@@ -34,30 +38,58 @@ class Decoder:
     def __init__(self, lm: VideoLM, prefix: Prefix, rollouts: int, max_steps: int) -> None:
         self.lm, self.max_steps = lm, max_steps
         self.growth = GROWTH.get(lm.device.type, 1)
-        self.branches, self.prompt_length = prefix.width * rollouts, prefix.mask.shape[1]
+        self.prompt_length = prefix.mask.shape[1]
         self.next_position = prefix.by_group(prefix.next_position).repeat_interleave(rollouts, 1)
         self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)  # [G, B, P]
         self.whole, self.dtype = prefix.whole, prefix.last_hidden.dtype
-        self.apart = are_cheaper(self.branches, max_steps)
-        self.prefix: list[KeyValue] = []  # of each layer, unless it is in the cache
-        self.layout = self._layout()
-        first, count = (0, 1) if self.apart else (self.prompt_length, self.branches)
-        self.columns = torch.arange(first, first + count, device=self.mask.device)
+        self.is_long = are_cheaper(self.branches, max_steps)
+        self.prefix: list[KeyValue | None] = []  # of each layer, unless it is in the cache
         self.cache: list[KeyValue] = []
-        for key, value in zip(prefix.keys, prefix.values, strict=True):
-            groups, heads, _, size = key.shape
-            if self.apart:
-                shape = groups * self.branches, heads, max_steps, size
-            else:
-                shape = groups, heads, self.prompt_length + self.branches * max_steps, size
-            # Masked columns have a weight of 0, which must not meet a number that is not finite.
-            pair = key.new_zeros(shape), value.new_zeros(shape)
-            if self.apart:
-                self.prefix.append((key, value))
-            else:
-                for buffer, source in zip(pair, (key, value), strict=True):
-                    buffer[:, :, : self.prompt_length] = source
-            self.cache.append(pair)
+        self._lay_out(0)
+        for pair in zip(prefix.keys, prefix.values, strict=True):
+            self.prefix.append(pair if self.apart else None)
+            self.cache.append(self._allocated(pair))
+
+    @property
+    def branches(self) -> int:
+        """B, the number of completions of a group."""
+        return self.next_position.shape[1]
+
+    def _lay_out(self, filled: int) -> None:
+        """Choose a layout for caches that hold so many tokens of each completion."""
+        work = self.branches**2 * self.max_steps
+        self.apart = self.is_long and work > MOST_MASKED.get(self.lm.device.type, 0)
+        branches = Branches(self.branches, 1, 1, None if self.whole else self.mask)
+        self.layout = branches.prepared(self.dtype, query_groups(self.lm.language_model))
+        first, count = filled, 1
+        if not self.apart:
+            first, count = self.prompt_length + self.branches * filled, self.branches
+        self.columns = torch.arange(first, first + count, device=self.mask.device)
+
+    def _allocated(self, prefix: KeyValue, own: Sequence[torch.Tensor] = ()) -> KeyValue:
+        """A layer's cache, with the prefix `[G, heads, P, D]`, unless it stays apart, and the keys
+        and values that completions have already, `[G, B, heads, t, D]`."""
+        groups, heads, _, size = prefix[0].shape
+        shape = groups * self.branches, heads, self.max_steps, size
+        if not self.apart:
+            length = self.prompt_length + self.branches * self.max_steps
+            shape = groups, heads, length, size
+        # Masked columns have a weight of 0, which must not meet a number that is not finite.
+        key, value = prefix[0].new_zeros(shape), prefix[1].new_zeros(shape)
+        for buffer, source in zip((key, value), prefix, strict=True):
+            if not self.apart:
+                buffer[:, :, : self.prompt_length] = source
+        for buffer, source in zip((key, value), own, strict=False):
+            self._own(buffer, source.shape[3]).copy_(source)
+        return key, value
+
+    def _own(self, buffer: torch.Tensor, filled: int) -> torch.Tensor:
+        """The tokens of completions in a cache: `[G, B, heads, filled, D]`."""
+        if self.apart:
+            return buffer[:, :, :filled].unflatten(0, (-1, self.branches))
+        last = self.prompt_length + self.branches * filled
+        own = buffer[:, :, self.prompt_length : last]
+        return own.unflatten(2, (filled, self.branches)).movedim(3, 1)
 
     def window(self, steps: int) -> int:
         """Number of tokens of each completion that a step reads which is the `steps`-th."""
@@ -82,40 +114,33 @@ class Decoder:
         read = window if self.apart else self.prompt_length + self.branches * window
         with (counter or LayerCounter()).label("decode"):
             for index, layer in enumerate(language_model.layers):
-                prefix = self.prefix[index] if self.apart else None
-                cache = self.cache[index], self.columns, read, prefix, self.layout
+                cache = self.cache[index], self.columns, read, self.prefix[index], self.layout
                 hidden = run_layer(layer, hidden, rotary, _PreallocatedCache(*cache), mask)
         self.next_position += 1
         self.columns += len(self.columns)
         return language_model.norm(hidden)
 
     @torch.no_grad()
-    def keep(self, groups: torch.Tensor, branches: torch.Tensor) -> None:
-        """Go on with these completions alone; only where they have caches of their own (`apart`).
+    def keep(self, groups: torch.Tensor, branches: torch.Tensor, filled: int) -> None:
+        """Go on with these completions alone.
 
         Args:
             groups: int64 `[G']`, the groups that stay.
             branches: int64 `[G', B']`, of each of them the completions that stay.
+            filled: number of tokens that each completion has in the cache.
         """
-        rows = (groups[:, None] * self.branches + branches).flatten()
-        self.branches = branches.shape[1]
-
-        def kept(values: torch.Tensor) -> torch.Tensor:
-            """`[G, B, ...]` as `[G', B', ...]`."""
-            return values.flatten(0, 1).index_select(0, rows).unflatten(0, branches.shape)
-
-        self.next_position, self.mask = kept(self.next_position), kept(self.mask)
-        self.layout = self._layout()
-        for layer, pair in enumerate(self.cache):
-            self.cache[layer] = pair[0].index_select(0, rows), pair[1].index_select(0, rows)
-            if len(groups) < len(self.prefix[layer][0]):
-                key, value = self.prefix[layer]
-                self.prefix[layer] = key.index_select(0, groups), value.index_select(0, groups)
-
-    def _layout(self) -> Branches:
-        """The completions as branches, of which each sees the prefix as its prompt does."""
-        layout = Branches(self.branches, 1, 1, None if self.whole else self.mask)
-        return layout.prepared(self.dtype, query_groups(self.lm.language_model))
+        chosen, fewer = (groups[:, None], branches), len(groups) < len(self.mask)
+        owns = [[self._own(buffer, filled) for buffer in pair] for pair in self.cache]
+        self.next_position, self.mask = self.next_position[chosen], self.mask[chosen]
+        self._lay_out(filled)
+        for layer, (key, value) in enumerate(self.cache):
+            length = self.prompt_length
+            prefix = self.prefix[layer] or (key[:, :, :length], value[:, :, :length])
+            if fewer:
+                prefix = prefix[0].index_select(0, groups), prefix[1].index_select(0, groups)
+            own = [side[chosen] for side in owns.pop(0)]
+            self.cache[layer] = self._allocated(prefix, own)
+            self.prefix[layer] = prefix if self.apart else None
 
     def _filled(self, columns: torch.Tensor) -> torch.Tensor:
         """False at columns of the cache that later tokens will fill."""

@@ -193,8 +193,8 @@ def sample(
             # With sharded weights, all ranks decode until the last has finished.
             if not (distributed.all_max(unfinished) if lm.sharded else unfinished):
                 break
-            if decoder.apart and (kept := _fewer(going_on)):
-                growing.keep(*(send(index, device) for index in kept))
+            if decoder.is_long and (kept := _fewer(going_on)):
+                growing.keep(*(send(index, device) for index in kept), length - 1)
                 changed = True
         if changed:
             window = decoder.window(length)
@@ -268,13 +268,13 @@ class _Growing:
         self.done |= (token[..., None] == self.ends).any(-1)
         self.places += self.count
 
-    def keep(self, groups: torch.Tensor, branches: torch.Tensor) -> None:
+    def keep(self, groups: torch.Tensor, branches: torch.Tensor, filled: int) -> None:
         """Go on with these completions alone, as `Decoder.keep`."""
         chosen = groups[:, None], branches
         self.token, self.places, self.done = (
             values[chosen] for values in (self.token, self.places, self.done)
         )
-        self.decoder.keep(groups, branches)
+        self.decoder.keep(groups, branches, filled)
 
 
 def _fewer(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

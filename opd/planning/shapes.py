@@ -241,9 +241,9 @@ def sample_once(lm: VideoLM, live: Live, work: Work, prefix: Prefix) -> None:
     as many completions have ended as copies most of the others' caches."""
     with live.label("decode cache"):
         decoder = Decoder(lm, prefix, work.rollouts, work.length - 1)
-        if decoder.apart and (groups := int(KEEP_BELOW * len(prefix.counts))):
+        if decoder.is_long and (groups := int(KEEP_BELOW * len(prefix.counts))):
             kept, branches = (torch.arange(n, device="meta") for n in (groups, decoder.branches))
-            decoder.keep(kept, branches.expand(groups, -1))
+            decoder.keep(kept, branches.expand(groups, -1), work.length - 2)
     hidden = prefix.last_hidden[:, None].expand(-1, work.rollouts, -1)
     if work.length > 1:
         token_ids = torch.empty(decoder.next_position.shape, dtype=torch.long, device="meta")

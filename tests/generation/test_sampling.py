@@ -10,6 +10,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from opd.config.method import SampleConfig
 from opd.data.batch import Prompt
+from opd.generation.decoder import GROWTH, MOST_MASKED, Decoder
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import VISION_TOKENS, Policy, choose, uniforms
 from opd.generation.prefix import extend
@@ -298,8 +299,23 @@ def test_how_often_is_asked_changes_nothing(every, monkeypatch):
 
 
 @pytest.mark.parametrize("rollouts", [1, 4])
-def test_finished_completions_leave_the_batch(rollouts: int, monkeypatch) -> None:
+@pytest.mark.parametrize("most_masked", [0, 300, 10**9], ids=["apart", "apart first", "one mask"])
+@pytest.mark.parametrize("growth", [1, 8])
+def test_finished_completions_leave_the_batch(
+    growth: int, most_masked: int, rollouts: int, monkeypatch
+) -> None:
     """The rows that decoding forwards; the rollouts stay what they are."""
+    layouts = []
+    keep = Decoder.keep
+
+    def kept(decoder: Decoder, *chosen) -> None:
+        before = decoder.apart
+        keep(decoder, *chosen)
+        layouts.append((before, decoder.apart))
+
+    monkeypatch.setattr(Decoder, "keep", kept)
+    monkeypatch.setitem(GROWTH, "cpu", growth)
+    monkeypatch.setitem(MOST_MASKED, "cpu", most_masked)
     monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1)
     lm = ours("student", layers=2)
     prompts, policy = unequal_prompts(lm), with_ends(policy_of(lm), *range(0, 384, 9))
@@ -321,6 +337,12 @@ def test_finished_completions_leave_the_batch(rollouts: int, monkeypatch) -> Non
         going_on = lengths > position
         needed += int(going_on.any(1).sum() * going_on.sum(1).max())
     assert fewer == needed < every
+    expected = {
+        0: {(True, True)},
+        300: {(True, True), (True, False), (False, False)},
+        10**9: {(False, False)},
+    }
+    assert rollouts == 1 or set(layouts) == expected[most_masked]
     for name in ("completion_ids", "lengths", "truncated"):
         assert torch.equal(getattr(answers, name), getattr(truth, name))
     assert relative(answers.rollout_logprobs, truth.rollout_logprobs) < 1e-12
