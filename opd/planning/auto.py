@@ -50,7 +50,8 @@ def resolve_auto(config: Config, device: torch.device) -> Config:
         recompute, placement = plan.recompute, plan.placement
         together = str(plan.together)
         need, room = plan.total / 2**30, capacity / 2**30
-        memory = f" ({need:.1f} of {room:.1f} GiB planned for each device)"
+        fits = plan.total <= capacity  # else nothing that memory decides was left open
+        memory = f" ({need:.1f} of {room:.1f} GiB planned for each device)" * fits
     resolved = replace(
         config,
         model=model,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from opd.config.run import Config
+from opd.data.synthetic.clips import SIZE
 from opd.engine.zero import BUCKET
 from opd.generation.prefilled import Prefilled
 from opd.models.lora import add_lora
@@ -37,6 +38,14 @@ def _bytes(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
+def _frame_tokens(config: Config) -> int:
+    """Maximum number of vision tokens of a frame pair; `data.video_tokens` is not set."""
+    if not all(source.strip().startswith("synthetic:") for source in config.data.train.split(",")):
+        return FRAME_TOKENS
+    side = SIZE // 32  # of a vision token, which is 28 or 32 pixels wide
+    return max(side**2, config.data.min_frame_tokens or 0)
+
+
 @dataclass(frozen=True)
 class Shapes:
     """A run's models on the meta device, and the prompt length to plan for."""
@@ -65,7 +74,7 @@ class Shapes:
             teacher = on_meta(model.teacher, dtype)
         elif config.method == "grpo" and config.grpo.kl_coef:
             teacher = on_meta(model.student, dtype)
-        video = config.data.video_tokens or FRAME_TOKENS * config.data.max_frames // 2
+        video = config.data.video_tokens or _frame_tokens(config) * config.data.max_frames // 2
         stamped = student.family == "qwen3_vl" or config.data.timestamps == "text"
         stamps = STAMP * config.data.max_frames // 2 if stamped else 0
         gpu = torch.cuda.is_available() or dtype != torch.float32

@@ -1,5 +1,6 @@
 """`[N, V]` is never allocated, and what is not needed is not computed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,31 @@ def test_lowmem_holds_a_tile(case, monkeypatch, largest_tensor):
         needs_grad = NeedsGrad(True, True, False)
         divergence_module.lowmem_gradients(inputs, options, needs_grad, saved, torch.ones(N))
     assert largest_tensor.numel == 2 * N * 100
+
+
+@pytest.mark.parametrize("loss", [divergence, token_losses])
+def test_many_rows_are_the_sum_of_few(case, loss, largest_tensor):
+    """16,384 tokens, as of long answers, against 512 calls of 32."""
+    rows, few, vocab = 16_384, 32, 4096
+    tensors = case.build(num_rows=rows, vocab=vocab, student_size=H, teacher_size=H)
+    of_rows = {name: x for name, x in vars(tensors).items() if x is not None and len(x) == rows}
+    leaves = (tensors.student_hidden, tensors.student_lm_head)
+    with largest_tensor:
+        whole = loss(tensors, chunk_size="auto")
+        gradients = torch.autograd.grad(whole, leaves)
+    assert largest_tensor.numel * 8 <= tiles.FAST_BYTES["cpu"] < rows * vocab * 8
+    total, head = torch.zeros(()), torch.zeros_like(gradients[1])
+    for first in range(0, rows, few):
+        part = SimpleNamespace(
+            **vars(tensors) | {n: x[first : first + few] for n, x in of_rows.items()}
+        )
+        some = loss(part, chunk_size="auto")
+        total = total + some.detach()
+        d_hidden, d_head = torch.autograd.grad(some, (part.student_hidden, leaves[1]))
+        torch.testing.assert_close(d_hidden, gradients[0][first : first + few], rtol=0, atol=1e-12)
+        head += d_head
+    torch.testing.assert_close(total, whole.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(head, gradients[1], rtol=0, atol=1e-11 * float(head.abs().max()))
 
 
 @pytest.mark.parametrize("loss", [divergence, token_losses])
