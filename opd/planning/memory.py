@@ -1,7 +1,6 @@
 """Memory plan of a run: the bytes it needs on each device, from shapes alone, and what `auto`
 chooses."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,6 +30,9 @@ CONTEXT_BYTES = 2**29 + 2**25  # about: a CUDA context with its kernels, cuBLAS'
 # About: up to 32 channels of a ring and a tree, with some 6 MiB per neighbour in each.
 NCCL_BYTES = 2**30
 PLACEMENTS = ("replica", "shard", "offload")  # of the teacher, fastest first
+# What a device computes while it reads a byte of memory, at the utilisation of a usual step: an
+# H100 reads 3.35 TB/s at 40% and computes 989 TFLOP/s at 45%.
+FLOPS_PER_BYTE = {"cuda": 330, "cpu": 10}
 SUB_GROUP = 1_000_000_000  # weights that ZeRO-3 updates at once, DeepSpeed's default
 
 
@@ -234,57 +236,69 @@ class Shapes:
         }
 
     def best(self, ranks: int, capacity: int) -> Plan:
-        """Plan that `auto` chooses: the fastest placement, with the fewest recomputed layers, that
-        fits in `USABLE` of `capacity` bytes, and then as many micro-batches sampled together as
-        fit; if none fits, the plan that needs least."""
+        """Plan that `auto` chooses: the fastest one that fits in `USABLE` of `capacity` bytes, the
+        teacher's placement first; if none fits, the plan that needs least."""
         capacity = int(USABLE * capacity)
-        config = self.config
         placements = PLACEMENTS if self.teacher else PLACEMENTS[:1]
-        if config.teacher.placement != "auto":
-            placements = (config.teacher.placement,)
+        if self.config.teacher.placement != "auto":
+            placements = (self.config.teacher.placement,)
         rejected: list[Plan] = []
         for placement in placements:
-            modes: Sequence[str] = (config.prefix.recompute,)
-            if config.prefix.recompute == "auto":
-                modes = self._modes(ranks, placement, capacity)
-            for mode in modes:
-                plan = self.plan(ranks, mode, placement)
+            for recompute, together in self._choices(ranks, placement, capacity):
+                plan = self.plan(ranks, recompute, placement, together)
                 if plan.total <= capacity:
-                    return self._together(plan, ranks, capacity)
+                    return plan
                 rejected.append(plan)
         return min(rejected, key=lambda plan: plan.total)
 
-    def _together(self, plan: Plan, ranks: int, capacity: int) -> Plan:
-        """The plan with the fewest groups of micro-batches that are sampled together, if the
-        configuration leaves them open: each micro-batch more takes about as much as the second."""
-        count = self.micro_batches(ranks)
-        if self.config.sample.together != "auto" or self.config.on_references or count == 1:
-            return plan
-        choice = plan.recompute, plan.placement
-        two = self.plan(ranks, *choice, 2)
-        more = {moment: two.total_at(moment) - plan.total_at(moment) for moment in plan.moments}
-        for groups in range(1, count):
-            together = -(-count // groups)
-            expected = (plan.total_at(moment) + (together - 1) * more[moment] for moment in more)
-            if max(expected) <= 1.05 * capacity:  # else it is not worth a plan of its own
-                candidate = self.plan(ranks, *choice, together)
-                if candidate.total <= capacity:
-                    return candidate
-        return plan
+    def _choices(self, ranks: int, placement: str, capacity: int) -> list[tuple[str, int]]:
+        """Values of `prefix.recompute` and `sample.together` to try, fastest first.
 
-    def _modes(self, ranks: int, placement: str, capacity: int) -> list[str]:
-        """Values of `prefix.recompute` to try, fewest layers first.
-
-        Each recomputed layer saves about the same in every moment, so that the plans for none and
-        for all give the number of layers needed.
+        What a moment needs grows about linearly with the layers that are not recomputed and with
+        the micro-batches: the plans for none and all, and for one and two, say how far. Of what
+        should fit, the choice that spends least: FLOPs in recomputation, and those that a device
+        could compute while decoding reads the weights for each group of micro-batches.
         """
-        few, most = (self.plan(ranks, mode, placement) for mode in ("none", "all"))
+        config, count = self.config, self.micro_batches(ranks)
         layers = len(self.student.language_model.layers)
-        number = 0
-        for moment in few.moments:
-            missing = few.total_at(moment) - capacity
-            saved = (few.total_at(moment) - most.total_at(moment)) / layers
-            if missing > 0:
-                number = max(number, -int(-missing // saved) if saved > 0 else layers)
-        modes = [str(n) if n else "none" for n in (number, number + 1) if n < layers]
-        return [*modes, "all"]
+        modes = [config.prefix.recompute]
+        numbers = range(1)
+        if modes == ["auto"]:
+            modes, numbers = ["none", "all"], range(layers + 1)
+        sizes = [min(config.together, count)]
+        if config.sample.together == "auto" and not config.on_references:
+            sizes = sorted({-(-count // groups) for groups in range(1, count + 1)})
+        plans = {
+            (mode, size): self.plan(ranks, mode, placement, size)
+            for mode in modes
+            for size in sizes[:2]
+        }
+
+        def expected(number: int, size: int, moment: str) -> float:
+            """Bytes in a moment with so many recomputed layers and micro-batches."""
+
+            def with_all(mode: str) -> float:
+                first, *rest = (plans[mode, size].total_at(moment) for size in sizes[:2])
+                return first + sum(rest, -first * len(rest)) * (size - sizes[0])
+
+            share = number / layers
+            return (1 - share) * with_all(modes[0]) + share * with_all(modes[-1])
+
+        weights = size_of(self.student)
+        token = _bytes(self.dtype) * (weights.language + weights.head)  # bytes read for one
+        reading = FLOPS_PER_BYTE[self.device_type] * (self.work(ranks).length - 1) * token
+        layer = self.flops(ranks, "all")["recompute"] / ranks / layers
+
+        def cost(number: int, size: int) -> float:
+            return layer * number + reading * -(-count // size)
+
+        moments = plans[modes[0], sizes[0]].moments
+        fitting = [
+            (cost(number, size), number, size)
+            for number in numbers
+            for size in sizes
+            if max(expected(number, size, m) for m in moments) <= 1.01 * capacity
+        ]
+        names = {0: modes[0], layers: modes[-1]}
+        tried = [(names.get(number, str(number)), size) for _, number, size in sorted(fitting)[:4]]
+        return [*tried, (modes[-1], sizes[0])]

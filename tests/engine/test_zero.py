@@ -143,7 +143,8 @@ def test_ranks_step_as_one_process(results: Any, ranks: int, case: str) -> None:
         assert actual["tokens"] < expected["tokens"]
     else:
         assert actual["tokens"] == expected["tokens"]
-    rounding = 1e-3 if name == "bf16" else 3e-5
+    # With several queries behind one forward, products have other shapes, and round otherwise.
+    rounding = 1e-3 if name == "bf16" else 1e-4 if name.startswith("grouped") else 3e-5
     for row, truth in zip(actual["rows"], expected["rows"], strict=True):
         for key in ("loss", "grad_norm", "kl"):
             close = truth[key] if truth[key] is None else pytest.approx(truth[key], rel=rounding)
