@@ -290,6 +290,31 @@ def test_stages_are_compared_with_each_other(folder: Path) -> None:
         assert alone.plan(8, "all", "replica") == least
 
 
+def test_auto_spends_least_of_what_fits(folder: Path) -> None:
+    """Recomputed layers against micro-batches sampled together, by trying every choice."""
+    keys = ["batch_size=4", "micro_batch_size=1", "sample.max_completion_length=200"]
+    shapes = shapes_of(folder, *keys, "prefix.recompute=auto")
+    layers, size = 6, size_of(shapes.student)
+    recomputing = shapes.flops(1, "all")["recompute"] / layers
+    reading = 2 * (size.language + size.head) * 199 * 330  # bytes in bf16, as FLOPs
+    plans = {
+        (number, together): shapes.plan(1, str(number), "replica", together)
+        for number in range(layers + 1)
+        for together in (1, 2, 4)
+    }
+    costs = {(n, k): n * recomputing + 4 / k * reading for n, k in plans}
+    chosen = set()
+    totals = sorted(plan.total for plan in plans.values())
+    for total in (totals[0], totals[len(totals) // 3], totals[len(totals) // 2], totals[-1]):
+        room = int(total / 0.9) + 2
+        plan = shapes.best(1, room)
+        number = int({"none": "0", "all": "6"}.get(plan.recompute, plan.recompute))
+        least = min(costs[each] for each in plans if plans[each].total <= total)
+        assert plan.total <= total and costs[number, plan.together] <= 1.02 * least
+        chosen.add((number, plan.together))
+    assert len(chosen) >= 3
+
+
 CASES = {  # ranks and keys
     "none": (1, []),
     "all": (1, ["prefix.recompute=all"]),
@@ -376,7 +401,7 @@ def test_the_command_says_what_fits(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "8 devices of 80 GiB, engine deepspeed, ZeRO stage 3, bfloat16"
     assert lines[2] == "student: 8.77B weights (0.58B vision, 8.19B trained)"
-    assert lines[-1].endswith("teacher.placement=shard sample.together=1: fits")
+    assert lines[-1].endswith("teacher.placement=shard sample.together=2: fits")
     with pytest.raises(SystemExit) as ended:
         main([*models, *keys, "prefix.recompute=auto", "--ranks=8", "--memory-gib=80"])
     assert ended.value.code == 2
