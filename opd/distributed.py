@@ -5,6 +5,7 @@ import atexit
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,10 +65,18 @@ def start(alone_too: bool = False) -> None:
 
 def leave_at_exit() -> None:
     """Leave the process group before the interpreter ends; for ranks that end together, after their
-    last collective. A gloo thread that still holds a tensor of it would abort the process."""
+    last collective."""
     if dist.is_initialized():
-        atexit.unregister(dist.destroy_process_group)  # of an earlier run in this process
-        atexit.register(dist.destroy_process_group)
+        atexit.unregister(_leave)  # of an earlier run in this process
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """A gloo thread that lets go of its last tensor needs the interpreter's lock, and aborts the
+    process if that has ended meanwhile. DeepSpeed keeps groups, whose threads nothing joins: a
+    pause is all they need."""
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def barrier() -> None:

@@ -54,6 +54,8 @@ LAUNCHES = {  # ranks: cases and stages
         *(f"{name}:{stage}" for name in ("teacher_shard", "teacher_offload") for stage in (0, 3)),
         "interrupted:3",
         "persistent:3",
+        "plain:recorded",
+        "offloaded:recorded",
     ],
     3: [f"{name}:{stage}" for name in FEW for stage in (0, 3)],
 }

@@ -21,6 +21,8 @@ from opd.data.batch import Prompt, collate
 from opd.data.examples import Example
 from opd.data.schedule import micro_batches
 from opd.distributed import set_up
+from opd.generation.decoder import GROWTH
+from opd.generation.recorded import RECORDERS
 from opd.generation.sampling import Rollouts
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -28,6 +30,7 @@ from opd.models import tiny
 from opd.models.load import prepare
 from opd.models.sharded import load_frozen
 from opd.models.video_lm import VideoLM
+from tests.fake import record
 from tests.helpers import PAD, build, grouped, make_prompt, policy_of, queries_about
 
 PROMPTS = 6
@@ -323,15 +326,26 @@ def without_prefetching() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recorded_steps() -> Iterator[None]:
+    """Decode in steps of one shape, with the stand-in for CUDA graphs."""
+    graphs = mock.Mock(wraps=record)
+    with mock.patch.dict(RECORDERS, cpu=graphs), mock.patch.dict(GROWTH, cpu=256):
+        yield
+    assert graphs.called
+
+
 def main(out: str, cases: list[str]) -> None:
     """Run cases, each written as name:stage, name:stage>STATE to save the state after the first
     step in a folder of this name, or name:stage<STATE to load it in place of the first step.
 
     Stage `blocking` is ZeRO-3 without prefetching; in stage `late` a layer's gather starts after
-    the layer before, as for weights copied from CPU memory to a GPU.
+    the layer before, as for weights copied from CPU memory to a GPU. In stage `recorded` decode
+    steps are recorded and replayed, as on a GPU.
     """
     variants = {
         "blocking": without_prefetching,
+        "recorded": recorded_steps,
         "late": partial(mock.patch, "opd.models.prefetch._copied_from_cpu", return_value=True),
     }
     set_up(1, 0)
