@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -131,6 +132,13 @@ def from_first(make: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]
+
+
+@lru_cache
+def announce(message: str) -> None:
+    """Print a message to stderr from the first rank, once per process."""
+    if is_first():
+        print(message, file=sys.stderr)
 
 
 def progress_bar(**options: Any) -> Any:

@@ -28,7 +28,7 @@ from opd.data.loader import batches
 from opd.data.prompts import Prompts
 from opd.data.schedule import micro_batches, plan_steps
 from opd.data.sources import check_leak, check_sources, load_split
-from opd.distributed import progress_bar, set_up
+from opd.distributed import announce, progress_bar, set_up
 from opd.errors import Stopped, UserError
 from opd.files import read_rows
 from opd.generation.policy import Policy
@@ -36,7 +36,6 @@ from opd.method import curriculum, health
 from opd.method.answering import evaluate
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
-from opd.models.attention import announce
 from opd.models.compatibility import check_pair
 from opd.models.load import load_model, load_options, load_processor, resolve
 from opd.models.lora import save_adapter, save_student

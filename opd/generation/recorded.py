@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from opd.distributed import announce
 from opd.generation.layer_counter import LayerCounter
-from opd.models.attention import announce
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:

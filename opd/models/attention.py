@@ -25,8 +25,8 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers import utils as transformers_utils
 from transformers.masking_utils import sdpa_mask
 
-from opd import distributed
 from opd.config.models import BACKENDS
+from opd.distributed import announce
 from opd.errors import raised
 from opd.models.branches import Branches, attend_branches
 from opd.models.tower import Segments
@@ -50,13 +50,28 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16, model.dtype is {str(dtype).removeprefix('torch.')}"
     if backend == "varlen":
-        if _varlen():
-            return None
-        return f"torch {torch.__version__} has no varlen_attn with a scale and a window"
+        if not _varlen():
+            return f"torch {torch.__version__} has no varlen_attn with a scale and a window"
+        return fails(backend, device)
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    return not_importable(backend) or (
-        None if capable or backend == "flash_attention_2" else "needs Hopper or later"
-    )
+    if (reason := not_importable(backend)) is not None:
+        return reason
+    if not capable and backend != "flash_attention_2":
+        return "needs Hopper or later"
+    return fails(backend, device)
+
+
+@lru_cache
+def fails(backend: str, device: torch.device) -> str | None:
+    """Reason why a backend cannot be trained with: what eight tokens raise in forward or backward;
+    None if they do not. Packages are also built without a backward."""
+    try:
+        x = torch.zeros(8, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        edges = torch.tensor([0, 8], dtype=torch.int32, device=device)
+        packed(backend, x, x, x, edges, 8, None, True).sum().backward()
+    except Exception as error:  # of any kind, as in `not_importable`
+        return f"broken: a forward and backward raise {raised(error)}"
+    return None
 
 
 @lru_cache
@@ -96,13 +111,6 @@ def choose(key: str, requested: str, device: torch.device, dtype: torch.dtype) -
     if (reason := reasons[requested]) is not None:
         raise ValueError(f"{key}={requested}: {reason}; usable here: {', '.join(usable)}")
     return requested
-
-
-@lru_cache
-def announce(message: str) -> None:
-    """Print a message to stderr from the first rank, once per process."""
-    if distributed.is_first():
-        print(message, file=sys.stderr)
 
 
 def _varlen() -> Callable[..., torch.Tensor] | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from opd.distributed import announce
 from opd.errors import raised
-from opd.models.attention import announce
 
 
 def is_enabled(setting: str, device: torch.device) -> bool:

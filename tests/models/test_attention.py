@@ -16,16 +16,11 @@ from torch._subclasses import FakeTensorMode
 from transformers import modeling_flash_attention_utils as flash
 
 from opd.config.models import ModelConfig
+from opd.distributed import announce
 from opd.errors import ModelError
 from opd.models import liger
-from opd.models.attention import (
-    PACKAGES,
-    announce,
-    attend,
-    choose,
-    not_importable,
-    vision_attention,
-)
+from opd.models.attention import PACKAGES, attend, choose, not_importable, vision_attention
+from opd.models.attention import fails as on_gpu
 from opd.models.load import load_options, prepare
 from tests.helpers import (
     FAMILIES,
@@ -248,6 +243,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(flash, "_loaded_implementation", None)
         not_importable.cache_clear()
+        on_gpu.cache_clear()
         names = [PACKAGES[backend] for backend in backends]
 
         def version(name: str) -> str:
@@ -266,9 +262,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
                 for name in (path, *others):
                     monkeypatch.setitem(sys.modules, name, stand_in(name))
 
+    # What a GPU would run, the stand-ins run on the CPU; for torch's own function there is none.
+    on_cpu = lambda backend, _: None if backend == "varlen" else on_gpu(backend, CPU)  # noqa: E731
+    monkeypatch.setattr("opd.models.attention.fails", on_cpu)
     announce.cache_clear()
     yield install
     not_importable.cache_clear()
+    on_gpu.cache_clear()
 
 
 MODULES = {
@@ -367,6 +367,29 @@ def test_a_broken_package_is_named_with_its_error(installed, monkeypatch, capsys
     message = capsys.readouterr().err
     assert re.match(rf"^model.attention=auto: {broken} .*; using varlen\n$", message)
     with pytest.raises(ValueError, match=r"^model.attention=flash_attention_2: broken: flash-attn"):
+        choose("model.attention", "flash_attention_2", GPU, BF16)
+
+
+def test_a_package_without_a_backward_is_named(installed, monkeypatch, capsys) -> None:
+    installed("flash_attention_2")
+
+    def forward_only(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        class Attention(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                raise RuntimeError("This flash attention build does not support backward.")
+
+        return Attention.apply(q)
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", forward_only)
+    assert choose("model.attention", "auto", GPU, BF16) == "varlen"
+    error = capsys.readouterr().err
+    assert "broken: a forward and backward raise RuntimeError: This flash attention" in error
+    with pytest.raises(ValueError, match=r"^model.attention=flash_attention_2: broken: a forward"):
         choose("model.attention", "flash_attention_2", GPU, BF16)
 
 
