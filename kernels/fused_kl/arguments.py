@@ -97,6 +97,8 @@ class DivergenceOptions(NamedTuple):
     tail: bool = False
     mode: str = "fast"
     chunk_size: int = 0  # 0: "auto"
+    tolerance: float = 0.0  # mode "sparse": mass of a row that may be left out
+    capacity: int = 0  # mode "sparse": columns of a support; 0: as many as needed
 
     @property
     def logits(self) -> LogitOptions:
@@ -132,6 +134,16 @@ class TokenOptions(NamedTuple):
     chunk_size: int  # 0: "auto"
 
 
+class Support(NamedTuple):
+    """What mode "sparse" did: the mass that was left out of each row, a bound on the L1 norm of the
+    error of each row's gradient by its logits, `[N]` both, and of each chunk the number of columns
+    in its support (all of them where the dense path was taken), int64 `[chunks]`, on the host."""
+
+    left_out: Tensor
+    gradient_bound: Tensor
+    columns: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearKLOutput:
     """Result of a divergence between two models; fp32, or fp64 for fp64 inputs; values in nats.
@@ -143,6 +155,7 @@ class LinearKLOutput:
         teacher_entropy: `[N]`.
         student_logprobs: `[N]`, log-probabilities of `token_ids`; None without `token_ids`.
         plan: how many rows and columns of logits were held at once.
+        support: what mode "sparse" left out; None in other modes.
 
     All `[N]` values except `loss` are detached, not weighted, and 0 in rows of weight 0.
     """
@@ -153,3 +166,4 @@ class LinearKLOutput:
     teacher_entropy: Tensor
     student_logprobs: Tensor | None
     plan: Plan
+    support: Support | None = None

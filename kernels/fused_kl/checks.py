@@ -137,6 +137,14 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta is {beta}, expected a number in [0, 1]")
 
 
+def check_sparse(tolerance: float, capacity: int | None) -> None:
+    """tolerance in [0, 1), capacity an integer of 1 or more, or None."""
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}, expected a number in [0, 1)")
+    if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity is {capacity!r}, expected None or an integer >= 1")
+
+
 def check_clip(clip: float | None) -> None:
     """None, or a number in (0, 1)."""
     if clip is not None and not 0.0 < clip < 1.0:

@@ -1,6 +1,7 @@
 """Divergences of two models, block by block, by one of two algorithms.
 
-fast    all columns of some rows at a time, gradients computed with the loss: 4 GEMM units.
+fast    all columns of some rows at a time, gradients computed with the loss: 4 GEMM units
+        (`fused_kl.sparse`, on some columns: 1 unit and a share of 3).
 lowmem  some columns of all rows at a time, statistics first, logits recomputed in backward: 6 GEMM
         units (JSD: 8), differentiable per row.
 """
@@ -78,9 +79,9 @@ class ModelPair:
         )
         self.programs = head.row_programs(self.weights)
         self.plan = plan_of(inputs, options, needs_grad)
-        shape = min(self.plan.rows, self.num_rows), self.plan.columns
+        self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
         self._student_logits = head.logit_buffer(self.weights, shape)
-        self._teacher_logits: Tensor | None = head.logit_buffer(self.weights, shape)
+        self._teacher_logits: Tensor | None = None
         # Where products take bf16, the gradient of the logits is bf16, in a buffer of its own.
         self._logits_grad = None
         if self.student.half and any(needs_grad):
@@ -97,14 +98,23 @@ class ModelPair:
 
     def project(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The student's hidden rows, both logits, and the derivative of the student's softcap."""
+        hidden_rows, s, derivative = self.project_student(rows, columns)
+        return hidden_rows, s, self.project_teacher(rows, columns), derivative
+
+    def project_student(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `project`, without the teacher."""
         num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-        assert self._teacher_logits is not None
         s = self._student_logits[:num_rows, :num_columns]
-        t = self._teacher_logits[:num_rows, :num_columns]
         hidden_rows = self.student.hidden_rows(rows)
-        derivative = self.student.project(hidden_rows, s, columns)
+        return hidden_rows, s, self.student.project(hidden_rows, s, columns)
+
+    def project_teacher(self, rows: slice, columns: slice) -> Tensor:
+        """The teacher's logits."""
+        if self._teacher_logits is None:
+            self._teacher_logits = head.logit_buffer(self.weights, self._shape)
+        t = self._teacher_logits[: rows.stop - rows.start, : columns.stop - columns.start]
         self.teacher.project(self.teacher.hidden_rows(rows), t, columns)
-        return hidden_rows, s, t, derivative
+        return t
 
     def free_teacher(self) -> None:
         """Free the teacher's logits if this block, which holds all rows, was the last to use
@@ -137,7 +147,7 @@ def fast(
     for rows, (columns,) in pair.blocks():
         hidden_rows, s, t, derivative = pair.project(rows, columns)
         grad = pair.grad_of(s) if any(needs_grad) else None
-        torch.stack(_fast_rows(pair, rows, s, t, scales[rows], grad), out=stats[:, rows])
+        torch.stack(fast_rows(pair, rows, s, t, scales[rows], grad), out=stats[:, rows])
         del t
         pair.free_teacher()
         if grad is not None:
@@ -150,7 +160,7 @@ def fast(
     return ComputedLoss((pair.weights * losses).sum(), tuple(details), sums.take())
 
 
-def _fast_rows(
+def fast_rows(
     pair: ModelPair, rows: slice, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
 ) -> list[Tensor]:
     """The loss of each row, then its statistics; `grad` receives the gradient of the logits."""
@@ -181,7 +191,7 @@ def _fast_rows(
 def _sampled_rows(
     pair: ModelPair, ids: Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
 ) -> list[Tensor]:
-    """As `_fast_rows`, with the loss log p(y) - log q(y) of the token y, whose gradient is that
+    """As `fast_rows`, with the loss log p(y) - log q(y) of the token y, whose gradient is that
     value times the gradient of log p(y)."""
     programs, banned = pair.programs, pair.banned
     summary = programs.summarise(programs.divergence_statistics(s, t, banned=banned))

@@ -138,15 +138,31 @@ class HeadProjection:
         """
         for tile, head in self.head_tiles(columns):
             part = out[:, tile]
-            if self.bias is not None:
-                part.copy_(self.bias[columns][tile].expand_as(part))
-            product_(
-                part,
-                hidden_rows,
-                head.to(hidden_rows.dtype).t(),
-                alpha=self.slope,
-                accumulate=self.bias is not None,
-            )
+            bias = None if self.bias is None else self.bias[columns][tile]
+            self._product_(part, hidden_rows, head, bias)
+        return self._cap_(out)
+
+    def project_some(self, hidden_rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `project`, at columns `index` `[k]`: logits `[n, k]` and derivative."""
+        out = logit_buffer(hidden_rows, (len(hidden_rows), len(index)), self.dtype)
+        bias = None if self.bias is None else self.bias[index]
+        self._product_(out, hidden_rows, self.lm_head.index_select(0, index), bias)
+        return out, self._cap_(out)
+
+    def _product_(
+        self, out: Tensor, hidden_rows: Tensor, head: Tensor, bias: Tensor | None
+    ) -> None:
+        if bias is not None:
+            out.copy_(bias.expand_as(out))
+        product_(
+            out,
+            hidden_rows,
+            head.to(hidden_rows.dtype).t(),
+            alpha=self.slope,
+            accumulate=bias is not None,
+        )
+
+    def _cap_(self, out: Tensor) -> Tensor | None:
         if self._softcap is None:
             return None
         out.div_(self._softcap).tanh_()
@@ -217,6 +233,27 @@ class GradientSums:
             )
         if self.bias is not None:
             self.bias[columns] += logits_grad.sum(0, dtype=self.bias.dtype)
+
+    def add_some(
+        self, rows: slice, index: Tensor, hidden_rows: Tensor, logits_grad: Tensor
+    ) -> None:
+        """As `add`, given the gradient `[n, k]` at columns `index` `[k]`, and 0 at all others."""
+        projection = self._projection
+        if projection.half:
+            logits_grad = logits_grad.bfloat16()
+        if self.hidden is not None:
+            head = projection.lm_head.index_select(0, index).to(logits_grad.dtype)
+            product_(self.hidden[rows], logits_grad, head, alpha=1, accumulate=False)
+        if self._needs_grad.lm_head:
+            if self.lm_head is None:
+                self.lm_head = self._allocate_head().zero_()
+            part = self.lm_head.new_empty(len(index), self.lm_head.shape[1])
+            product_(
+                part, logits_grad.t(), hidden_rows.to(logits_grad.dtype), alpha=1, accumulate=False
+            )
+            self.lm_head.index_add_(0, index, part)
+        if self.bias is not None:
+            self.bias.index_add_(0, index, logits_grad.sum(0, dtype=self.bias.dtype))
 
     def take(self) -> HeadGradients:
         """Gradients of hidden states, head and bias."""

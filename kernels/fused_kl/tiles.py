@@ -87,7 +87,7 @@ def make_plan(
             many they do not count against the budget.
     """
     rows = max(1, num_rows)
-    if mode == "fast":
+    if mode != "lowmem":
         if chunk_size:
             return Plan(mode, min(chunk_size, rows), num_columns)
         budget = entry(FAST_BYTES, device_type)

@@ -87,6 +87,14 @@ class OPDConfig:
         "reference answers (off-policy).",
         choices=("student", "reference"),
     )
+    tolerance: float = option(
+        0.0,
+        "Probability mass of a token's distribution that objective reverse_kl may leave out of the "
+        "comparison, to save work where answers are predictable; the KL reported is then a lower "
+        "bound. 0 compares the whole vocabulary.",
+        least=0,
+        below=1,
+    )
     reward_coef: float = option(
         0.0,
         "Weight of a policy gradient on the reward, which is added to the objective.",

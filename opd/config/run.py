@@ -171,6 +171,7 @@ class Config:
             f"keep_best={self.keep_best}: needs eval.every, which is null",
         )
         self._check_method()
+        self._check_objective()
         self._check_rollouts()
         self._check_curriculum()
 
@@ -191,6 +192,13 @@ class Config:
             self.model.teacher == ModelConfig().teacher,
             f"model.teacher={printable(self.model.teacher)}: method={method} has no teacher; "
             "leave this key out",
+        )
+
+    def _check_objective(self) -> None:
+        require(
+            not self.opd.tolerance or self.objective == "reverse_kl",
+            f"opd.tolerance={self.opd.tolerance}: has no effect with objective={self.objective}; "
+            "leave it at 0",
         )
 
     def _check_rollouts(self) -> None:

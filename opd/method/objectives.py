@@ -79,8 +79,11 @@ class Targets:
 def reverse_kl(
     targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor
 ) -> Loss:
-    """Full-vocabulary KL(student || teacher); gradients are computed in forward."""
-    return _divergence(targets, linear_reverse_kl, student_hidden, student_lm_head)
+    """KL(student || teacher) over the full vocabulary, or without the `opd.tolerance` of each row
+    that is least likely; gradients are computed in forward."""
+    sides, tolerance = (student_hidden, student_lm_head), targets.config.opd.tolerance
+    rules = {"mode": "sparse", "tolerance": tolerance} if tolerance else {}
+    return _divergence(targets, linear_reverse_kl, *sides, **rules)
 
 
 def sampled(targets: Targets, student_hidden: torch.Tensor, student_lm_head: torch.Tensor) -> Loss:

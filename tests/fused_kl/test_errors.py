@@ -112,7 +112,7 @@ MISTAKES = [
     (dict(beta=float("nan")), "beta is nan, expected a number in [0, 1]"),
     (dict(softcap=0.0), "softcap is 0.0, expected a finite number > 0"),
     (dict(logit_scale=-1.0), "logit_scale is -1.0, expected a finite number > 0"),
-    (dict(mode="quick"), "mode is 'quick', expected one of auto, fast, lowmem"),
+    (dict(mode="quick"), "mode is 'quick', expected one of auto, fast, lowmem, sparse"),
     (dict(estimator="k1"), "estimator is 'k1', expected one of full, sampled"),
     (dict(reduction="mean"), "reduction is 'mean', expected one of sum, none"),
     (
