@@ -2,6 +2,7 @@
 provider (`bench.kernels.measure` says how); gradient errors against fp64; sizes of the kernels'
 pieces."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from bench import SMOKE
 from bench.kernels import measure, tune
 from bench.kernels.measure import GPU
-from bench.kernels.problems import Shape
+from bench.kernels.problems import Problem, Shape, bare_products
 from bench.tables import listed, provider_rows
+from bench.timing import interleaved, ratio
+from fused_kl import linear_reverse_kl
 
 CASES = {f"{task.name}-{shape.name}": (task, shape) for task, shape in measure.cases()}
 SIZES = {f"{size}, {s.name}": (size, s) for size in tune.CANDIDATES for s in tune.shapes(size)}
@@ -53,6 +56,65 @@ def test_loss(benchmark: Any, case: str) -> None:
     providers, skipped = task.available()
     rows = measure.measure(benchmark, task, providers, shape)
     keep(benchmark, shape=shape.name, providers=rows, skipped=skipped)
+
+
+# Mean entropy of the student's rows in nats, and the tolerance; the ratio to the bare products, and
+# the gradient's error, to stay below.
+INPUTS: dict[str, tuple[float, float, float, float]] = {
+    "realistic": (0.3, 1e-3, 0.45, 5e-3),
+    "peaked": (0.05, 3e-4, 0.35, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", [*INPUTS, "flat"])
+def test_sparse(benchmark: Any, name: str) -> None:
+    """Mode "sparse" against mode "fast" and the bare products, forward and backward; on flat rows
+    it takes the dense path, at most 1.1 of fast's seconds."""
+    dtype, device = (torch.bfloat16, "cuda") if GPU else (torch.float32, "cpu")
+    shape = Shape("smoke", 16, 2003, 32, 64) if SMOKE else Shape("sparse", 256, 151_936, 512, 1024)
+    nats, tolerance, target, limit = INPUTS.get(name, (0.0, 1e-4, 1.1, 0.0))
+    if name == "flat":
+        problem = Problem.of(shape, dtype=dtype, device=device)
+    else:
+        problem = Problem.predictable(shape, nats, dtype=dtype, device=device)
+    found: dict[str, Any] = {}
+
+    def call(mode: str, _: int) -> None:
+        problem.clear()
+        rules = {"mode": mode, "tolerance": tolerance, "token_weights": problem.token_weights}
+        out = linear_reverse_kl(*problem.both, **rules)
+        out.loss.backward()
+        found[mode] = out
+
+    calls = {mode: partial(call, mode) for mode in ("sparse", "fast")}
+    gradients = {}
+    for mode, run in calls.items():
+        run(0)
+        gradients[mode] = [side.grad for side in problem.student]
+    errors = [
+        float((mine - exact).norm() / exact.norm())
+        for mine, exact in zip(gradients["sparse"], gradients["fast"], strict=True)
+    ]
+    del gradients
+    times = interleaved(benchmark, calls | {"gemms": lambda _: bare_products(problem)}, 7)
+    to_products, to_fast = (ratio(times["sparse"], times[other]) for other in ("gemms", "fast"))
+    support = found["sparse"].support
+    asked = to_fast if name == "flat" else to_products
+    asked["target"] = target
+    info = {
+        "entropy": float(found["fast"].student_entropy.mean()),
+        "tolerance": tolerance,
+        "columns": support.columns.tolist(),
+        "dense_rows": support.dense_rows.tolist(),
+        "left_out": float(support.left_out.max()),
+        "gradient_error": {"ratio": max(errors), "target": limit},
+        "sparse / products": to_products,
+        "sparse / fast": to_fast,
+        "fast / products": ratio(times["fast"], times["gemms"]),
+    }
+    benchmark.extra_info.update(info)
+    print(f"\n{benchmark.name}", *(f"    {key}: {value}" for key, value in info.items()), sep="\n")
+    assert SMOKE or max(errors) <= limit
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

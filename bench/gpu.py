@@ -54,7 +54,7 @@ class Part:
 
 KERNELS, STEPS = "bench/bench_kernels.py -k", "bench/bench_full_size.py -k"
 PARTS = {  # in the order of what they are worth
-    "tests": Part("the tests marked gpu", 120, "tests/fused_kl tests/models -m gpu"),
+    "tests": Part("tests marked gpu", 120, "tests/fused_kl tests/models tests/generation -m gpu"),
     "step_opd": Part("OPD steps of Qwen3-VL-2B from 8B, random weights", 150, f"{STEPS} opd"),
     "kernels_2b": Part("kernels, Qwen3-VL 2B from 8B", 240, f"{KERNELS} '2B and not 32B'"),
     "tune": Part("sizes of the kernels' pieces", 120, f"{KERNELS} test_tune"),

@@ -106,6 +106,46 @@ class Problem:
             completion_length=length,
         )
 
+    @staticmethod
+    @torch.no_grad()
+    def predictable(shape: Shape, nats: float, *, dtype: torch.dtype, device: str) -> "Problem":
+        """Rows whose mean entropy is so many nats. Each row is about one of 64 topics, whose tokens
+        fall off by rank as in Zipf's law; all others are Gaussian, some 30 nats below the best. The
+        teacher sees the same and disagrees by half a nat."""
+        problem = Problem.of(shape, dtype=torch.float32, device=device, logit_std=2.0, gap=0.5)
+        hidden, head, teacher_hidden, teacher_head = (side.detach() for side in problem.both)
+        generator = torch.Generator(device).manual_seed(1)
+        topics = torch.randn(64, shape.student_size, generator=generator, device=device)
+        topics /= topics.norm(dim=1, keepdim=True)
+        order = torch.randperm(shape.vocab, generator=generator, device=device)
+        ranks = (order // len(topics) + 1).float().log()
+        of_rows = torch.arange(shape.num_rows, device=device) % len(topics)
+        noise, hidden = head, hidden + 30 * topics[of_rows]
+
+        def head_at(slope: float) -> Tensor:
+            """Tokens of a topic, less of it the higher their rank."""
+            strength = (1 - slope * ranks).clamp_min(0)
+            return noise + strength[:, None] * topics[order % len(topics)]
+
+        def entropy(slope: float) -> float:
+            log_probs = (hidden @ head_at(slope).t()).log_softmax(-1)
+            return float(-(log_probs.exp() * log_probs).sum(-1).mean())
+
+        low, high = 0.0, 2.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if entropy(middle) > nats else (low, middle)
+        head = head_at(high)
+        teacher_hidden[:, : shape.student_size] = hidden
+        teacher_head[:, : shape.student_size] = head
+        return replace(
+            problem,
+            student_hidden=hidden.to(dtype).requires_grad_(),
+            student_lm_head=head.to(dtype).requires_grad_(),
+            teacher_hidden=teacher_hidden.to(dtype),
+            teacher_lm_head=teacher_head.to(dtype),
+        )
+
     @property
     def student(self) -> tuple[Tensor, Tensor]:
         return self.student_hidden, self.student_lm_head

@@ -136,12 +136,13 @@ class TokenOptions(NamedTuple):
 
 class Support(NamedTuple):
     """What mode "sparse" did: the mass that was left out of each row, a bound on the L1 norm of the
-    error of each row's gradient by its logits, `[N]` both, and of each chunk the number of columns
-    in its support (all of them where the dense path was taken), int64 `[chunks]`, on the host."""
+    error of each row's gradient by its logits, `[N]` both; and of each chunk the number of columns
+    in its supports, and of rows that took the dense path instead, int64 `[chunks]`, on the host."""
 
     left_out: Tensor
     gradient_bound: Tensor
     columns: Tensor
+    dense_rows: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,8 @@ def _shape(tensor: Tensor) -> str:
 
 def _check_float(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64"
-        )
+        expected = "float16, bfloat16, float32 or float64"
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {expected}")
 
 
 def check_head(inputs: HeadInputs, prefix: str = "") -> None:
@@ -133,7 +132,7 @@ def check_token_range(token_ids: Tensor, vocab: int, token_weights: Tensor | Non
 
 def check_beta(beta: float) -> None:
     """A number in [0, 1]."""
-    if not 0.0 <= beta <= 1.0:
+    if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}, expected a number in [0, 1]")
 
 
@@ -141,7 +140,7 @@ def check_sparse(tolerance: float, capacity: int | None) -> None:
     """tolerance in [0, 1), capacity an integer of 1 or more, or None."""
     if not 0.0 <= tolerance < 1.0:
         raise ValueError(f"tolerance is {tolerance}, expected a number in [0, 1)")
-    if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+    if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
         raise ValueError(f"capacity is {capacity!r}, expected None or an integer >= 1")
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_kl import head
 from fused_kl.arguments import NO_GRAD, DivergenceInputs, DivergenceOptions, NeedsGrad
-from fused_kl.head import ComputedLoss, GradientSums, HeadGradients, HeadProjection, keep_active
+from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
+from fused_kl.head import HeadProjection, keep_active
 from fused_kl.rows import Banned, Norms, as_logprobs, chosen_logits
 from fused_kl.tiles import Plan, make_plan, slices
 from fused_kl.torch_rows import topk_rows_
@@ -161,7 +162,7 @@ def fast(
 
 
 def fast_rows(
-    pair: ModelPair, rows: slice, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
+    pair: ModelPair, rows: slice | Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
 ) -> list[Tensor]:
     """The loss of each row, then its statistics; `grad` receives the gradient of the logits."""
     options, banned = pair.options, pair.banned

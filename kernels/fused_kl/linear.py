@@ -15,7 +15,7 @@ from fused_kl.arguments import (
     NeedsGrad,
     Support,
 )
-from fused_kl.head import LossWithGradients
+from fused_kl.gradients import LossWithGradients
 from fused_kl.sparse import sparse
 
 

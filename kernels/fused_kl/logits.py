@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from fused_kl import checks, head
 from fused_kl.arguments import LinearKLOutput
-from fused_kl.head import SECOND_BACKWARD, compute_dtype, keep_active
+from fused_kl.gradients import SECOND_BACKWARD
+from fused_kl.head import compute_dtype, keep_active
 from fused_kl.rows import Banned
 from fused_kl.tiles import Plan, make_plan, slices
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_kl import checks, head
 from fused_kl.arguments import NO_GRAD, LogitOptions, NeedsGrad, TokenInputs, TokenOptions
-from fused_kl.head import GradientSums, cast_to_inputs
+from fused_kl.gradients import GradientSums, cast_to_inputs
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import TokenPass, plan_of
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from fused_kl import divergence
 from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
 from fused_kl.divergence import RowDivergences
-from fused_kl.head import HeadGradients, cast_to_inputs, compute_dtype
+from fused_kl.gradients import HeadGradients, cast_to_inputs
+from fused_kl.head import compute_dtype
 
 SCHEMA_TYPES = {
     Tensor: "Tensor",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_kl import checks
 from fused_kl.arguments import LogitOptions, NeedsGrad, TokenInputs, TokenOptions
-from fused_kl.head import ComputedLoss, LossWithGradients
+from fused_kl.gradients import ComputedLoss, LossWithGradients
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import RowLoss, TokenPass
 

@@ -3,7 +3,8 @@
 The student's logits of a chunk are computed in full. Of the vocabulary, only those columns go on in
 which some row of the chunk has more than a threshold of probability: the support. The teacher's
 logits, the gradient of the hidden states and the rows of the head's gradient are products over the
-support alone. The threshold is the largest tried that leaves out at most `tolerance` of each row.
+support alone. Rows of which the support leaves out more than `tolerance` get a wider one of their
+own, or take the dense path.
 
 With p the student's probabilities, S the support, e the mass outside it and d = s - t, the gradient
 p (d - mu) is taken on S with mu_S = sum_S p d / (1 - e), and is 0 elsewhere. It is the gradient of
@@ -14,7 +15,7 @@ bound of the KL. See "Sparse" in kernels/README.md for both, and for the bound o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,23 +30,18 @@ from fused_kl.arguments import (
     Support,
 )
 from fused_kl.divergence import ModelPair, fast_rows
-from fused_kl.head import ComputedLoss
-from fused_kl.rows import as_logprobs, chosen_logits
+from fused_kl.gradients import ComputedLoss
+from fused_kl.rows import as_logprobs
 from fused_kl.tiles import row_block_rows, slices
 
-WIDEST = 0.4  # share of the columns above which a chunk takes the dense path
-STEP = 4.0  # by which the threshold falls until enough is in the support
-TRIES = 14
+WORTH_IT = 0.7  # of the dense path's work, above which a support is not worth it
+WIDEST = 0.5  # share of the columns
+SUPPORTS = 3  # of a chunk, at most
+PASS = 32  # rows whose products take as long as reading the heads and passing over the gradient
+GATHER = 80  # rows whose products take as long as gathering the heads, and adding to the gradient
+STEP = 8.0  # by which thresholds fall
+TRIES = 9
 CAPACITY = 16  # on a GPU, this part of the vocabulary; a support of data-dependent size would wait
-
-
-class _Rows(NamedTuple):
-    """Statistics of the student's rows, `[n]` each, and of each column the largest
-    log-probability, `[V]`."""
-
-    log_sums: Tensor
-    entropy: Tensor
-    column_max: Tensor
 
 
 @torch.no_grad()
@@ -56,55 +52,40 @@ def sparse(
     renormalised."""
     pair = ModelPair(inputs, options, needs_grad)
     sums = pair.gradient_sums()
+    if sums.hidden is not None:
+        sums.hidden.zero_()  # rows that are not active may be in no part of a chunk
     stats = pair.weights.new_empty(4 + (pair.token_ids is not None), pair.num_rows)
     left_out, bounds = pair.weights.new_zeros(2, pair.num_rows)
     slope = pair.student.slope
     scales = pair.weights if slope == 1.0 else pair.weights * slope
-    counts = []
+    columns, dense_rows = [], []
     largest = _largest_logit(inputs.teacher, pair.teacher.slope, options)
-    for rows, (columns,) in pair.blocks():
-        hidden_rows, s, derivative = pair.project_student(rows, columns)
-        student = _student_rows(pair, rows, s)
-        index = _support(pair, rows, s, student, options)
-        counts.append(pair.num_columns if index is None else len(index))
-        if index is None:
-            t = pair.project_teacher(rows, columns)
-            grad = pair.grad_of(s) if any(needs_grad) else None
-            torch.stack(fast_rows(pair, rows, s, t, scales[rows], grad), out=stats[:, rows])
+    for rows, (every,) in pair.blocks():
+        hidden_rows, s, derivative = pair.project_student(rows, every)
+        chunk = _Chunk(pair, rows, hidden_rows, s, derivative, *_student_rows(pair, rows, s))
+        supports, dense = _supports(chunk, options)
+        columns.append(sum(len(index) for index, _ in supports))
+        dense_rows.append(len(dense))
+        for index, some in supports:
+            place = some + rows.start
+            values = _on_support(chunk, index, some, largest)
+            stats[:, place] = torch.stack(values.stats)
+            left_out[place], bounds[place] = values.left_out, values.bound
+            if any(needs_grad):
+                grad = values.grad.mul_(scales[place, None])
+                sums.add_some(place, index, hidden_rows[some], grad)
+        if len(dense):
+            place = dense + rows.start
+            s = s if len(dense) == len(s) else s[dense]
+            t = pair.teacher.project_all(pair.teacher.hidden_rows(place))
+            grad = None
+            if any(needs_grad):
+                grad = s if not pair.student.half else s.new_empty(s.shape, dtype=torch.bfloat16)
+            stats[:, place] = torch.stack(fast_rows(pair, place, s, t, scales[place], grad))
             if grad is not None:
                 if derivative is not None:
-                    grad.mul_(derivative)
-                sums.add(rows, columns, hidden_rows, grad)
-            continue
-        teacher_rows = pair.teacher.hidden_rows(rows)
-        t, _ = pair.teacher.project_some(teacher_rows, index)
-        log_p = s.index_select(1, index).sub_(student.log_sums[:, None])
-        if pair.banned is not None:
-            t.masked_fill_(pair.banned.columns[index], pair.banned.value)
-        p = log_p.exp()
-        mass = p.sum(1, dtype=torch.float64).to(pair.dtype)
-        teacher_log_sums = t.logsumexp(1)
-        log_q = t - teacher_log_sums[:, None]
-        ratio = log_p - log_q  # up to a constant in each row
-        mean = (p * ratio).sum(1) / mass
-        value = mass * (mean - mass.log()).clamp_min(0)
-        teacher_entropy = -(log_q.exp() * log_q).sum(1)
-        details = [value, value, student.entropy, teacher_entropy]
-        if pair.token_ids is not None:
-            chosen = chosen_logits(s, pair.token_ids[rows], pair.banned)
-            details.append(as_logprobs(chosen - student.log_sums))
-        torch.stack(details, out=stats[:, rows])
-        left = (1 - mass).clamp_min(0)
-        kept_entropy = -(p * log_p).sum(1)
-        # sum p |log p - t - (mean - teacher_log_sums)| over the columns left out, at most.
-        shift = (teacher_log_sums - mean).abs() + largest(teacher_rows)
-        tail = (student.entropy - kept_entropy).clamp_min(0) + left * shift
-        left_out[rows], bounds[rows] = left, 2 * tail
-        if any(needs_grad):
-            grad = p.mul_(ratio.sub_(mean[:, None])).mul_(scales[rows, None])
-            if derivative is not None:
-                grad.mul_(derivative.index_select(1, index))
-            sums.add_some(rows, index, hidden_rows, grad)
+                    grad.mul_(derivative[dense])
+                sums.add(place, every, hidden_rows[dense], grad)
     if pair.active is not None:
         stats.masked_fill_(~pair.active, 0)
         left_out.masked_fill_(~pair.active, 0)
@@ -112,12 +93,73 @@ def sparse(
     losses, *details = stats.unbind()
     bounds *= scales.abs()
     loss = ComputedLoss((pair.weights * losses).sum(), tuple(details), sums.take())
-    return loss, Support(left_out, bounds, torch.tensor(counts, dtype=torch.long))
+    counts = (torch.tensor(numbers, dtype=torch.long) for numbers in (columns, dense_rows))
+    return loss, Support(left_out, bounds, *counts)
 
 
-def _student_rows(pair: ModelPair, rows: slice, s: Tensor) -> _Rows:
-    """One pass over the student's logits, in blocks that stay in the cache. Rows that are not
-    active put no column into the support."""
+class _Chunk(NamedTuple):
+    """The student's side of some rows: logits, the derivative of their softcap, statistics of the
+    rows, `[n]` each, and of each column the largest log-probability, `[V]`."""
+
+    pair: ModelPair
+    rows: slice
+    hidden_rows: Tensor
+    s: Tensor
+    derivative: Tensor | None
+    log_sums: Tensor
+    entropy: Tensor
+    column_max: Tensor
+
+    def log_probs(self, some: Tensor, index: Tensor) -> Tensor:
+        """Log-probabilities of some rows of the chunk at columns `index`."""
+        return self.s[some[:, None], index].sub_(self.log_sums[some, None])
+
+
+class _OnSupport(NamedTuple):
+    stats: list[Tensor]
+    left_out: Tensor
+    bound: Tensor
+    grad: Tensor  # by the logits at the support, not scaled
+
+
+def _on_support(
+    chunk: _Chunk, index: Tensor, some: Tensor, largest: Callable[[Tensor], Tensor]
+) -> _OnSupport:
+    """The teacher's logits of some rows on their support, and what follows from them."""
+    pair, place, entropy = chunk.pair, some + chunk.rows.start, chunk.entropy[some]
+    teacher_rows = pair.teacher.hidden_rows(place)
+    t, _ = pair.teacher.project_some(teacher_rows, index)
+    if pair.banned is not None:
+        t.masked_fill_(pair.banned.columns[index], pair.banned.value)
+    log_p = chunk.log_probs(some, index)
+    p = log_p.exp()
+    mass = p.sum(1, dtype=torch.float64).to(pair.dtype)
+    teacher_log_sums = t.logsumexp(1)
+    log_q = t.sub_(teacher_log_sums[:, None])
+    teacher_entropy = -(log_q.exp() * log_q).sum(1)
+    ratio = log_q.neg_().add_(log_p)  # up to a constant in each row
+    mean = (p * ratio).sum(1) / mass
+    value = mass * (mean - mass.log()).clamp_min(0)
+    stats = [value, value, entropy, teacher_entropy]
+    if pair.token_ids is not None:
+        ids = pair.token_ids[place]
+        chosen = chunk.s[some, ids]
+        if pair.banned is not None:
+            chosen = torch.where(pair.banned.columns[ids], pair.banned.value, chosen)
+        stats.append(as_logprobs(chosen - chunk.log_sums[some]))
+    left = (1 - mass).clamp_min(0)
+    # sum p |log p - t - (mean - teacher_log_sums)| over the columns left out, at most.
+    tail = (entropy + (p * log_p).sum(1)).clamp_min(0)
+    tail = tail + left * ((teacher_log_sums - mean).abs() + largest(teacher_rows))
+    grad = ratio.sub_(mean[:, None]).mul_(p)
+    if chunk.derivative is not None:
+        grad.mul_(chunk.derivative[some[:, None], index])
+    return _OnSupport(stats, left, 2 * tail, grad)
+
+
+def _student_rows(pair: ModelPair, rows: slice, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three fields of `_Chunk`, in one pass over the student's logits, by blocks that stay
+    in the cache. Rows that are not active put no column into a support."""
     log_sums, entropy = s.new_empty(2, len(s))
     column_max = s.new_full((s.shape[1],), -torch.inf)
     block = row_block_rows(s.shape[1], s.element_size(), s.device.type)
@@ -136,35 +178,66 @@ def _student_rows(pair: ModelPair, rows: slice, s: Tensor) -> _Rows:
             active = pair.active[rows][part]
             shifted.masked_fill_(~active[:, None], -torch.inf)
         torch.maximum(column_max, shifted.amax(0), out=column_max)
-    return _Rows(log_sums, entropy, column_max)
+    return log_sums, entropy, column_max
+
+
+def _supports(
+    chunk: _Chunk, options: DivergenceOptions
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Supports, each with the rows of the chunk that it serves, and the rows that are left for the
+    dense path; int64 all of them. Rows of which a support leaves out too much get one of their own,
+    which is wider and serves fewer rows.
+
+    On a GPU there is one support, of as many of the likeliest columns as fit, for every row: what
+    it leaves out is reported with the result.
+    """
+    pair, device = chunk.pair, chunk.s.device
+    some = torch.arange(len(chunk.s), device=device)
+    none = some[:0]
+    capacity = options.capacity or (-(-pair.num_columns // CAPACITY) if chunk.s.is_cuda else 0)
+    if capacity:
+        most = min(capacity, pair.num_columns)
+        return [(chunk.column_max.topk(most).indices.sort().values, some)], none
+    if pair.active is not None:
+        some = pair.active[chunk.rows].nonzero().flatten()
+    supports, column_max = [], chunk.column_max
+    while len(some) and len(supports) < SUPPORTS:
+        passed = PASS if supports else 0
+        index, over = _support(chunk, some, column_max, options.tolerance, passed)
+        if not len(index):
+            break
+        kept = torch.ones_like(some, dtype=torch.bool)
+        kept[over] = False
+        supports.append((index, some[kept]))
+        some = some[over]
+        if len(some):
+            column_max = (chunk.s[some] - chunk.log_sums[some, None]).amax(0)
+    return supports, some
 
 
 def _support(
-    pair: ModelPair, rows: slice, s: Tensor, student: _Rows, options: DivergenceOptions
-) -> Tensor | None:
-    """Columns of the support, ascending, int64; None where it is too wide. On a GPU, as many of
-    the likeliest as fit: what they leave out is reported with the result."""
-    capacity = options.capacity or (-(-pair.num_columns // CAPACITY) if s.is_cuda else 0)
-    if capacity:
-        most = min(capacity, pair.num_columns)
-        return student.column_max.topk(most).indices.sort().values
-    active = slice(None) if pair.active is None else pair.active[rows]
-    for threshold in _thresholds(options.tolerance):
-        index = (student.column_max > threshold).nonzero().flatten()
-        if len(index) > WIDEST * pair.num_columns:
-            return None
-        log_p = s.index_select(1, index).sub_(student.log_sums[:, None])
-        left_out = 1 - log_p.exp_().sum(1, dtype=torch.float64)[active]
-        if left_out.numel() == 0 or float(left_out.max()) <= options.tolerance:
-            return index
-    return None
-
-
-def _thresholds(tolerance: float) -> Iterator[float]:
-    """Logarithms of thresholds, falling; none for a tolerance of 0."""
-    if tolerance > 0:
-        for step in range(TRIES):
-            yield math.log(tolerance) - step * math.log(STEP)
+    chunk: _Chunk, some: Tensor, column_max: Tensor, tolerance: float, passed: int
+) -> tuple[Tensor, Tensor]:
+    """Columns of a support, ascending, and the places in `some` of rows of which it leaves out more
+    than `tolerance`. Of the thresholds tried, the one with the least work; no columns where the
+    dense path has less. Work is counted in columns times rows; `passed` is what the dense path
+    takes besides its rows."""
+    num_columns, num_rows = chunk.pair.num_columns, len(some)
+    best, least = (some[:0], some[:0]), WORTH_IT * num_columns * (num_rows + passed)
+    for step in range(TRIES):
+        index = (column_max > math.log(tolerance) - step * math.log(STEP)).nonzero().flatten()
+        if len(index) > WIDEST * num_columns:
+            break
+        left_out = 1 - chunk.log_probs(some, index).exp_().sum(1, dtype=torch.float64)
+        over = (left_out > tolerance).nonzero().flatten()
+        work = len(index) * (num_rows - len(over) + GATHER)
+        if len(over):  # what these rows will take is not known yet: half of the dense path, say
+            work += 0.5 * num_columns * (len(over) + PASS)
+        if work < least and len(over) < num_rows:
+            best, least = (index, over), work
+        if not len(over):
+            break
+    return best
 
 
 _NORMS = WeakTensorKeyDictionary()  # of frozen heads: version, and the largest norm of a row

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fused_kl import head
 from fused_kl.arguments import NeedsGrad, TokenInputs, TokenOptions
-from fused_kl.head import GradientSums, HeadGradients, HeadProjection
+from fused_kl.gradients import GradientSums, HeadGradients
+from fused_kl.head import HeadProjection
 from fused_kl.rows import Banned
 from fused_kl.tiles import Plan, make_plan, slices
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fused_kl import head, linear_cross_entropy, linear_logprobs, linear_policy_loss, reference
+from fused_kl import (
+    gradients,
+    head,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_loss,
+    reference,
+)
 
 
 def leaves_of(tensors):
@@ -68,7 +75,8 @@ def multiplied(monkeypatch):
         sizes.append(out.numel() * a.shape[1])
         original(out, a, b, **options)
 
-    monkeypatch.setattr(head, "product_", product_)
+    for module in (head, gradients):
+        monkeypatch.setattr(module, "product_", product_)
     return sizes
 
 

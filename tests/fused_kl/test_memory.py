@@ -82,7 +82,7 @@ def test_no_gradient_work_under_no_grad(tensors, loss, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("gradient work under no_grad")
 
-    monkeypatch.setattr("fused_kl.head.GradientSums.add", fail)
+    monkeypatch.setattr("fused_kl.gradients.GradientSums.add", fail)
     with pytest.raises(AssertionError):
         loss(tensors).backward()
     with torch.no_grad():

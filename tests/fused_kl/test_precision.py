@@ -148,7 +148,8 @@ def half_products(monkeypatch):
         return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
     monkeypatch.setattr("fused_kl.head.multiplies_half", multiplies_half)
-    monkeypatch.setattr("fused_kl.head.product_", product_)
+    for module in ("head", "gradients"):
+        monkeypatch.setattr(f"fused_kl.{module}.product_", product_)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lowmem"])

@@ -74,9 +74,10 @@ def test_the_error_is_within_the_bound(
         assert support is not None and support.left_out.shape == (num_rows,)
         assert bool((support.left_out <= tolerance).all())
         columns = int(support.columns.sum())
+        dense_rows = int(support.dense_rows)
         assert_close(out.student_entropy, dense.student_entropy, rtol=1e-9, atol=1e-12)
         assert bool((out.token_kl <= dense.token_kl + 1e-12).all())
-        if columns == vocab:
+        if dense_rows == num_rows:
             assert_close(out.token_kl, dense.token_kl)
             continue
         # The bias's gradient is the sum of the rows' gradients; so is everything else, times what
@@ -87,6 +88,8 @@ def test_the_error_is_within_the_bound(
         assert bool((hidden_error <= bound * largest + 1e-12).all())
         if len(gradients) == 3:
             assert float((gradients[2] - exact[2]).abs().sum()) <= float(bound.sum()) + 1e-12
+        if dense_rows:  # which use every column
+            continue
         # Rows of the head outside of the support are exactly 0.
         used = gradients[1].abs().sum(1).nonzero().flatten()
         assert len(used) <= columns
@@ -94,6 +97,26 @@ def test_the_error_is_within_the_bound(
         by_row = errors_by_row(tensors, used, weights)
         assert bool((by_row <= bound + 1e-12).all())
         assert float(by_row.max()) > 0
+
+
+def test_a_few_flat_rows_take_the_dense_path_alone(case: Any) -> None:
+    tensors = peaked(case, 100, 5003, "gaussian", 30.0)
+    flat = [3, 50, 77]
+    with torch.no_grad():
+        tensors.student_hidden[flat] *= 0.001
+    _, exact = run(tensors)
+    rules = {"token_ids": tensors.token_ids, "token_weights": tensors.token_weights}
+    out, gradients = run(tensors, mode="sparse", tolerance=1e-3)
+    support = out.support
+    assert support is not None
+    assert 3 <= int(support.dense_rows) < 30 and 0 < int(support.columns) < 4000
+    assert_close(gradients[0][flat], exact[0][flat], rtol=1e-12, atol=1e-12)
+    assert bool((support.left_out[flat] == 0).all() and (support.left_out <= 1e-3).all())
+    for actual, expected in zip(gradients, exact, strict=True):
+        assert 0 < float((actual - expected).norm()) < 1e-2 * float(expected.norm())
+    (dense, _), (weighted, _) = run(tensors, **rules), run(tensors, mode="sparse", **rules)
+    assert_close(weighted.student_logprobs, dense.student_logprobs, rtol=1e-9, atol=1e-12)
+    assert_close(weighted.token_kl[flat], dense.token_kl[flat], rtol=1e-9, atol=1e-12)
 
 
 def test_everything_at_once(case: Any) -> None:
@@ -150,8 +173,8 @@ def test_a_flat_chunk_takes_the_dense_path(case: Any) -> None:
     _, exact = run(tensors)
     out, gradients = run(tensors, mode="sparse", tolerance=1e-3, chunk_size=10)
     assert out.support is not None
-    first, second = out.support.columns.tolist()
-    assert first < 400 and second == 999
+    assert 0 < int(out.support.columns[0]) < 400 and int(out.support.columns[1]) == 0
+    assert out.support.dense_rows.tolist() == [0, 10]
     assert_close(gradients[0][10:], exact[0][10:], rtol=1e-12, atol=1e-12)
     assert not torch.equal(gradients[0][:10], exact[0][:10])
     assert bool((out.support.left_out[10:] == 0).all())
