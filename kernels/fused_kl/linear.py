@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -225,11 +225,14 @@ def _divergence(
     )
 
 
-@torch.compiler.disable
-def _sparse(
+def _sparse_loss(
     inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
 ) -> tuple[Tensor, list[Tensor], Support]:
-    """Loss, details and support. Its sizes depend on data, so torch.compile breaks the graph."""
+    """Loss, details and support."""
     computed, support = sparse(inputs, options, needs_grad)
     loss, *details = LossWithGradients.apply(computed, *inputs.student)
     return loss, details, support
+
+
+# Sizes depend on data, so that torch.compile breaks the graph here.
+_sparse: Any = torch.compiler.disable(_sparse_loss)

@@ -248,11 +248,12 @@ def _largest_logit(
 ) -> Callable[[Tensor], Tensor]:
     """A bound on the absolute value of the logits of hidden states `[n, H]`: `[n]`."""
     weight = inputs.lm_head
-    version, norm = _NORMS.get(weight, (None, None))
-    if norm is None or version != weight._version:
+    known = _NORMS.get(weight)
+    if known is None or known[0] != weight._version:
         wide = torch.promote_types(weight.dtype, torch.float32)
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=wide).amax()
-        _NORMS[weight] = weight._version, norm
+        known = _NORMS[weight] = weight._version, norm
+    norm = known[1]
     bias = 0.0 if inputs.bias is None else inputs.bias.abs().amax()
 
     def bound(hidden: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_values(self, "sample")
         value = self.together
-        valid = value in ("off", "auto") or (value.isascii() and value.isdecimal() and int(value))
+        valid = value in ("off", "auto") or (value.isascii() and value.isdecimal())
+        valid = valid and value.strip("0") != ""
         require(valid, f"sample.together={printable(value)}: not off, auto or a number from 1 on")
 
 

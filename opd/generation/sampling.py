@@ -194,7 +194,8 @@ def sample(
             if not (distributed.all_max(unfinished) if lm.sharded else unfinished):
                 break
             if decoder.is_long and (kept := _fewer(going_on)):
-                growing.keep(*(send(index, device) for index in kept), length - 1)
+                groups, branches = (send(index, device) for index in kept)
+                growing.keep(groups, branches, length - 1)
                 changed = True
         if changed:
             window = decoder.window(length)

@@ -3,22 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from fused_kl import linear_reverse_kl
 from opd.config.method import OPDConfig, SampleConfig
 from opd.config.optimisation import OptimConfig, PrefixConfig
 from opd.config.run import Config, load_config
 from opd.data.batch import Prompt, PromptBatch
 from opd.data.schedule import split
+from opd.errors import ConfigError
 from opd.generation.policy import Policy, uniforms
 from opd.generation.prefix import extend
 from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Loss, Targets, reverse_kl, sampled, sft
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
+from opd.models.load import load_model
 from opd.models.video_lm import VideoLM
 from tests.helpers import (
     END,
@@ -216,6 +220,40 @@ def test_a_horizon_cuts_the_loss_and_sampling(horizon):
     assert whole.token_kl is not None and cut.token_kl is not None
     kept = (rollouts.completion_mask & first)[rollouts.completion_mask]
     assert relative(cut.loss, whole.token_kl[kept].sum() / 8) < 1e-10  # 4 prompts x 2 rollouts
+
+
+def test_a_tolerance_leaves_out_what_is_unlikely() -> None:
+    """The shipped models are sure of most tokens, so that few columns are compared."""
+    lm = load_model("embedded:student", dtype=torch.float32, device=torch.device("cpu"))
+    teacher = Teacher(
+        load_model("embedded:teacher", dtype=torch.float32, device=torch.device("cpu"))
+    )
+    found, supports = [], []
+
+    def divergence(*sides: Any, **rules: Any) -> Any:
+        out = linear_reverse_kl(*sides, **rules)
+        supports.append(out.support)
+        return out
+
+    for tolerance in (0.0, 1e-4):
+        config = OPDConfig(tolerance=tolerance)
+        trainer = trainer_of(lm, teacher, batch_size=4, opd=config)
+        with mock.patch("opd.method.objectives.linear_reverse_kl", divergence):
+            [(loss, _)] = trainer.micro_steps([batch_of(four_prompts(lm))], 0)
+        found.append((loss, gradients(lm.model)))
+        lm.model.zero_grad()
+    (exact, truth), (loss, actual) = found
+    assert supports[0] is None and float(supports[1].left_out.max()) <= 1e-4
+    assert loss.token_kl is not None and exact.token_kl is not None
+    assert bool((loss.token_kl <= exact.token_kl + 1e-5).all())
+    for name, gradient in actual.items():
+        assert relative(gradient, truth[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("objective", ["sampled", "jsd", "topk", "constant"])
+def test_a_tolerance_is_for_the_reverse_kl(objective: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^opd\.tolerance=0\.01: has no .*={objective};"):
+        load_config([f"objective={objective}", "opd.tolerance=0.01"])
 
 
 def test_sampling_goes_on_where_something_behind_the_horizon_is_used() -> None:
