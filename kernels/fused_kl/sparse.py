@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -240,7 +240,7 @@ def _support(
     return best
 
 
-_NORMS = WeakTensorKeyDictionary()  # of frozen heads: version, and the largest norm of a row
+_NORMS: Any = WeakTensorKeyDictionary()  # of frozen heads: version, and a row's largest norm
 
 
 def _largest_logit(
@@ -248,12 +248,12 @@ def _largest_logit(
 ) -> Callable[[Tensor], Tensor]:
     """A bound on the absolute value of the logits of hidden states `[n, H]`: `[n]`."""
     weight = inputs.lm_head
-    known = _NORMS.get(weight)
-    if known is None or known[0] != weight._version:
+    version = None if weight.is_inference() else weight._version
+    known, norm = _NORMS.get(weight, (None, None))
+    if norm is None or version is None or version != known:
         wide = torch.promote_types(weight.dtype, torch.float32)
         norm = torch.linalg.vector_norm(weight, dim=1, dtype=wide).amax()
-        known = _NORMS[weight] = weight._version, norm
-    norm = known[1]
+        _NORMS[weight] = version, norm
     bias = 0.0 if inputs.bias is None else inputs.bias.abs().amax()
 
     def bound(hidden: Tensor) -> Tensor:

@@ -167,6 +167,7 @@ METHODS = {
     "topk": ["objective=topk", "opd.k=4"],
     "constant": ["objective=constant"],
     "with reward": ["opd.reward_coef=0.5", "num_rollouts=2"],
+    "sparse": ["opd.tolerance=1e-3"],
     "references": ["opd.completions=reference"],
     "routed": ["curriculum.routing=on"],
     "grpo": ["method=grpo", "num_rollouts=2", "grpo.kl_coef=0.1"],
