@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from opd.data.synthetic.splits import ensure_split
-from opd.data.video.decoding import check_backend
+from opd.data.video.backends import check_backend
 from opd.errors import ConfigError
 
 

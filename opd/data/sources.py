@@ -20,7 +20,8 @@ from opd.data.annotations.formats import FORMATS, read_examples, recognise
 from opd.data.checked import checked_path, is_current, read_checked
 from opd.data.examples import Example
 from opd.data.synthetic import splits
-from opd.data.video.decoding import check_backend, probe_duration
+from opd.data.video.backends import check_backend
+from opd.data.video.decoding import probe_duration
 from opd.errors import DataError
 from opd.text.forms import Span
 

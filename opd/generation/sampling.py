@@ -202,9 +202,8 @@ def sample(
             next_token = Repeated(partial(growing.step, window, counter), record, counter)
         next_token()
         length += 1
-    is_end = torch.isin(
-        growing.ids[:length], growing.ends
-    )  # padding behind the first may be an end token
+    # Padding behind the first end token may be one, too.
+    is_end = torch.isin(growing.ids[:length], growing.ends)
     ended = is_end.any(0)
     lengths = torch.where(ended, is_end.byte().argmax(0) + 1, length)
     shape = num_prompts, num_rollouts

@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from opd.data.video.backends import MODULES, Backend
 from opd.data.video.clips import clip_frames, clip_length
-from opd.errors import ConfigError, DataError, raised
+from opd.errors import DataError
 
 TEMPORAL_PATCH = 2
 """Frames per temporal patch of Qwen-VL; the number of sampled frames is a multiple of it."""
-
-Backend = Literal["auto", "decord", "pyav", "torchcodec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,20 +137,6 @@ def planned_images(
         except (DataError, ImportError):
             if row or decoder == decoders[-1]:
                 raise
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError for an unknown backend, ConfigError where its library cannot be imported."""
-    if backend not in MODULES:
-        raise ValueError(f"unknown video backend {backend!r}; known: {', '.join(MODULES)}")
-    try:
-        import_module(MODULES[backend])
-    except (ImportError, OSError, RuntimeError) as error:
-        needed = "torchcodec and FFmpeg's shared libraries" if backend == "torchcodec" else backend
-        raise ConfigError(
-            f"data.backend={backend}: it cannot be imported ({raised(error)}); install {needed}, "
-            "or use data.backend=auto"
-        ) from error
 
 
 def probe_duration(path: str | Path) -> float:
@@ -307,4 +292,3 @@ DECODERS: dict[str, Callable[[Path, int, list[int]], Iterator[np.ndarray]]] = {
     "pyav": _decode_pyav,
     "torchcodec": _decode_torchcodec,
 }
-MODULES = {"auto": "av", "decord": "decord", "pyav": "av", "torchcodec": "torchcodec.decoders"}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from opd.config.data import DataConfig
+from opd.data.video.backends import Backend
 from opd.data.video.budget import Budget, Recipe
 from opd.data.video.cache import FrameCache
 from opd.data.video.clips import Footage
-from opd.data.video.decoding import Backend
 from opd.data.video.pool import Decoders
 from opd.data.video.sampling import VideoFrames, sample_frames
 

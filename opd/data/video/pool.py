@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from opd.data.video.backends import Backend, check_backend
 from opd.data.video.budget import Budget, Recipe
-from opd.data.video.decoding import Backend, check_backend, frame_grid
+from opd.data.video.decoding import frame_grid
 from opd.data.video.sampling import VideoFrames
 from opd.data.video.worker_process import COMMAND, Worker, WorkerDied
 from opd.errors import DataError

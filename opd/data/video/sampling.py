@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers.video_utils import VideoMetadata
 
+from opd.data.video.backends import Backend, check_backend
 from opd.data.video.decoding import (
     TEMPORAL_PATCH,
-    Backend,
-    check_backend,
     frame_grid,
     plan_frames,
     planned_images,

@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import av
@@ -12,9 +13,10 @@ import torch
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from opd.data.video import decoding
+from opd.data.video import backends, decoding
+from opd.data.video.backends import Backend, check_backend
 from opd.data.video.clips import clip_frames, clip_length
-from opd.data.video.decoding import Backend, check_backend, frame_grid, probe_duration
+from opd.data.video.decoding import frame_grid, probe_duration
 from opd.data.video.sampling import sample_frames
 from opd.errors import ConfigError, DataError
 from tests.videos import (
@@ -258,11 +260,16 @@ def test_auto_does_not_change_the_decoder_within_a_video(zoo, monkeypatch):
         sample_frames(zoo["h264"], fps=2, max_frames=16, backend="auto")
 
 
-def test_torchcodec_without_ffmpeg(monkeypatch):
-    def failing(name: str) -> Any:
+@pytest.mark.parametrize("when", ["imported", "first used"])
+def test_torchcodec_without_ffmpeg(when, monkeypatch):
+    """Until 0.16 the import fails, later the first use."""
+
+    def failing(_: object) -> Any:
         raise RuntimeError("Could not load libtorchcodec. Likely causes:\n  1. FFmpeg")
 
-    monkeypatch.setattr(decoding, "import_module", failing)
+    module = SimpleNamespace(VideoDecoder=failing)
+    imported = failing if when == "imported" else lambda _: module
+    monkeypatch.setattr(backends, "import_module", imported)
     with pytest.raises(ConfigError) as caught:
         check_backend("torchcodec")
     assert str(caught.value) == (
@@ -270,6 +277,16 @@ def test_torchcodec_without_ffmpeg(monkeypatch):
         "libtorchcodec. Likely causes:); install torchcodec and FFmpeg's shared libraries, or use "
         "data.backend=auto"
     )
+
+
+def test_torchcodec_refuses_an_empty_video_where_it_is_usable(monkeypatch):
+    def refusing(_: object) -> Any:
+        raise RuntimeError("Failed to open input buffer: Invalid data found")
+
+    module = SimpleNamespace(VideoDecoder=refusing)
+    monkeypatch.setattr(backends, "import_module", lambda _: module)
+    check_backend("torchcodec")
+
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
