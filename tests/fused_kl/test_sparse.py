@@ -17,9 +17,7 @@ TOLERANCES = (1e-1, 1e-2, 1e-4)
 def peaked(case: Any, num_rows: int, vocab: int, tail: str, std: float, **changes: Any) -> Any:
     """Student and teacher of a case; with a Zipf tail, column j is j + 1 times less likely than the
     first in every row, else logits are Gaussian. A larger `std` makes rows more peaked."""
-    tensors = case.build(
-        num_rows=num_rows, vocab=vocab, logit_std=std, gap=changes.pop("gap", 1.0)
-    )
+    tensors = case.build(num_rows=num_rows, vocab=vocab, logit_std=std, gap=changes.pop("gap", 1.0))
     if tail == "zipf":
         with torch.no_grad():
             bias = -1.5 * torch.arange(1, vocab + 1, dtype=torch.float64).log()
@@ -66,10 +64,21 @@ def errors_by_row(tensors: Any, support: Tensor, weights: Tensor, **options: Any
 def test_the_error_is_within_the_bound(
     case: Any, tail: str, std: float, gap: float, num_rows: int, vocab: int
 ) -> None:
+    check_bound(case, tail, std, gap, num_rows, vocab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tail", "std"), [("zipf", 8.0), ("gaussian", 3.0)])
+def test_the_error_is_within_the_bound_at_size(case: Any, tail: str, std: float) -> None:
+    check_bound(case, tail, std, 1.0, 1024, 50_257)
+
+
+def check_bound(case: Any, tail: str, std: float, gap: float, num_rows: int, vocab: int) -> None:
     tensors = peaked(case, num_rows, vocab, tail, std, gap=gap)
     dense, exact = run(tensors)
     for tolerance in TOLERANCES:
-        out, gradients = run(tensors, mode="sparse", tolerance=tolerance)
+        rules = {"tolerance": tolerance, "chunk_size": num_rows}  # one chunk
+        out, gradients = run(tensors, mode="sparse", **rules)
         support = out.support
         assert support is not None and support.left_out.shape == (num_rows,)
         assert bool((support.left_out <= tolerance).all())
