@@ -132,7 +132,7 @@ def check_token_range(token_ids: Tensor, vocab: int, token_weights: Tensor | Non
 
 def check_beta(beta: float) -> None:
     """A number in [0, 1]."""
-    if not 0 <= beta <= 1:
+    if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}, expected a number in [0, 1]")
 
 

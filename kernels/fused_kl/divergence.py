@@ -13,125 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kl import head
 from fused_kl.arguments import NO_GRAD, DivergenceInputs, DivergenceOptions, NeedsGrad
 from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
-from fused_kl.head import HeadProjection, keep_active
-from fused_kl.rows import Banned, Norms, as_logprobs, chosen_logits
-from fused_kl.tiles import Plan, make_plan, slices
+from fused_kl.head import keep_active
+from fused_kl.pair import ModelPair
+from fused_kl.rows import Norms, as_logprobs, chosen_logits
 from fused_kl.torch_rows import topk_rows_
-
-
-def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad) -> Plan:
-    """The blocks of rows and columns in which a divergence is computed."""
-    hidden, lm_head, _ = inputs.student
-    itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
-    half = head.multiplies_half(hidden, lm_head)
-    extra_bytes = torch.bfloat16.itemsize if half else 0
-    if options.softcap is not None:
-        extra_bytes += itemsize
-    # Number of rows whose teacher logits are as large as the head's gradient.
-    head_itemsize = torch.bfloat16.itemsize if half else itemsize
-    gradient_rows = lm_head.shape[1] * head_itemsize // itemsize
-    return make_plan(
-        options.mode,
-        inputs.num_rows,
-        inputs.num_columns,
-        bytes_per_logit=2 * itemsize + extra_bytes,
-        freed_bytes=itemsize,
-        gradient_rows=gradient_rows if needs_grad.lm_head else 0,
-        device_type=hidden.device.type,
-        chunk_size=options.chunk_size,
-    )
-
-
-class ModelPair:
-    """Student and teacher, and the buffers that hold their logits of one block."""
-
-    def __init__(
-        self, inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
-    ) -> None:
-        self.inputs, self.options, self.needs_grad = inputs, options, needs_grad
-        self.num_rows, self.num_columns = inputs.num_rows, inputs.num_columns
-        self.dtype = head.compute_dtype(*inputs.student, *inputs.teacher)
-        weights = inputs.token_weights
-        self.active = None if weights is None else weights != 0
-        self.weights = (
-            inputs.student_hidden.new_ones(self.num_rows, dtype=self.dtype)
-            if weights is None
-            else weights.to(self.dtype)
-        )
-        self.student, self.teacher = (
-            HeadProjection(
-                side,
-                options.logits,
-                num_columns=self.num_columns,
-                active=self.active,
-                dtype=self.dtype,
-            )
-            for side in (inputs.student, inputs.teacher)
-        )
-        self.token_ids = None if inputs.token_ids is None else inputs.token_ids.long()
-        if self.token_ids is not None and self.active is not None:
-            self.token_ids = self.token_ids * self.active
-        allowed = inputs.allowed_columns
-        self.banned = (
-            None if allowed is None else Banned.outside(allowed[: self.num_columns], self.dtype)
-        )
-        self.programs = head.row_programs(self.weights)
-        self.plan = plan_of(inputs, options, needs_grad)
-        self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
-        self._student_logits = head.logit_buffer(self.weights, shape)
-        self._teacher_logits: Tensor | None = None
-        # Where products take bf16, the gradient of the logits is bf16, in a buffer of its own.
-        self._logits_grad = None
-        if self.student.half and any(needs_grad):
-            self._logits_grad = head.logit_buffer(self.weights, shape, torch.bfloat16)
-
-    def banned_at(self, columns: slice) -> Banned | None:
-        """The ban on a tile of the vocabulary."""
-        return None if self.banned is None else self.banned.part(columns)
-
-    def blocks(self) -> list[tuple[slice, list[slice]]]:
-        """Slices of rows, each with the slices of columns that cover the vocabulary."""
-        columns = slices(self.num_columns, self.plan.columns)
-        return [(rows, columns) for rows in slices(self.num_rows, self.plan.rows)]
-
-    def project(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The student's hidden rows, both logits, and the derivative of the student's softcap."""
-        hidden_rows, s, derivative = self.project_student(rows, columns)
-        return hidden_rows, s, self.project_teacher(rows, columns), derivative
-
-    def project_student(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `project`, without the teacher."""
-        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-        s = self._student_logits[:num_rows, :num_columns]
-        hidden_rows = self.student.hidden_rows(rows)
-        return hidden_rows, s, self.student.project(hidden_rows, s, columns)
-
-    def project_teacher(self, rows: slice, columns: slice) -> Tensor:
-        """The teacher's logits."""
-        if self._teacher_logits is None:
-            self._teacher_logits = head.logit_buffer(self.weights, self._shape)
-        t = self._teacher_logits[: rows.stop - rows.start, : columns.stop - columns.start]
-        self.teacher.project(self.teacher.hidden_rows(rows), t, columns)
-        return t
-
-    def free_teacher(self) -> None:
-        """Free the teacher's logits if this block, which holds all rows, was the last to use
-        them."""
-        if self.plan.rows >= self.num_rows:
-            self._teacher_logits = None
-
-    def grad_of(self, s: Tensor) -> Tensor:
-        """The tensor that receives the gradient of the student's logits `s`."""
-        grad = self._logits_grad
-        return s if grad is None else grad[: s.shape[0], : s.shape[1]]
-
-    def gradient_sums(self) -> GradientSums:
-        """Sums of the gradients of the student's inputs, before the first block."""
-        vocab = len(self.inputs.student_lm_head)
-        return GradientSums(self.student, self.needs_grad, vocab=vocab, block_rows=self.plan.rows)
 
 
 @torch.no_grad()
@@ -141,27 +28,37 @@ def fast(
     """The weighted sum and its gradients; the details are, per row, the divergence, the entropies
     of student and teacher and, with `token_ids`, the student's log-probabilities."""
     pair = ModelPair(inputs, options, needs_grad)
-    sums = pair.gradient_sums()
-    stats = pair.weights.new_empty(4 + (pair.token_ids is not None), pair.num_rows)
-    slope = pair.student.slope
-    scales = pair.weights if slope == 1.0 else pair.weights * slope
+    stats, sums = pair.new_stats(), pair.gradient_sums()
     for rows, (columns,) in pair.blocks():
-        hidden_rows, s, t, derivative = pair.project(rows, columns)
-        grad = pair.grad_of(s) if any(needs_grad) else None
-        torch.stack(fast_rows(pair, rows, s, t, scales[rows], grad), out=stats[:, rows])
-        del t
-        pair.free_teacher()
-        if grad is not None:
-            if derivative is not None:
-                grad.mul_(derivative)
-            sums.add(rows, columns, hidden_rows, grad)
-    if pair.active is not None:
-        stats.masked_fill_(~pair.active, 0)
-    losses, *details = stats.unbind()
-    return ComputedLoss((pair.weights * losses).sum(), tuple(details), sums.take())
+        values = add_rows(pair, sums, rows, *pair.project_student(rows, columns))
+        torch.stack(values, out=stats[:, rows])
+    return pair.computed(stats, sums)
 
 
-def fast_rows(
+def add_rows(
+    pair: ModelPair,
+    sums: GradientSums,
+    rows: slice | Tensor,
+    hidden_rows: Tensor,
+    s: Tensor,
+    derivative: Tensor | None,
+) -> list[Tensor]:
+    """Add the gradients of some rows, given the student's side of them over all columns; returns
+    their part of `new_stats`."""
+    columns = slice(0, pair.num_columns)
+    t = pair.project_teacher(rows, columns)
+    grad = pair.grad_of(s) if any(pair.needs_grad) else None
+    values = _fast_rows(pair, rows, s, t, pair.scales[rows], grad)
+    del t
+    pair.free_teacher()
+    if grad is not None:
+        if derivative is not None:
+            grad.mul_(derivative)
+        sums.add(rows, columns, hidden_rows, grad)
+    return values
+
+
+def _fast_rows(
     pair: ModelPair, rows: slice | Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
 ) -> list[Tensor]:
     """The loss of each row, then its statistics; `grad` receives the gradient of the logits."""
@@ -192,7 +89,7 @@ def fast_rows(
 def _sampled_rows(
     pair: ModelPair, ids: Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
 ) -> list[Tensor]:
-    """As `fast_rows`, with the loss log p(y) - log q(y) of the token y, whose gradient is that
+    """As `_fast_rows`, with the loss log p(y) - log q(y) of the token y, whose gradient is that
     value times the gradient of log p(y)."""
     programs, banned = pair.programs, pair.banned
     summary = programs.summarise(programs.divergence_statistics(s, t, banned=banned))

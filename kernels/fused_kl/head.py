@@ -142,12 +142,6 @@ class HeadProjection:
         self._product_(out, hidden_rows, self.lm_head.index_select(0, index), bias)
         return out, self._cap_(out)
 
-    def project_all(self, hidden_rows: Tensor) -> Tensor:
-        """Logits of all columns, in a tensor of their own."""
-        out = logit_buffer(hidden_rows, (len(hidden_rows), self.num_columns), self.dtype)
-        self.project(hidden_rows, out, slice(0, self.num_columns))
-        return out
-
     def _product_(
         self, out: Tensor, hidden_rows: Tensor, head: Tensor, bias: Tensor | None
     ) -> None:

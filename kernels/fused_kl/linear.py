@@ -16,6 +16,7 @@ from fused_kl.arguments import (
     Support,
 )
 from fused_kl.gradients import LossWithGradients
+from fused_kl.pair import plan_of
 from fused_kl.sparse import sparse
 
 
@@ -220,7 +221,7 @@ def _divergence(
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_logprobs=logprobs[0] if logprobs else None,
-        plan=divergence.plan_of(inputs, options, needs_grad),
+        plan=plan_of(inputs, options, needs_grad),
         support=support,
     )
 

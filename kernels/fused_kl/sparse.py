@@ -29,8 +29,10 @@ from fused_kl.arguments import (
     NeedsGrad,
     Support,
 )
-from fused_kl.divergence import ModelPair, fast_rows
+from fused_kl.divergence import add_rows
 from fused_kl.gradients import ComputedLoss
+from fused_kl.head import keep_active
+from fused_kl.pair import ModelPair
 from fused_kl.rows import as_logprobs
 from fused_kl.tiles import row_block_rows, slices
 
@@ -51,13 +53,10 @@ def sparse(
     """As `divergence.fast`, on each chunk's support; the teacher's entropy is that on the support,
     renormalised."""
     pair = ModelPair(inputs, options, needs_grad)
-    sums = pair.gradient_sums()
+    stats, sums = pair.new_stats(), pair.gradient_sums()
     if sums.hidden is not None:
         sums.hidden.zero_()  # rows that are not active may be in no part of a chunk
-    stats = pair.weights.new_empty(4 + (pair.token_ids is not None), pair.num_rows)
     left_out, bounds = pair.weights.new_zeros(2, pair.num_rows)
-    slope = pair.student.slope
-    scales = pair.weights if slope == 1.0 else pair.weights * slope
     columns, dense_rows = [], []
     largest = _largest_logit(inputs.teacher, pair.teacher.slope, options)
     for rows, (every,) in pair.blocks():
@@ -72,29 +71,18 @@ def sparse(
             stats[:, place] = torch.stack(values.stats)
             left_out[place], bounds[place] = values.left_out, values.bound
             if any(needs_grad):
-                grad = values.grad.mul_(scales[place, None])
+                grad = values.grad.mul_(pair.scales[place, None])
                 sums.add_some(place, index, hidden_rows[some], grad)
         if len(dense):
             place = dense + rows.start
             s = s if len(dense) == len(s) else s[dense]
-            t = pair.teacher.project_all(pair.teacher.hidden_rows(place))
-            grad = None
-            if any(needs_grad):
-                grad = s if not pair.student.half else s.new_empty(s.shape, dtype=torch.bfloat16)
-            stats[:, place] = torch.stack(fast_rows(pair, place, s, t, scales[place], grad))
-            if grad is not None:
-                if derivative is not None:
-                    grad.mul_(derivative[dense])
-                sums.add(place, every, hidden_rows[dense], grad)
-    if pair.active is not None:
-        stats.masked_fill_(~pair.active, 0)
-        left_out.masked_fill_(~pair.active, 0)
-        bounds.masked_fill_(~pair.active, 0)
-    losses, *details = stats.unbind()
-    bounds *= scales.abs()
-    loss = ComputedLoss((pair.weights * losses).sum(), tuple(details), sums.take())
+            slopes = None if derivative is None else derivative[dense]
+            values = add_rows(pair, sums, place, hidden_rows[dense], s, slopes)
+            stats[:, place] = torch.stack(values)
+    left_out, bounds = (keep_active(values, pair.active) for values in (left_out, bounds))
     counts = (torch.tensor(numbers, dtype=torch.long) for numbers in (columns, dense_rows))
-    return loss, Support(left_out, bounds, *counts)
+    support = Support(left_out, bounds * pair.scales.abs(), *counts)
+    return pair.computed(stats, sums), support
 
 
 class _Chunk(NamedTuple):

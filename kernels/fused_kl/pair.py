@@ -1,0 +1,145 @@
+"""Student and teacher of a divergence, and the buffers of one block of their logits."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fused_kl import head
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
+from fused_kl.gradients import ComputedLoss, GradientSums
+from fused_kl.head import HeadProjection
+from fused_kl.rows import Banned
+from fused_kl.tiles import Plan, make_plan, slices
+
+
+def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad) -> Plan:
+    """The blocks of rows and columns in which a divergence is computed."""
+    hidden, lm_head, _ = inputs.student
+    itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
+    half = head.multiplies_half(hidden, lm_head)
+    extra_bytes = torch.bfloat16.itemsize if half else 0
+    if options.softcap is not None:
+        extra_bytes += itemsize
+    # Number of rows whose teacher logits are as large as the head's gradient.
+    head_itemsize = torch.bfloat16.itemsize if half else itemsize
+    gradient_rows = lm_head.shape[1] * head_itemsize // itemsize
+    return make_plan(
+        options.mode,
+        inputs.num_rows,
+        inputs.num_columns,
+        bytes_per_logit=2 * itemsize + extra_bytes,
+        freed_bytes=itemsize,
+        gradient_rows=gradient_rows if needs_grad.lm_head else 0,
+        device_type=hidden.device.type,
+        chunk_size=options.chunk_size,
+    )
+
+
+class ModelPair:
+    """Student and teacher, and the buffers that hold their logits of one block."""
+
+    def __init__(
+        self, inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
+    ) -> None:
+        self.inputs, self.options, self.needs_grad = inputs, options, needs_grad
+        self.num_rows, self.num_columns = inputs.num_rows, inputs.num_columns
+        self.dtype = head.compute_dtype(*inputs.student, *inputs.teacher)
+        weights = inputs.token_weights
+        self.active = None if weights is None else weights != 0
+        self.weights = (
+            inputs.student_hidden.new_ones(self.num_rows, dtype=self.dtype)
+            if weights is None
+            else weights.to(self.dtype)
+        )
+        self.student, self.teacher = (
+            HeadProjection(
+                side,
+                options.logits,
+                num_columns=self.num_columns,
+                active=self.active,
+                dtype=self.dtype,
+            )
+            for side in (inputs.student, inputs.teacher)
+        )
+        self.token_ids = None if inputs.token_ids is None else inputs.token_ids.long()
+        if self.token_ids is not None and self.active is not None:
+            self.token_ids = self.token_ids * self.active
+        allowed = inputs.allowed_columns
+        self.banned = (
+            None if allowed is None else Banned.outside(allowed[: self.num_columns], self.dtype)
+        )
+        self.programs = head.row_programs(self.weights)
+        self.plan = plan_of(inputs, options, needs_grad)
+        self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
+        self._student_logits = head.logit_buffer(self.weights, shape)
+        self._teacher_logits: Tensor | None = None
+        # Where products take bf16, the gradient of the logits is bf16, in a buffer of its own.
+        self._logits_grad = None
+        if self.student.half and any(needs_grad):
+            self._logits_grad = head.logit_buffer(self.weights, shape, torch.bfloat16)
+
+    def banned_at(self, columns: slice) -> Banned | None:
+        """The ban on a tile of the vocabulary."""
+        return None if self.banned is None else self.banned.part(columns)
+
+    def blocks(self) -> list[tuple[slice, list[slice]]]:
+        """Slices of rows, each with the slices of columns that cover the vocabulary."""
+        columns = slices(self.num_columns, self.plan.columns)
+        return [(rows, columns) for rows in slices(self.num_rows, self.plan.rows)]
+
+    def project(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The student's hidden rows, both logits, and the derivative of the student's softcap."""
+        hidden_rows, s, derivative = self.project_student(rows, columns)
+        return hidden_rows, s, self.project_teacher(rows, columns), derivative
+
+    def project_student(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `project`, without the teacher."""
+        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
+        s = self._student_logits[:num_rows, :num_columns]
+        hidden_rows = self.student.hidden_rows(rows)
+        return hidden_rows, s, self.student.project(hidden_rows, s, columns)
+
+    def project_teacher(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        """The teacher's logits."""
+        hidden_rows = self.teacher.hidden_rows(rows)
+        if self._teacher_logits is None:
+            self._teacher_logits = head.logit_buffer(self.weights, self._shape)
+        t = self._teacher_logits[: len(hidden_rows), : columns.stop - columns.start]
+        self.teacher.project(hidden_rows, t, columns)
+        return t
+
+    def free_teacher(self) -> None:
+        """Free the teacher's logits if this block, which holds all rows, was the last to use
+        them."""
+        if self.plan.rows >= self.num_rows:
+            self._teacher_logits = None
+
+    def grad_of(self, s: Tensor) -> Tensor:
+        """The tensor that receives the gradient of the student's logits `s`."""
+        grad = self._logits_grad
+        return s if grad is None else grad[: s.shape[0], : s.shape[1]]
+
+    def gradient_sums(self) -> GradientSums:
+        """Sums of the gradients of the student's inputs, before the first block."""
+        vocab = len(self.inputs.student_lm_head)
+        return GradientSums(self.student, self.needs_grad, vocab=vocab, block_rows=self.plan.rows)
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """Factor `[N]` of each row's gradient by its logits."""
+        slope = self.student.slope
+        return self.weights if slope == 1.0 else self.weights * slope
+
+    def new_stats(self) -> Tensor:
+        """Uninitialised, of each row: its loss and the details of `fast`."""
+        return self.weights.new_empty(4 + (self.token_ids is not None), self.num_rows)
+
+    def computed(self, stats: Tensor, sums: GradientSums) -> ComputedLoss:
+        """The loss, once every row is in both."""
+        if self.active is not None:
+            stats.masked_fill_(~self.active, 0)
+        losses, *details = stats.unbind()
+        return ComputedLoss((self.weights * losses).sum(), tuple(details), sums.take())
