@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from opd.config.options import check_values, option
+from opd.config.options import check_values, is_whole_number, option
 from opd.errors import printable, require
 
 
@@ -47,8 +47,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_values(self, "sample")
         value = self.together
-        valid = value in ("off", "auto") or (value.isascii() and value.isdecimal())
-        valid = valid and value.strip("0") != ""
+        valid = value in ("off", "auto") or (is_whole_number(value) and int(value) > 0)
         require(valid, f"sample.together={printable(value)}: not off, auto or a number from 1 on")
 
 

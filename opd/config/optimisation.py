@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opd.config.options import check_values, option
+from opd.config.options import check_values, is_whole_number, option
 from opd.errors import printable, require
 
 
@@ -59,7 +59,7 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         check_values(self, "prefix")
         value = self.recompute
-        valid = value in ("none", "all", "auto") or (value.isascii() and value.isdecimal())
+        valid = value in ("none", "all", "auto") or is_whole_number(value)
         require(valid, f"prefix.recompute={printable(value)}: not none, all, auto or a number")
 
 

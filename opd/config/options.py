@@ -42,6 +42,11 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def is_whole_number(text: str) -> bool:
+    """Whether a text consists of the digits 0 to 9, and of one at least."""
+    return text.isascii() and text.isdecimal()
+
+
 def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Iterate over the keys of a dataclass and of those within it: dotted name, field, type."""
     types = get_type_hints(kind)

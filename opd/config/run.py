@@ -11,7 +11,7 @@ from opd.config.evaluation import EvalConfig
 from opd.config.method import CurriculumConfig, GRPOConfig, OPDConfig, RewardConfig, SampleConfig
 from opd.config.models import ModelConfig, TeacherConfig
 from opd.config.optimisation import EngineConfig, OptimConfig, PrefixConfig
-from opd.config.options import check_values, merge, option
+from opd.config.options import check_values, is_whole_number, merge, option
 from opd.errors import printable, require
 from opd.text.templates import Template
 
@@ -139,7 +139,7 @@ class Config:
     def together(self) -> int:
         """Number of micro-batches that are sampled together; 1 until `auto` is resolved."""
         together = self.sample.together
-        return int(together) if together.isdecimal() and not self.on_references else 1
+        return int(together) if is_whole_number(together) and not self.on_references else 1
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from opd.errors import ModelError
-from opd.models.load import load_processor, require_family, resolve
+from opd.models.load import config_of, load_processor, resolve
 from opd.models.video_lm import end_token_ids
 
 SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -26,9 +26,8 @@ class Description:
     def of(cls, spec: str, key: str) -> "Description":
         """Read the checkpoint that the configuration's `key` names; ModelError where that fails."""
         path = resolve(spec, key)
+        config = config_of(spec, f"{key}={spec}")
         try:
-            config: Any = AutoConfig.from_pretrained(path)
-            require_family(f"{key}={spec}", config.model_type)
             processor = load_processor(spec)
             try:
                 generation = GenerationConfig.from_pretrained(path)

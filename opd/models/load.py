@@ -94,17 +94,24 @@ def load_processor(spec: str) -> Any:
     return AutoProcessor.from_pretrained(resolve(spec))
 
 
+def config_of(spec: str, setting: str) -> Any:
+    """The configuration of a checkpoint, of a supported family; ModelError, which begins with
+    `setting`, where it cannot be read."""
+    path = resolve(spec)
+    try:
+        config: Any = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{setting}: {str(error).splitlines()[0]}") from error
+    require_family(setting, config.model_type)
+    return config
+
+
 def text_config_of(spec: str) -> Any:
     """The configuration of a model's language model, without its weights; ModelError where it
     cannot be read."""
     if spec.startswith("tiny:"):
         return tiny.build(spec.removeprefix("tiny:"), 0).config.text_config
-    try:
-        config: Any = AutoConfig.from_pretrained(resolve(spec))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{spec}: {str(error).splitlines()[0]}") from error
-    require_family(spec, config.model_type)
-    return config.text_config
+    return config_of(spec, spec).text_config
 
 
 def load_model(

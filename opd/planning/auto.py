@@ -49,9 +49,9 @@ def resolve_auto(config: Config, device: torch.device) -> Config:
             raise too_little(plan, capacity)
         recompute, placement = plan.recompute, plan.placement
         together = str(plan.together)
-        need, room = plan.total / 2**30, capacity / 2**30
-        fits = plan.total <= capacity  # else nothing that memory decides was left open
-        memory = f" ({need:.1f} of {room:.1f} GiB planned for each device)" * fits
+        if plan.total <= capacity:  # else nothing that memory decides was left open
+            need, room = plan.total / 2**30, capacity / 2**30
+            memory = f" ({need:.1f} of {room:.1f} GiB planned for each device)"
     resolved = replace(
         config,
         model=model,

@@ -268,6 +268,7 @@ class Shapes:
         sizes = [min(config.together, count)]
         if config.sample.together == "auto" and not config.on_references:
             sizes = sorted({-(-count // groups) for groups in range(1, count + 1)})
+        last = min(1, len(sizes) - 1)  # place of the second size, if there is one
         plans = {
             (mode, size): self.plan(ranks, mode, placement, size)
             for mode in modes
@@ -277,12 +278,12 @@ class Shapes:
         def expected(number: int, size: int, moment: str) -> float:
             """Bytes in a moment with so many recomputed layers and micro-batches."""
 
-            def with_all(mode: str) -> float:
-                first, *rest = (plans[mode, size].total_at(moment) for size in sizes[:2])
-                return first + sum(rest, -first * len(rest)) * (size - sizes[0])
+            def under(mode: str) -> float:
+                first, second = (plans[mode, sizes[i]].total_at(moment) for i in (0, last))
+                return first + (second - first) * (size - sizes[0])
 
             share = number / layers
-            return (1 - share) * with_all(modes[0]) + share * with_all(modes[-1])
+            return (1 - share) * under(modes[0]) + share * under(modes[-1])
 
         weights = size_of(self.student)
         token = _bytes(self.dtype) * (weights.language + weights.head)  # bytes read for one
