@@ -95,7 +95,8 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(params=[False, True], ids=["one mask", "two parts"])
 def in_two_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Completions attend to prefix and themselves in two parts, or with one mask over both."""
-    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1 if request.param else 10**9)
+    fewest = {"cpu": 1 if request.param else 10**9}
+    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", fewest)
     monkeypatch.setattr("opd.generation.decoder.MOST_MASKED", {})
     return request.param
 

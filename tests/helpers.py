@@ -15,8 +15,9 @@ from opd.config.method import SampleConfig
 from opd.config.run import load_config
 from opd.data.batch import Prompt, PromptBatch, collate
 from opd.data.examples import Example
+from opd.generation.extend import extend
 from opd.generation.policy import Policy
-from opd.generation.prefix import Prefix, extend, prefill
+from opd.generation.prefix import Prefix, prefill
 from opd.method.objectives import OBJECTIVES, Loss, Targets
 from opd.method.teacher import Teacher
 from opd.models import tiny

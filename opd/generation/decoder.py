@@ -8,7 +8,7 @@ import torch
 
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.prefix import Prefix
-from opd.models.branches import Branches, are_cheaper
+from opd.models.branches import NextTokens, are_cheaper
 from opd.models.fused_attention import added_to_scores
 from opd.models.layers import KeyValue, prepared_mask, query_groups, run_layer
 from opd.models.video_lm import VideoLM
@@ -42,7 +42,7 @@ class Decoder:
         self.next_position = prefix.by_group(prefix.next_position).repeat_interleave(rollouts, 1)
         self.mask = prefix.by_group(prefix.mask).repeat_interleave(rollouts, 1)  # [G, B, P]
         self.whole, self.dtype = prefix.whole, prefix.last_hidden.dtype
-        self.is_long = are_cheaper(self.branches, max_steps)
+        self.is_long = are_cheaper(self.branches * max_steps, lm.device_type)
         self.prefix: list[KeyValue | None] = []  # of each layer, unless it is in the cache
         self.cache: list[KeyValue] = []
         self._lay_out(0)
@@ -58,9 +58,9 @@ class Decoder:
     def _lay_out(self, filled: int) -> None:
         """Choose a layout for caches that hold so many tokens of each completion."""
         work = self.branches**2 * self.max_steps
-        self.apart = self.is_long and work > MOST_MASKED.get(self.lm.device.type, 0)
-        branches = Branches(self.branches, 1, 1, None if self.whole else self.mask)
-        self.layout = branches.prepared(self.dtype, query_groups(self.lm.language_model))
+        self.apart = self.is_long and work > MOST_MASKED.get(self.lm.device_type, 0)
+        layout = NextTokens(self.branches, None if self.whole else self.mask)
+        self.layout = layout.prepared(self.dtype, query_groups(self.lm.language_model))
         first, count = filled, 1
         if not self.apart:
             first, count = self.prompt_length + self.branches * filled, self.branches
@@ -110,7 +110,7 @@ class Decoder:
         language_model = self.lm.language_model
         hidden = language_model.embed_tokens(token_ids)
         rotary = language_model.rotary_emb(hidden, self.next_position.expand(3, -1, -1))
-        mask = self._branches(window) if self.apart else self._mask(window)
+        mask = self._next_tokens(window) if self.apart else self._mask(window)
         read = window if self.apart else self.prompt_length + self.branches * window
         with (counter or LayerCounter()).label("decode"):
             for index, layer in enumerate(language_model.layers):
@@ -146,7 +146,7 @@ class Decoder:
         """False at columns of the cache that later tokens will fill."""
         return columns <= self.columns[-1:]
 
-    def _branches(self, window: int) -> Branches:
+    def _next_tokens(self, window: int) -> NextTokens:
         if self.growth == 1:
             return self.layout
         filled = self._filled(torch.arange(window, device=self.columns.device))
@@ -164,7 +164,7 @@ class Decoder:
 
 class _PreallocatedCache:
     """One layer's cache while decoding: writes new keys and values to `columns`, int64 on the
-    device, and returns the first `read` ones; for branches, beside the prefix."""
+    device, and returns the first `read` ones; apart, beside the prefix."""
 
     def __init__(
         self,
@@ -172,15 +172,15 @@ class _PreallocatedCache:
         columns: torch.Tensor,
         read: int,
         prefix: KeyValue | None,
-        branches: Branches,
+        layout: NextTokens,
     ) -> None:
         self.buffers, self.columns, self.read = buffers, columns, read
-        self.prefix, self.branches = prefix, branches
+        self.prefix, self.layout = prefix, layout
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         new = key, value
         if self.prefix is not None:
-            new = self.branches.by_branch(key), self.branches.by_branch(value)
+            new = self.layout.by_branch(key), self.layout.by_branch(value)
         for buffer, tensor in zip(self.buffers, new, strict=True):
             buffer.index_copy_(2, self.columns, tensor)
         key, value = (buffer[:, :, : self.read] for buffer in self.buffers)

@@ -2,10 +2,10 @@
 
     encode   the vision tokens of a batch's videos
     prefill  one forward of the prompts; keeps each layer's keys and values, on the autograd graph
-    extend   forward completions against them, so that one backward also reaches the prompt
     forward  prefill of prompts of different lengths, without gradients
 
-`Decoder` (opd/generation/decoder.py) samples from a detached prefix.
+`Decoder` (opd/generation/decoder.py) samples from a detached prefix, and `extend`
+(opd/generation/extend.py) forwards completions behind one.
 
 A row of a prefix is a group of prompts about one video: a tree, whose trunk is the video, with a
 branch for each query and further branches for the completions behind it. All branches are packed
@@ -16,6 +16,7 @@ values of a video exist once, whatever the number of its queries and of their ro
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from opd import distributed
 from opd.data.batch import PromptBatch
 from opd.device import send
 from opd.generation.layer_counter import LayerCounter
-from opd.models.branches import Branches, are_cheaper
+from opd.models.branches import Paths
 from opd.models.layers import KeyValue, forward_layers
 from opd.models.video_lm import Video, VideoLM
 
@@ -36,8 +37,8 @@ class Prefix:
 
     `mask` is boolean `[N, P]`, True at the columns of its group that a prompt sees. `last_hidden`
     `[N, H]` is the last token's hidden state after the final norm, which predicts the first
-    completion token. `next_position` int64 `[N]` is the position id of that token. `counts` has the
-    number of prompts in each group. `whole` says that each prompt sees all columns of its group.
+    completion token. `next_position` int64 `[N]` is the position id of that token. `paths` say the
+    same as `mask` on the host, for each group before its padding.
     """
 
     keys: Sequence[torch.Tensor]
@@ -45,8 +46,18 @@ class Prefix:
     mask: torch.Tensor
     last_hidden: torch.Tensor
     next_position: torch.Tensor
-    counts: tuple[int, ...]
-    whole: bool
+    paths: tuple[Paths, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of prompts in each group."""
+        return tuple(len(group.own) for group in self.paths)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each prompt sees all columns of its group."""
+        width = self.mask.shape[1]
+        return all(group.are_whole and group.length == width for group in self.paths)
 
     @property
     def layers(self) -> list[KeyValue]:
@@ -66,11 +77,12 @@ class Prefix:
         """The prompts at these indices of a prefix with one group; the keys stay as they are."""
         if len(indices) == len(self.last_hidden):
             return self
-        assert len(self.counts) == 1
+        (group,) = self.paths
+        own = tuple(group.own[index] for index in indices)
         rows = send(torch.tensor(indices), self.mask.device)
         names = ("mask", "last_hidden", "next_position")
         chosen = {name: getattr(self, name).index_select(0, rows) for name in names}
-        return replace(self, counts=(len(indices),), **chosen)
+        return replace(self, paths=(replace(group, own=own),), **chosen)
 
     @property
     def width(self) -> int:
@@ -117,15 +129,14 @@ class Prefix:
         return cls(
             keys=keys if by_layer else list(keys),
             values=values if by_layer else list(values),
-            mask=torch.cat([_padded(part.mask, 1, width) for part in parts]),
+            mask=torch.cat([_left_padded(part.mask, 1, width) for part in parts]),
             last_hidden=torch.cat([part.last_hidden for part in parts]),
             next_position=torch.cat([part.next_position for part in parts]),
-            counts=tuple(count for part in parts for count in part.counts),
-            whole=all(part.whole and part.mask.shape[1] == width for part in parts),
+            paths=tuple(group for part in parts for group in part.paths),
         )
 
 
-def _padded(values: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+def _left_padded(values: torch.Tensor, dim: int, width: int) -> torch.Tensor:
     """Left-pad a dimension with zeros."""
     after = [0, 0] * (values.dim() - 1 - dim)
     return torch.nn.functional.pad(values, [*after, width - values.shape[dim], 0])
@@ -141,7 +152,9 @@ class _Joined(Sequence[torch.Tensor]):
         return len(self.parts[0])
 
     def __getitem__(self, layer: Any) -> Any:
-        return torch.cat([_padded(part[layer], 2, self.width) for part in self.parts])
+        # In memory a token's heads are neighbours, as in the parts.
+        parts = [_left_padded(part[layer].transpose(1, 2), 1, self.width) for part in self.parts]
+        return torch.cat(parts).transpose(1, 2)
 
 
 def encode(lm: VideoLM, batch: PromptBatch) -> Video:
@@ -181,7 +194,6 @@ def prefill(
         recompute: see `forward_layers`.
     """
     assert batch.input_ids.numel() == batch.num_tokens, "padded prompts"
-    counts = tuple(len(group.prompts) for group in batch.groups)
     counter = counter or LayerCounter()
     language_model = lm.language_model
     embeds, deepstack = video
@@ -210,8 +222,9 @@ def prefill(
         )
     keys, values = map(list, zip(*new, strict=True))
     last_hidden = language_model.norm(hidden.index_select(1, batch.last_columns()).flatten(0, 1))
-    whole = max(counts) == 1
-    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, counts, whole)
+    own = [tuple(pairwise(group.edges)) for group in batch.groups]
+    paths = [Paths(g.num_tokens, g.shared, each) for g, each in zip(batch.groups, own, strict=True)]
+    return Prefix(keys, values, batch.mask, last_hidden, batch.next_position, tuple(paths))
 
 
 @torch.no_grad()
@@ -225,62 +238,3 @@ def forward(lm: VideoLM, batch: PromptBatch) -> Prefix:
     extra = distributed.all_max(len(parts)) - len(parts) if lm.sharded else 0
     prefixes = [prefill(lm, part, encode(lm, part)) for part in [*parts, *parts[-1:] * extra]]
     return Prefix.join(prefixes[: len(parts)], by_layer=True)
-
-
-def extend(
-    lm: VideoLM,
-    prefix: Prefix,
-    completion_ids: torch.Tensor,
-    counter: LayerCounter | None = None,
-    recompute: str = "none",
-) -> torch.Tensor:
-    """Forward completions against a prefix and return the hidden states that predict each of their
-    tokens, after the final norm.
-
-    Args:
-        completion_ids: int64 `[N, R, T]`, R completions per prompt, right-padded.
-        recompute: see `forward_layers`.
-
-    Returns: `[N, R, T, H]`. Position 0 is the prompt's last hidden state, so only the first T - 1
-        tokens of each completion run through the layers.
-    """
-    _, rollouts, length = completion_ids.shape
-    first = prefix.last_hidden[:, None, None].expand(-1, rollouts, 1, -1)
-    if length == 1:
-        if not lm.sharded:
-            return first
-        # Another rank may have longer completions, for which this one must gather weights, too.
-        return extend(lm, prefix, completion_ids.expand(-1, -1, 2), counter, recompute)[:, :, :1]
-    steps, branches = length - 1, prefix.width * rollouts
-    inputs = prefix.by_group(completion_ids[:, :, :-1]).flatten(1)
-    device, groups = inputs.device, len(inputs)
-    offsets = torch.arange(steps, device=device).repeat(branches)
-
-    def of_tokens(values: torch.Tensor) -> torch.Tensor:
-        """Repeat `[N, ...]` of the prompts for each token of their completions."""
-        grouped = prefix.by_group(values)[:, :, None]
-        return grouped.expand(-1, -1, rollouts * steps, *grouped.shape[3:]).flatten(1, 2)
-
-    if are_cheaper(branches, steps):
-        seen = None if prefix.whole else prefix.by_group(prefix.mask)
-        attention_mask = Branches(prefix.width, rollouts, steps, seen)
-    else:
-        branch = torch.arange(branches, device=device).repeat_interleave(steps)
-        block = (branch[:, None] == branch) & (offsets[:, None] >= offsets)
-        own = block.expand(groups, -1, -1)
-        attention_mask = torch.cat([of_tokens(prefix.mask), own], dim=2)[:, None]
-    positions = (of_tokens(prefix.next_position) + offsets).expand(3, -1, -1)
-    counter, language_model = counter or LayerCounter(), lm.language_model
-    with counter.label("completion"):
-        hidden, _ = forward_layers(
-            language_model,
-            language_model.embed_tokens(inputs),
-            positions,
-            attention_mask,
-            prefix.layers,
-            recompute,
-            partial(counter.label, "completion recompute"),
-        )
-    hidden = language_model.norm(hidden)
-    hidden = prefix.by_prompt(hidden.unflatten(1, (prefix.width, rollouts, steps)))
-    return torch.cat([first, hidden], dim=2)

@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 
 from opd.data.batch import PromptBatch
-from opd.generation.prefix import Prefix, extend, forward
+from opd.generation.extend import extend
+from opd.generation.prefix import Prefix, forward
 from opd.models.sharded import gathered
 from opd.models.video_lm import VideoLM
 
@@ -34,6 +35,9 @@ class Teacher:
         return forward(self.lm, batch)
 
     @torch.no_grad()
-    def extend(self, prefix: Prefix, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, R, T, H_T]` that predict each completion token `[B, R, T]`."""
-        return extend(self.lm, prefix, completion_ids)
+    def extend(
+        self, prefix: Prefix, completion_ids: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states `[B, R, T, H_T]` that predict each completion token `[B, R, T]`, or the
+        first ones of each completion (`lengths`, see `extend`)."""
+        return extend(self.lm, prefix, completion_ids, lengths=lengths)

@@ -34,10 +34,11 @@ from opd.data.schedule import micro_batches, split
 from opd.device import fetch, send
 from opd.engine.base import Engine, TorchEngine
 from opd.engine.zero import ZeroEngine
+from opd.generation.extend import extend
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import Policy, uniforms
 from opd.generation.prefilled import Prefilled
-from opd.generation.prefix import Prefix, encode, extend, prefill
+from opd.generation.prefix import Prefix, encode, prefill
 from opd.generation.sampling import Rollouts, sample
 from opd.method.advantages import advantages, for_loss
 from opd.method.health import gather_step, signals
@@ -95,7 +96,7 @@ class Trainer:
             kept, answers = self.route(prompts, sampled)
             teacher_hidden = self.score(kept, answers)
             losses.append(self.learn(kept, answers, teacher_hidden, old_logprobs))
-            decoded = None if earlier or self.config.on_references else sampled.completion_mask
+            decoded = None if earlier or self.config.on_references else sampled.lengths
             self.count(prompts, decoded, kept, answers, batch.num_tokens + sampled.num_tokens)
         return [*zip(losses, rollouts, strict=True)]
 
@@ -150,7 +151,8 @@ class Trainer:
             return None
         with self.ledger.phase("teacher"):
             prefix = prompts.forwarded_by(self.teacher.prefill)
-            return answers.in_loss(self.teacher.extend(prefix, answers.completion_ids))
+            ids, lengths = answers.completion_ids, answers.loss_lengths
+            return answers.in_loss(self.teacher.extend(prefix, ids, lengths))
 
     def learn(
         self,
@@ -165,7 +167,7 @@ class Trainer:
             return Loss(torch.zeros((), device=self.student.device))
         with self.ledger.phase("extend"):
             prefix, ids = Prefix.join(prompts.prefixes), answers.completion_ids
-            options = self.counter, self.config.prefix.recompute
+            options = self.counter, self.config.prefix.recompute, answers.loss_lengths
             hidden = answers.in_loss(extend(self.student, prefix, ids, *options))
         with self.ledger.phase("loss"):
             loss = self.loss(hidden, answers, teacher_hidden, old_logprobs)
@@ -217,13 +219,13 @@ class Trainer:
         sums = int(lengths.sum()), int((lengths > 0).sum()), sum(losses.tolist())
         tokens, answers, loss = distributed.all_sum(sums)
         count = tokens if self.config.normalize == "token" else answers
-        loss /= self.engine.loss_factor * (1 if self.preset_denominator else max(1, count))
+        count = 1 if self.preset_denominator else count
+        loss /= self.engine.loss_factor * max(1, count)
         with self.ledger.phase("optimizer"):
             if not tokens:
                 self.engine.skip()
                 return 0.0, 0.0
-            scale = 1.0 if self.preset_denominator else 1 / count
-            return loss, self.engine.step(scale if math.isfinite(loss) else math.nan)
+            return loss, self.engine.step(1 / count if math.isfinite(loss) else math.nan)
 
     @property
     def token_weight(self) -> float:
@@ -259,9 +261,9 @@ class Trainer:
         answers: Rollouts,
         num_tokens: int,
     ) -> None:
-        """Charge a micro-batch to the ledger; `decoded` masks the completions sampled in it."""
-        mask, recompute = answers.completion_mask, self.config.prefix.recompute
-        flops = step_flops(self.costs, prompts.parts, decoded, kept, mask, recompute)
+        """Charge a micro-batch to the ledger; `decoded` has the lengths that it sampled."""
+        options = answers.loss_lengths, self.config.prefix.recompute
+        flops = step_flops(self.costs, prompts.parts, decoded, kept, *options)
         tokens, *spent = distributed.all_sum((num_tokens, *flops.values()))
         self.ledger.count(int(tokens), dict(zip(flops, spent, strict=True)))
 

@@ -2,7 +2,7 @@
 
     prompts                      causal attention on the backend
     completions (with a mask)    sdpa with query groups folded: FlashAttention takes no such mask
-    completions (as branches)    in two parts, without a mask over both (`branches`)
+    completions (as branches)    in parts, without a mask over all of them (`branches`)
     vision                       packed segments on the backend; with sdpa, equal lengths batched
 
 `choose` picks a backend; `auto` announces an installed one that is broken.
@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from opd.config.models import BACKENDS
 from opd.distributed import announce
 from opd.errors import raised
-from opd.models.branches import Branches, attend_branches
+from opd.models.branches import Branches, NextTokens
 from opd.models.tower import Segments
 
 PACKAGES = {
@@ -201,7 +201,7 @@ def attend(
     query: torch.Tensor,
     key: Any,
     value: Any,
-    attention_mask: torch.Tensor | Branches | None,
+    attention_mask: torch.Tensor | Branches | NextTokens | None,
     scaling: float | None = None,
     backend: str = "sdpa",
     **_: Any,
@@ -212,15 +212,15 @@ def attend(
 
     Args:
         query: `[B, heads, L, D]`; key and value: `[B, kv_heads, K, D]`, for branches a pair of
-            tensors each (`attend_branches`).
+            tensors each.
         attention_mask: `[B, 1, L, K]`, boolean (True attends) or added to the scores, or
             `[B, 1, groups, L, K]` from `prepared_mask`; None is causal where L = K. A mask with
             fewer rows is for the last of the L = K tokens; those before them are causal.
 
     Returns: `[B, L, heads, D]` and None, as transformers expects.
     """
-    if isinstance(attention_mask, Branches):
-        out = attend_branches(query, key, value, attention_mask, scaling)
+    if isinstance(attention_mask, Branches | NextTokens):
+        out = attention_mask.attend(query, key, value, scaling)
         return out.transpose(1, 2).contiguous(), None
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]

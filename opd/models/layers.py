@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opd.models.branches import Branches
+from opd.models.branches import Branches, NextTokens
 from opd.models.fused_attention import added_to_scores
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [G, kv_heads, P, D]
@@ -39,7 +39,7 @@ def run_layer(
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     layer_cache: Any,
-    attention_mask: torch.Tensor | Branches | None = None,
+    attention_mask: torch.Tensor | Branches | NextTokens | None = None,
 ) -> torch.Tensor:
     """Forward `hidden` `[B, T, H]` through one decoder layer, which calls `layer_cache.update` with
     its new keys and values and attends to what that returns."""
@@ -55,21 +55,19 @@ def _cache_argument(layer_class: type[torch.nn.Module]) -> str:
 
 class LayerCache:
     """One layer's cache: keeps the new keys and values, and returns them appended to the past's;
-    for branches, beside them."""
+    with `apart`, beside them."""
 
-    def __init__(self, past: KeyValue | None = None, branches: Branches | None = None) -> None:
-        self.past, self.branches = past, branches
+    def __init__(self, past: KeyValue | None = None, apart: bool = False) -> None:
+        self.past, self.apart = past, apart
         self.key = self.value = torch.empty(0)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         self.key, self.value = key, value
         if self.past is None:
             return key, value
-        if self.branches is None:
-            return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
-        own = map(self.branches.by_branch, (key, value))
-        past_key, past_value, own_key, own_value = *self.past, *own
-        return (past_key, own_key), (past_value, own_value)
+        if self.apart:
+            return (self.past[0], key), (self.past[1], value)
+        return torch.cat([self.past[0], key], 2), torch.cat([self.past[1], value], 2)
 
 
 def recomputed_layers(mode: str, num_layers: int) -> int:
@@ -91,7 +89,7 @@ def forward_layers(
     """Forward embedded tokens through all decoder layers.
 
     Args:
-        hidden: `[G, T, H]`.
+        hidden: `[G, T, H]`; with branches all tokens are packed into one row, `[1, S, H]`.
         position_ids: int64 `[3, G, T]`.
         attention_mask: boolean `[G, 1, T, P + T]`, or of the last rows alone; see `attend`. For
             branches, their layout.
@@ -106,16 +104,13 @@ def forward_layers(
     """
     layers, mask = language_model.layers, attention_mask
     rotary = language_model.rotary_emb(hidden, position_ids)
-    branches = mask if isinstance(mask, Branches) else None
-    if branches is not None:
-        mask = branches.prepared(hidden.dtype, query_groups(language_model))
-    elif isinstance(mask, torch.Tensor):
+    if isinstance(mask, torch.Tensor):
         mask = prepared_mask(mask, language_model, hidden.dtype)
 
     def run(
         layer: Any, hidden: torch.Tensor, past: KeyValue | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer_cache = LayerCache(past, branches)
+        layer_cache = LayerCache(past, apart=isinstance(mask, Branches))
         out = run_layer(layer, hidden, rotary, layer_cache, mask)
         return out, layer_cache.key, layer_cache.value
 

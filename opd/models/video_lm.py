@@ -55,6 +55,11 @@ class VideoLM:
         return self.head.weight.device
 
     @property
+    def device_type(self) -> str:
+        """Type of the device; of a model without weights, of the one that a plan is made for."""
+        return getattr(self.model, "planned_device_type", self.device.type)
+
+    @property
     def trains_vision(self) -> bool:
         """Whether any weight of the vision tower is trained."""
         return any(p.requires_grad for p in self.visual.parameters())

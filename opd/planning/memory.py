@@ -81,6 +81,9 @@ class Shapes:
         stamps = STAMP * config.data.max_frames // 2 if stamped else 0
         gpu = torch.cuda.is_available() or dtype != torch.float32
         device_type = device_type or ("cuda" if gpu else "cpu")
+        for lm in (student, teacher):
+            if lm is not None:
+                lm.model.planned_device_type = device_type
         return cls(config, dtype, student, teacher, video + stamps + TEXT, video, device_type)
 
     def prompts(self, ranks: int) -> int:
@@ -111,10 +114,10 @@ class Shapes:
         grid = pairs, 2, 2 * -(-self.video_tokens // pairs)  # a vision token is 2 x 2 patches
         parts = prompts_of(self.student, work, grid)
         models = [lm for lm in (self.student, self.teacher) if lm is not None]
-        mask = torch.ones(work.prompts, work.rollouts, work.length, dtype=torch.bool)
+        lengths = torch.full((work.prompts, work.rollouts), work.length)
         costs = {lm: Cost.of(lm) for lm in models}
-        kept, decoded = Prefilled.of(parts, []), mask if work.sampled else None
-        flops = step_flops(costs, parts, decoded, kept, mask, recompute)
+        kept, decoded = Prefilled.of(parts, []), lengths if work.sampled else None
+        flops = step_flops(costs, parts, decoded, kept, lengths, recompute)
         return {name: n * self.config.batch_size / work.prompts for name, n in flops.items()}
 
     def plan(self, ranks: int, recompute: str, placement: str, together: int = 0) -> Plan:

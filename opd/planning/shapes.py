@@ -19,8 +19,9 @@ from transformers.masking_utils import sdpa_mask
 from opd.config.run import Config
 from opd.data.batch import Group, PromptBatch
 from opd.generation.decoder import Decoder
+from opd.generation.extend import extend
 from opd.generation.policy import Policy, choose
-from opd.generation.prefix import Prefix, extend, prefill
+from opd.generation.prefix import Prefix, prefill
 from opd.generation.sampling import KEEP_BELOW
 from opd.models import tiny
 from opd.models.load import prepare, resolve

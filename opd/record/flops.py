@@ -110,26 +110,28 @@ def step_flops(
     forwarded: Sequence[PromptBatch],
     decoded: torch.Tensor | None,
     trained: Prefilled,
-    completion_mask: torch.Tensor,
+    scored: torch.Tensor,
     recompute: str,
 ) -> dict[str, float]:
     """FLOPs of one micro-batch, by the names of `FLOPS`. The vision tower counts for every group of
-    prompts, also where its tokens were cached by an earlier step.
+    prompts, also where its tokens were cached by an earlier step. Padding does not count.
 
     Args:
         costs: of the student, then of the teacher if there is one.
         forwarded: parts of the batch whose prompts the student forwarded.
-        decoded: mask `[N, R, T]` of the completions that were sampled; None where none were.
+        decoded: lengths `[N, R]` of the completions that were sampled; None where none were.
         trained: what the teacher and the backward see of them.
-        completion_mask: `[N', R', T']`, of the completions of `trained`.
+        scored: tokens of the completions of `trained` that are in the loss, `[N', R']`.
         recompute: the setting `prefix.recompute`.
     """
-    num_tokens, flops = int(completion_mask.sum()), dict.fromkeys(FLOPS, 0.0)
+    flops = dict.fromkeys(FLOPS, 0.0)
 
-    def completions(cost: Cost, lengths: Sequence[int], mask: torch.Tensor) -> float:
-        """FLOPs of completions `[N, R, T]` behind prompts of these lengths."""
-        _, rollouts, longest = mask.shape
-        return sum(cost.completions(1, length, rollouts, longest - 1) for length in lengths)
+    def completions(cost: Cost, prompts: Sequence[int], lengths: torch.Tensor) -> float:
+        """FLOPs in the layers for completions `[N, R]` behind prompts, both given by length."""
+        pairs = zip(prompts, (lengths - 1).clamp_min(0).tolist(), strict=True)
+        return sum(
+            cost.completions(1, prompt, 1, tokens) for prompt, row in pairs for tokens in row
+        )
 
     def prompts(cost: Cost, parts: Sequence[PromptBatch]) -> tuple[float, float]:
         """FLOPs of vision tower and prompts."""
@@ -139,8 +141,8 @@ def step_flops(
 
     for name, (lm, cost) in zip(FLOPS, costs.items(), strict=False):
         vision, prefill = prompts(cost, trained.parts)
-        layers = completions(cost, trained.lengths, completion_mask)
-        extension = layers + cost.per_head * num_tokens
+        layers = completions(cost, trained.lengths, scored)
+        extension = layers + cost.per_head * int(scored.sum())
         if name == "teacher":
             flops[name] = vision + prefill + extension
             continue
@@ -149,7 +151,7 @@ def step_flops(
         flops[name] += sum(prompts(cost, forwarded))
         if decoded is not None:
             lengths = [len(prompt.input_ids) for part in forwarded for prompt in part.prompts]
-            flops[name] += completions(cost, lengths, decoded) + cost.per_head * decoded.numel()
+            flops[name] += completions(cost, lengths, decoded) + cost.per_head * int(decoded.sum())
         share = recomputed_layers(recompute, cost.num_layers) / cost.num_layers
         flops["recompute"] = (prefill + layers) * share
     return flops

@@ -19,9 +19,10 @@ from opd.data.examples import Example
 from opd.data.loader import batches, rows_of
 from opd.data.prompts import Prompts
 from opd.data.sources import load_examples
+from opd.generation.extend import extend
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import uniforms
-from opd.generation.prefix import encode, extend, forward, prefill
+from opd.generation.prefix import encode, forward, prefill
 from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Targets
 from opd.method.teacher import Teacher

@@ -10,9 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.generation.decoder import GROWTH, Decoder
+from opd.generation.extend import extend
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import Policy, uniforms
-from opd.generation.prefix import Prefix, encode, extend, prefill
+from opd.generation.prefix import Prefix, encode, prefill
 from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Targets
 from opd.method.teacher import Teacher
@@ -338,6 +339,24 @@ def test_rollouts_do_not_see_each_other(case):
     after = extend(lm, prefix, other)
     assert relative(after[:, :, :4], before[:, :, :4]) < EXACT
     assert relative(after[:, :, 4], before[:, :, 4]) > 0.1
+
+
+@pytest.mark.parametrize("lengths", [[[3, 1], [6, 0], [2, 5]], [[1, 0], [1, 1], [0, 1]]])
+@pytest.mark.usefixtures("exact_modules")
+def test_tokens_that_do_not_matter_are_left_out(case, lengths, in_two_parts):
+    lm, _, _ = case
+    prefix = prefill_of(lm, batch_of(unequal_prompts(lm)))
+    ids, _ = random_completions(3, 2, 6)
+    counter = LayerCounter().attach(lm)
+    with torch.no_grad():
+        expected = extend(lm, prefix, ids)
+        counter.tokens.clear()
+        wanted = torch.tensor(lengths)
+        actual = extend(lm, prefix, ids, counter, lengths=wanted)
+    mask = torch.arange(6) < wanted[..., None]
+    assert relative(actual[mask], expected[mask]) < EXACT
+    forwarded = int((wanted - 1).clamp_min(0).sum()) if in_two_parts else 3 * 2 * 5
+    assert counter.tokens["completion"] == counter.num_layers * max(1, forwarded)
 
 
 def test_a_completion_of_one_token_costs_no_layer(case):

@@ -11,9 +11,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from opd.config.method import SampleConfig
 from opd.data.batch import Prompt
 from opd.generation.decoder import GROWTH, MOST_MASKED, Decoder
+from opd.generation.extend import extend
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import VISION_TOKENS, Policy, choose, uniforms
-from opd.generation.prefix import extend
 from opd.generation.sampling import CHECK_EVERY, Rollouts, sample
 from opd.models import tiny
 from opd.models.video_lm import VideoLM
@@ -316,7 +316,7 @@ def test_finished_completions_leave_the_batch(
     monkeypatch.setattr(Decoder, "keep", kept)
     monkeypatch.setitem(GROWTH, "cpu", growth)
     monkeypatch.setitem(MOST_MASKED, "cpu", most_masked)
-    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", 1)
+    monkeypatch.setattr("opd.models.branches.FEWEST_TOKENS", {})
     lm = ours("student", layers=2)
     prompts, policy = unequal_prompts(lm), with_ends(policy_of(lm), *range(0, 384, 9))
 

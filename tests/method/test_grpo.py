@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from opd.config.method import GRPOConfig, OPDConfig, SampleConfig
 from opd.config.optimisation import OptimConfig
 from opd.config.run import Config
+from opd.generation.extend import extend
 from opd.generation.policy import Policy, uniforms
-from opd.generation.prefix import extend
 from opd.generation.sampling import Rollouts, sample
 from opd.method.advantages import advantages, all_equal
 from opd.method.objectives import Loss, Targets, grpo

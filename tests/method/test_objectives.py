@@ -16,8 +16,8 @@ from opd.config.run import Config, load_config
 from opd.data.batch import Prompt, PromptBatch
 from opd.data.schedule import split
 from opd.errors import ConfigError
+from opd.generation.extend import extend
 from opd.generation.policy import Policy, uniforms
-from opd.generation.prefix import extend
 from opd.generation.sampling import Rollouts, sample
 from opd.method.objectives import OBJECTIVES, Loss, Targets, reverse_kl, sampled, sft
 from opd.method.teacher import Teacher

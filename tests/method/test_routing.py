@@ -12,9 +12,10 @@ from opd.config.method import CurriculumConfig, SampleConfig
 from opd.config.optimisation import OptimConfig
 from opd.config.run import Config, load_config
 from opd.errors import ConfigError
+from opd.generation.extend import extend
 from opd.generation.policy import uniforms
 from opd.generation.prefilled import Prefilled
-from opd.generation.prefix import Prefix, encode, extend, prefill
+from opd.generation.prefix import Prefix, encode, prefill
 from opd.generation.sampling import Rollouts, sample
 from opd.method.teacher import Teacher
 from opd.method.trainer import Trainer
@@ -161,13 +162,9 @@ def test_what_is_suspended_reaches_neither_teacher_nor_backward(trainer):
     alone = batch.parts(alone=True)
     every = Prefilled.of(alone, [prefill_of(tested.student, part) for part in alone])
     trained = every.take(rows)
-    wanted = step_flops(
-        tested.costs, alone, whole.completion_mask, trained, answers.completion_mask, "none"
-    )
+    wanted = step_flops(tested.costs, alone, whole.lengths, trained, answers.loss_lengths, "none")
     assert tested.ledger.flops == wanted
-    everything = step_flops(
-        tested.costs, alone, whole.completion_mask, every, whole.completion_mask, "none"
-    )
+    everything = step_flops(tested.costs, alone, whole.lengths, every, whole.lengths, "none")
     assert wanted["teacher"] < 0.7 * everything["teacher"]
 
 

@@ -4,7 +4,6 @@ Not under deterministic mode: there sdpa never takes cuDNN, which is one of the 
 """
 
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from tests.helpers import (
     relative,
     unequal_prompts,
 )
-from tests.models.test_branches import CASES, errors, gradients_of, in_two_parts
+from tests.models.test_branches import CASES, errors, gradients_of, in_parts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,11 +74,12 @@ def test_masked_attention(keys: int, dtype: torch.dtype) -> None:
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_in_two_parts(case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    expected = gradients_of(in_two_parts, case, torch.float64)
-    actual = gradients_of(in_two_parts, case, dtype, DEVICE)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_attention_in_parts(name: str, dtype: torch.dtype) -> None:
+    expected = gradients_of(in_parts, CASES[name], torch.float64)
+    actual = gradients_of(in_parts, CASES[name], dtype, DEVICE)
     assert errors(actual, expected) < (0.15 if dtype == torch.bfloat16 else 1e-4)
 
 

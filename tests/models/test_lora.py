@@ -12,7 +12,7 @@ from opd.config.run import load_config
 from opd.errors import ConfigError
 from opd.evaluate import main
 from opd.files import read_rows
-from opd.generation.prefix import extend
+from opd.generation.extend import extend
 from opd.models.load import EMBEDDED
 from opd.models.lora import add_lora, merged
 from tests.helpers import (

@@ -14,7 +14,9 @@ from fused_kl.tiles import FAST_BYTES, make_plan
 from opd.check import main
 from opd.config.run import load_config
 from opd.errors import ConfigError
-from opd.generation.prefix import Prefix, extend
+from opd.generation.extend import extend
+from opd.generation.prefix import Prefix
+from opd.models.branches import Paths
 from opd.models.load import prepare
 from opd.models.tiny import build
 from opd.planning.auto import resolve_auto
@@ -124,19 +126,25 @@ def test_pixels_are_those_of_one_video(
     )
 
 
-def test_extend_joins_keys_and_values_in_every_layer(
+def test_short_answers_join_keys_and_values_in_every_layer_on_a_cpu(
     folder: Path, moments: dict[str, dict[str, int]]
 ) -> None:
     lm = on_meta(str(folder / "student"), torch.bfloat16)
     lm.train_only("language")
-    kept = student_step(lm, work_of(300, 200), "none")
+    work = work_of(300, 200, device_type="cpu")
+    lm.model.planned_device_type = "cpu"
+    kept, again = (student_step(lm, work, recompute) for recompute in ("none", "all"))
     keys = 300 + 2 * 4  # tokens: a prompt, and two rollouts less their last token
     layers, sides, prompts, heads, dim, bfloat16 = 6, 2, 3, 2, 64, 2
     prefix = layers * sides * prompts * heads * 300 * dim * bfloat16  # of unequal prompts, padded
     joined = layers * sides * prompts * heads * keys * dim * bfloat16
     assert kept["loss"]["keys and values, joined"] == joined
-    assert not moments["loss"].get("keys and values, joined")  # made again in backward
+    assert not again["loss"].get("keys and values, joined")  # made again in backward
+    assert again["extend"]["prompts' activations"] > prefix
+    # On a GPU attention is in parts, which read the keys where they are.
+    assert not any(parts.get("keys and values, joined") for parts in moments.values())
     assert moments["extend"]["prompts' activations"] > prefix
+    assert moments["extend"]["attention masks"] <= 3 * (300 + 3 * 300)  # of the prompts
     # A row for each query of a group of three, in bf16; all layers share it.
     bias = prompts * 3 * 8 * keys * bfloat16
     boolean = prompts * 8 * keys  # once, and the masks of prompts beside it
@@ -146,9 +154,11 @@ def test_extend_joins_keys_and_values_in_every_layer(
 def test_the_decode_cache_holds_prompts_and_completions(
     moments: dict[str, dict[str, int]],
 ) -> None:
-    positions = 8 * 3 * 2 + 8 * 2  # of the completions, and columns in a group's cache
-    cache = 6 * 2 * 3 * 2 * (300 + 2 * 4) * 64 * 2
-    assert moments["sample"]["decode cache"] == cache + positions
+    # On a GPU the prompts' keys stay where they are, until completions end: then those of the two
+    # groups that go on are copied.
+    of_tokens = 6 * 2 * 2 * 64 * 2
+    cache = of_tokens * 2 * (300 + 2 * 4)
+    assert cache < moments["sample"]["decode cache"] <= cache + 100  # positions and columns
     # A row of the vocabulary in fp32 at least twice, and in fp64 with its sum, for each rollout.
     assert moments["sample"]["logits"] >= 3 * 2 * VOCABULARY * 2 * 8
     assert "decode cache" not in {k for k, v in moments["backward"].items() if v}
@@ -377,7 +387,8 @@ def test_a_full_size_step_on_the_meta_device(
     hidden = torch.empty(prompts, config.hidden_size, dtype=torch.bfloat16, device=meta)
     mask = torch.ones(prompts, tokens, dtype=torch.bool, device=meta)
     places = torch.zeros(prompts, dtype=torch.long, device=meta)
-    prefix = Prefix(keys, keys, mask, hidden, places, counts=(1,) * prompts, whole=True)
+    path = Paths(tokens, tokens, ((tokens, tokens),))
+    prefix = Prefix(keys, keys, mask, hidden, places, paths=(path,) * prompts)
     ids = torch.zeros(prompts, rollouts, length, dtype=torch.long, device=meta)
     with Live(lm.model.parameters(), "cuda"):
         hidden = extend(lm, prefix, ids)

@@ -18,10 +18,11 @@ from opd.config.run import Config
 from opd.data.batch import Prompt
 from opd.data.prompts import Prompts
 from opd.errors import Stopped
+from opd.generation.extend import extend
 from opd.generation.layer_counter import LayerCounter
 from opd.generation.policy import uniforms
 from opd.generation.prefilled import Prefilled
-from opd.generation.prefix import encode, extend
+from opd.generation.prefix import encode
 from opd.generation.sampling import Rollouts, sample
 from opd.method.health import Watch, signals
 from opd.method.objectives import Loss
@@ -284,28 +285,30 @@ def test_a_step_is_charged_what_it_did() -> None:
     draws = uniforms(0, 0, ["a", "b"], 2, 7)
     with torch.no_grad():
         rollouts = sample(student, prefill_of(student, batch), policy_of(student), 7, draws)
-    mask = rollouts.completion_mask
+    lengths = rollouts.lengths - torch.tensor([[0, 2], [1, 6]])
     size, length = batch.input_ids.shape
-    longest, valid = mask.shape[2], int(mask.sum())
+    valid = int(lengths.sum())
+    assert lengths.min() < lengths.max()
 
     def parts(lm: Any) -> tuple[float, float, float, float]:
         cost = costs[lm]
         vision = sum(cost.vision(p.grid_thw) for p in batch.prompts)
-        extension = cost.completions(size, length, 2, longest - 1)
+        tokens = [cost.completions(1, length, 1, n - 1) for n in lengths.flatten().tolist()]
+        extension = sum(tokens)
         return vision, cost.prompt(size, length), extension, cost.per_head
 
     vision, prompt, extension, head = parts(student)
     every = Prefilled.of([batch], [prefill_of(student, batch)])
-    actual = step_flops(costs, [batch], mask, every, mask, "all")
+    actual = step_flops(costs, [batch], lengths, every, lengths, "all")
     student.train_only("language")
-    frozen = step_flops(costs, [batch], mask, every, mask, "none")
-    trained = 3 * (prompt + extension + head * valid) + extension + head * 4 * longest
+    frozen = step_flops(costs, [batch], lengths, every, lengths, "none")
+    trained = 3 * (prompt + extension + head * valid) + extension + head * valid
     assert frozen["student"] == pytest.approx(trained + vision)
     assert actual["student"] == pytest.approx(trained + 3 * vision)
     assert (frozen["recompute"], actual["recompute"]) == (0, pytest.approx(prompt + extension))
     vision, prompt, extension, head = parts(teacher)
     assert frozen["teacher"] == pytest.approx(vision + prompt + extension + head * valid)
-    references = step_flops({student: costs[student]}, [batch], None, every, mask, "none")
+    references = step_flops({student: costs[student]}, [batch], None, every, lengths, "none")
     assert references["teacher"] == 0 and references["student"] < frozen["student"]
 
 

@@ -288,7 +288,6 @@ def test_torchcodec_refuses_an_empty_video_where_it_is_usable(monkeypatch):
     check_backend("torchcodec")
 
 
-
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_broken_files(tmp_path, backend):
     whole = write_coded(tmp_path / "whole.mp4", 100, movflags="faststart").read_bytes()
