@@ -79,8 +79,6 @@ class Trainer:
             parts = config.engine, len(micro_batches(config))
             self.engine = ZeroEngine(self.student, config.optim, updates, *parts)
 
-    # The method, on micro-batches that are sampled together.
-
     def micro_steps(
         self, batches: list[PromptBatch], step: int, earlier: tuple[Loss, Rollouts] | None = None
     ) -> list[tuple[Loss, Rollouts]]:
