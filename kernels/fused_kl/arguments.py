@@ -4,12 +4,15 @@ result that the divergences return."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kl.tiles import Plan
+
+T = TypeVar("T")
+PerSide = T | tuple[T, T]  # for both models, or the student's and the teacher's
 
 
 class HeadInputs(NamedTuple):
@@ -47,6 +50,27 @@ class NeedsGrad(NamedTuple):
 
 NO_GRAD = NeedsGrad(False, False, False)
 
+Inputs = TypeVar("Inputs", "DivergenceInputs", "TokenInputs")
+
+
+def under_autocast(inputs: Inputs) -> Inputs:
+    """The inputs as torch's linear takes them: under autocast, hidden states, heads and biases in
+    its dtype, unless they are fp64."""
+    device_type = inputs[0].device.type
+    available = torch.amp.is_autocast_available(device_type)  # pyright: ignore[reportPrivateImportUsage]
+    if not available or not torch.is_autocast_enabled(device_type):
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = {
+        name: tensor.to(dtype)
+        for name, tensor in inputs._asdict().items()
+        if name.endswith(("hidden", "lm_head", "bias"))
+        and tensor is not None
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+    }
+    return inputs._replace(**cast)
+
 
 class DivergenceInputs(NamedTuple):
     """Tensors of a divergence between two models.
@@ -74,6 +98,10 @@ class DivergenceInputs(NamedTuple):
         return HeadInputs(self.teacher_hidden, self.teacher_lm_head, self.teacher_bias)
 
     @property
+    def sides(self) -> tuple[HeadInputs, HeadInputs]:
+        return self.student, self.teacher
+
+    @property
     def num_rows(self) -> int:
         return self.student_hidden.shape[0]
 
@@ -85,11 +113,14 @@ class DivergenceInputs(NamedTuple):
 
 class DivergenceOptions(NamedTuple):
     """Options of a divergence between two models, named as in `linear_reverse_kl` and
-    `topk_reverse_kl`."""
+    `topk_reverse_kl`; the first three are the student's."""
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    teacher_temperature: float = 1.0
+    teacher_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
     beta: float = 1.0
     estimator: str = "full"
     k: int = 0  # 0: the full vocabulary
@@ -101,8 +132,9 @@ class DivergenceOptions(NamedTuple):
     capacity: int = 0  # mode "sparse": columns of a support; 0: as many as needed
 
     @property
-    def logits(self) -> LogitOptions:
-        return LogitOptions(self.temperature, self.softcap, self.logit_scale)
+    def sides(self) -> tuple[LogitOptions, LogitOptions]:
+        """How the student's and the teacher's hidden states become logits."""
+        return LogitOptions(*self[:3]), LogitOptions(*self[3:6])
 
 
 class TokenInputs(NamedTuple):

@@ -144,19 +144,6 @@ def check_sparse(tolerance: float, capacity: int | None) -> None:
         raise ValueError(f"capacity is {capacity!r}, expected None or an integer >= 1")
 
 
-def check_clip(clip: float | None) -> None:
-    """None, or a number in (0, 1)."""
-    if clip is not None and not 0.0 < clip < 1.0:
-        raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
-
-
-def check_kl_coef(kl_coef: float, reference_logprobs: Tensor | None) -> None:
-    """A finite number of 0 or more, and 0 where there is no reference."""
-    check_coefficient("kl_coef", kl_coef)
-    if kl_coef > 0 and reference_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
-
-
 def check_coefficient(name: str, value: float) -> None:
     """A finite number of 0 or more."""
     if not (math.isfinite(value) and value >= 0):
@@ -247,7 +234,6 @@ def check_divergence(inputs: DivergenceInputs, options: DivergenceOptions, check
     _check_rows_and_columns(
         (num_rows, vocab), teacher_vocab, weights, inputs.token_ids, inputs.allowed_columns
     )
-    check_logit_options(options.logits)
     if check:
         check_finite(None, token_weights=weights)
         check_finite(

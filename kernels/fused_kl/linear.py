@@ -13,7 +13,9 @@ from fused_kl.arguments import (
     DivergenceOptions,
     LinearKLOutput,
     NeedsGrad,
+    PerSide,
     Support,
+    under_autocast,
 )
 from fused_kl.gradients import LossWithGradients
 from fused_kl.pair import plan_of
@@ -29,12 +31,12 @@ def linear_reverse_kl(
     token_weights: Tensor | None = None,
     token_ids: Tensor | None = None,
     allowed_columns: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: PerSide[float] = 1.0,
     beta: float = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: PerSide[float | None] = None,
+    logit_scale: PerSide[float] = 1.0,
     estimator: Literal["full", "sampled"] = "full",
     reduction: Literal["sum", "none"] = "sum",
     chunk_size: int | Literal["auto"] = "auto",
@@ -64,7 +66,8 @@ def linear_reverse_kl(
             log-probabilities under the student, at no further product.
         allowed_columns: `[V]` bool; other columns get probability 0 on both sides before
             normalisation.
-        temperature: divides both logits; the loss is not multiplied by its square.
+        temperature: divides both logits; the loss is not multiplied by its square. A pair has the
+            student's and the teacher's; so have `softcap` and `logit_scale`.
         beta: 1 is the reverse KL, 0 the forward KL KL(p_T || p_S), and between them
             beta KL(p_T || m) + (1 - beta) KL(p_S || m) with m = (1 - beta) p_S + beta p_T.
         student_bias: `[V]`, may require grad.
@@ -109,9 +112,7 @@ def linear_reverse_kl(
             "'lowmem'"
         )
     options = DivergenceOptions(
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        **_of_both(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         beta=float(beta),
         estimator=estimator,
         mode="lowmem" if reduction == "none" else "fast" if mode == "auto" else mode,
@@ -119,16 +120,18 @@ def linear_reverse_kl(
         tolerance=float(tolerance),
         capacity=capacity or 0,
     )
-    inputs = DivergenceInputs(
-        student_hidden,
-        student_lm_head,
-        student_bias,
-        teacher_hidden,
-        teacher_lm_head,
-        teacher_bias,
-        token_weights,
-        token_ids,
-        allowed_columns,
+    inputs = under_autocast(
+        DivergenceInputs(
+            student_hidden,
+            student_lm_head,
+            student_bias,
+            teacher_hidden,
+            teacher_lm_head,
+            teacher_bias,
+            token_weights,
+            token_ids,
+            allowed_columns,
+        )
     )
     checks.check_divergence(inputs, options, check)
     return _divergence(inputs, options, reduction)
@@ -146,11 +149,11 @@ def topk_reverse_kl(
     token_weights: Tensor | None = None,
     token_ids: Tensor | None = None,
     allowed_columns: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: PerSide[float] = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: PerSide[float | None] = None,
+    logit_scale: PerSide[float] = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
     check: bool = False,
 ) -> LinearKLOutput:
@@ -169,28 +172,41 @@ def topk_reverse_kl(
     """
     checks.check_choice("support", support, ("teacher", "student"))
     options = DivergenceOptions(
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        **_of_both(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         k=k,
         support=support,
         tail=tail,
         chunk_size=checks.chunk_rows(chunk_size),
     )
-    inputs = DivergenceInputs(
-        student_hidden,
-        student_lm_head,
-        student_bias,
-        teacher_hidden,
-        teacher_lm_head,
-        teacher_bias,
-        token_weights,
-        token_ids,
-        allowed_columns,
+    inputs = under_autocast(
+        DivergenceInputs(
+            student_hidden,
+            student_lm_head,
+            student_bias,
+            teacher_hidden,
+            teacher_lm_head,
+            teacher_bias,
+            token_weights,
+            token_ids,
+            allowed_columns,
+        )
     )
     checks.check_divergence(inputs, options, check)
     checks.check_k(k, inputs.num_columns)
     return _divergence(inputs, options, "sum")
+
+
+def _of_both(**logit_options: Any) -> dict[str, Any]:
+    """Options of the student's and the teacher's logits, from values for both or pairs."""
+    options = {}
+    for name, value in logit_options.items():
+        pair = value if isinstance(value, tuple) else (value, value)
+        if len(pair) != 2:
+            raise ValueError(f"{name} is {value}, expected a number or a pair of two")
+        for side in pair:
+            checks.check_positive(name, side)
+        options |= {name: pair[0], f"teacher_{name}": pair[1]}
+    return options
 
 
 def _divergence(

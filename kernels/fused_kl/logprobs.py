@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_kl import checks, head
-from fused_kl.arguments import NO_GRAD, LogitOptions, NeedsGrad, TokenInputs, TokenOptions
+from fused_kl.arguments import (
+    NO_GRAD,
+    LogitOptions,
+    NeedsGrad,
+    TokenInputs,
+    TokenOptions,
+    under_autocast,
+)
 from fused_kl.gradients import GradientSums, cast_to_inputs
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import TokenPass, plan_of
@@ -66,7 +73,7 @@ def linear_logprobs(
     Raises:
         ValueError: on a wrong shape, dtype, device or range.
     """
-    inputs = TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns)
+    inputs = under_autocast(TokenInputs(hidden, lm_head, bias, token_ids, allowed_columns))
     options = TokenOptions(
         LogitOptions(temperature, softcap, logit_scale), checks.chunk_rows(chunk_size)
     )
@@ -75,9 +82,7 @@ def linear_logprobs(
     plan = plan_of(inputs, options)
     in_forward = _gradients_in_forward(inputs, plan)
     function = _GradientsInForward if in_forward else _GradientsInBackward
-    logprobs, entropy = function.apply(
-        hidden, lm_head, bias, token_ids.long(), allowed_columns, options
-    )
+    logprobs, entropy = function.apply(*inputs.head, token_ids.long(), allowed_columns, options)
     return LinearLogprobsOutput(logprobs=logprobs, entropy=entropy, plan=plan)
 
 

@@ -21,8 +21,9 @@ def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: Ne
     itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
     half = head.multiplies_half(hidden, lm_head)
     extra_bytes = torch.bfloat16.itemsize if half else 0
-    if options.softcap is not None:
+    if options.softcap is not None or options.teacher_softcap is not None:
         extra_bytes += itemsize
+    tied = is_tied(inputs, options)
     # Number of rows whose teacher logits are as large as the head's gradient.
     head_itemsize = torch.bfloat16.itemsize if half else itemsize
     gradient_rows = lm_head.shape[1] * head_itemsize // itemsize
@@ -31,11 +32,34 @@ def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: Ne
         inputs.num_rows,
         inputs.num_columns,
         bytes_per_logit=2 * itemsize + extra_bytes,
-        freed_bytes=itemsize,
-        gradient_rows=gradient_rows if needs_grad.lm_head else 0,
+        freed_bytes=0 if tied else itemsize,
+        gradient_rows=gradient_rows if needs_grad.lm_head and not tied else 0,
         device_type=hidden.device.type,
         chunk_size=options.chunk_size,
     )
+
+
+def is_tied(inputs: DivergenceInputs, options: DivergenceOptions) -> bool:
+    """Whether both models have the same head, and turn its product into logits alike: then one
+    product has the logits of both."""
+    student, teacher = inputs.sides
+    rules, teacher_rules = options.sides
+    return (
+        options.mode != "sparse"
+        and rules == teacher_rules
+        and _is_same(student.lm_head, teacher.lm_head)
+        and student.hidden.dtype == teacher.hidden.dtype
+        and (student.bias is None) == (teacher.bias is None)
+        and (student.bias is None or teacher.bias is None or _is_same(student.bias, teacher.bias))
+    )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    if one.shape != other.shape or one.stride() != other.stride() or one.dtype != other.dtype:
+        return False
+    same_storage = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(same_storage and one.storage_offset() == other.storage_offset())
 
 
 class ModelPair:
@@ -57,12 +81,12 @@ class ModelPair:
         self.student, self.teacher = (
             HeadProjection(
                 side,
-                options.logits,
+                rules,
                 num_columns=self.num_columns,
                 active=self.active,
                 dtype=self.dtype,
             )
-            for side in (inputs.student, inputs.teacher)
+            for side, rules in zip(inputs.sides, options.sides, strict=True)
         )
         self.token_ids = None if inputs.token_ids is None else inputs.token_ids.long()
         if self.token_ids is not None and self.active is not None:
@@ -74,7 +98,10 @@ class ModelPair:
         self.programs = head.row_programs(self.weights)
         self.plan = plan_of(inputs, options, needs_grad)
         self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
-        self._student_logits = head.logit_buffer(self.weights, shape)
+        # With a tied head, the first rows are the student's and those after them the teacher's.
+        self.tied = is_tied(inputs, options)
+        size = (1 + self.tied) * shape[0], shape[1]
+        self._student_logits = head.logit_buffer(self.weights, size)
         self._teacher_logits: Tensor | None = None
         # Where products take bf16, the gradient of the logits is bf16, in a buffer of its own.
         self._logits_grad = None
@@ -98,12 +125,21 @@ class ModelPair:
     def project_student(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `project`, without the teacher."""
         num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-        s = self._student_logits[:num_rows, :num_columns]
-        hidden_rows = self.student.hidden_rows(rows)
-        return hidden_rows, s, self.student.project(hidden_rows, s, columns)
+        logits = self._student_logits[: (1 + self.tied) * num_rows, :num_columns]
+        hidden_rows = inputs = self.student.hidden_rows(rows)
+        if self.tied:
+            inputs = torch.cat([hidden_rows, self.teacher.hidden_rows(rows)])
+            self._teacher_logits = logits[num_rows:]
+        derivative = self.student.project(inputs, logits, columns)
+        if derivative is not None:
+            derivative = derivative[:num_rows]
+        return hidden_rows, logits[:num_rows], derivative
 
     def project_teacher(self, rows: slice | Tensor, columns: slice) -> Tensor:
-        """The teacher's logits."""
+        """The teacher's logits, after the student's."""
+        if self.tied:
+            assert self._teacher_logits is not None
+            return self._teacher_logits
         hidden_rows = self.teacher.hidden_rows(rows)
         if self._teacher_logits is None:
             self._teacher_logits = head.logit_buffer(self.weights, self._shape)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from fused_kl import checks
-from fused_kl.arguments import LogitOptions, NeedsGrad, TokenInputs, TokenOptions
+from fused_kl.arguments import (
+    LogitOptions,
+    NeedsGrad,
+    TokenInputs,
+    TokenOptions,
+    under_autocast,
+)
 from fused_kl.gradients import ComputedLoss, LossWithGradients
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import RowLoss, TokenPass
@@ -98,8 +104,11 @@ def linear_policy_loss(
     checks.check_rows(hidden.shape[0], **constants)
     checks.check_frozen("constants", **constants)
     checks.check_same_device("hidden", hidden, **constants)
-    checks.check_clip(clip)
-    checks.check_kl_coef(kl_coef, reference_logprobs)
+    if clip is not None and not 0.0 < clip < 1.0:
+        raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
+    checks.check_coefficient("kl_coef", kl_coef)
+    if kl_coef > 0 and reference_logprobs is None:
+        raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
     checks.check_coefficient("entropy_coef", entropy_coef)
 
     def row_loss(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +181,7 @@ def _token_loss(
     row_loss: RowLoss,
     entropy_coef: float = 0.0,
 ) -> LinearPolicyOutput:
+    inputs = under_autocast(inputs)
     checks.check_tokens(inputs, options.logits)
     checks.check_rows(inputs.num_rows, token_weights=token_weights)
     checks.check_frozen("constants", token_weights=token_weights)

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from fused_kl.arguments import PerSide
+
 
 def log_probs(
     hidden: Tensor,
@@ -84,12 +86,12 @@ def linear_reverse_kl(
     *,
     token_weights: Tensor | None = None,
     allowed_columns: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: PerSide[float] = 1.0,
     beta: float = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: PerSide[float | None] = None,
+    logit_scale: PerSide[float] = 1.0,
     k: int | None = None,
     support: str = "teacher",
     tail: bool = False,
@@ -101,20 +103,21 @@ def linear_reverse_kl(
     vocab = min(len(student_lm_head), len(teacher_lm_head))
     kept = _kept(token_weights, len(student_hidden))
     columns = None if allowed_columns is None else allowed_columns[:vocab]
+    of_logits = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     student, teacher = (
         log_probs(
             hidden[kept],
             lm_head[:vocab],
             allowed_columns=columns,
-            temperature=temperature,
             bias=None if bias is None else bias[:vocab],
-            softcap=softcap,
-            logit_scale=logit_scale,
             dtype=dtype,
+            **{name: x[side] if isinstance(x, tuple) else x for name, x in of_logits.items()},
         )
-        for hidden, lm_head, bias in (
-            (student_hidden, student_lm_head, student_bias),
-            (teacher_hidden, teacher_lm_head, teacher_bias),
+        for side, (hidden, lm_head, bias) in enumerate(
+            (
+                (student_hidden, student_lm_head, student_bias),
+                (teacher_hidden, teacher_lm_head, teacher_bias),
+            )
         )
     )
     if k is None:

@@ -26,6 +26,7 @@ from fused_kl.arguments import (
     DivergenceInputs,
     DivergenceOptions,
     HeadInputs,
+    LogitOptions,
     NeedsGrad,
     Support,
 )
@@ -58,7 +59,7 @@ def sparse(
         sums.hidden.zero_()  # rows that are not active may be in no part of a chunk
     left_out, bounds = pair.weights.new_zeros(2, pair.num_rows)
     columns, dense_rows = [], []
-    largest = _largest_logit(inputs.teacher, pair.teacher.slope, options)
+    largest = _largest_logit(inputs.teacher, pair.teacher.slope, options.sides[1])
     for rows, (every,) in pair.blocks():
         hidden_rows, s, derivative = pair.project_student(rows, every)
         chunk = _Chunk(pair, rows, hidden_rows, s, derivative, *_student_rows(pair, rows, s))
@@ -232,7 +233,7 @@ _NORMS: Any = WeakTensorKeyDictionary()  # of frozen heads: version, and a row's
 
 
 def _largest_logit(
-    inputs: HeadInputs, slope: float, options: DivergenceOptions
+    inputs: HeadInputs, slope: float, options: LogitOptions
 ) -> Callable[[Tensor], Tensor]:
     """A bound on the absolute value of the logits of hidden states `[n, H]`: `[n]`."""
     weight = inputs.lm_head
