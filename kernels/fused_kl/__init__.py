@@ -6,6 +6,8 @@ from fused_kl.logprobs import LinearLogprobsOutput, linear_logprobs
 from fused_kl.modules import LinearCrossEntropy, LinearPolicyLoss, LinearReverseKL, TopKReverseKL
 from fused_kl.policy import LinearPolicyOutput, linear_cross_entropy, linear_policy_loss
 
+__version__ = "0.2.0"
+
 __all__ = [
     "LinearCrossEntropy",
     "LinearKLOutput",
