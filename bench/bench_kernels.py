@@ -2,7 +2,11 @@
 provider (`bench.kernels.measure` says how); gradient errors against fp64; sizes of the kernels'
 pieces."""
 
+import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +119,22 @@ def test_sparse(benchmark: Any, name: str) -> None:
     benchmark.extra_info.update(info)
     print(f"\n{benchmark.name}", *(f"    {key}: {value}" for key, value in info.items()), sep="\n")
     assert SMOKE or max(errors) <= limit
+
+
+@pytest.mark.skipif(GPU, reason="two ranks on the cores of a CPU")
+def test_vocabulary_parallel(benchmark: Any, tmp_path: Path) -> None:
+    """Two ranks with half of the vocabulary each, by one process with all of it; a thread each."""
+    shape = (16, 2003, 32, 64) if SMOKE else (256, 151_936, 512, 1024)
+    out, rounds = tmp_path / "seconds.json", 1 if SMOKE else 7
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *launch, "-m", "bench.kernels.sharded", out, rounds, *shape]
+    benchmark.pedantic(subprocess.run, (list(map(str, command)),), {"check": True}, rounds=1)
+    found = json.loads(out.read_text())
+    seconds = ratio(found["sharded"], found["alone"]) | {"better": "lower", "target": 0.6}
+    benchmark.extra_info.update({"sharded / alone": seconds, "gradient_error": found["error"]})
+    print(f"\nvocabulary-parallel by one process: {seconds}, error {found['error']:.1e}")
+    assert found["error"] < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

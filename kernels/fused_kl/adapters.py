@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fused_kl.linear import linear_reverse_kl
 from fused_kl.policy import linear_cross_entropy
+
+
+def _whole(weight: Tensor | None, hidden: Tensor) -> Any:
+    """A weight that FSDP2 shards (a DTensor), gathered and in the dtype of the hidden states; any
+    other as it is."""
+    return weight.full_tensor().to(hidden.dtype) if isinstance(weight, DTensor) else weight
 
 
 def _mean_weights(labels: Tensor | None, hidden: Tensor, ignore_index: int) -> Tensor:
@@ -146,7 +153,9 @@ def chunked_divergence_loss(
     """Loss, sum of the student's entropies and number of valid tokens, from hidden states
     `[B, K, H]` and a mask `[B, K]`.
 
-    The loss is the mean over valid tokens, or the sum divided by `num_items_in_batch`.
+    The loss is the mean over valid tokens, or the sum divided by `num_items_in_batch`. Weights that
+    FSDP2 shards are gathered first, as in TRL. Under ZeRO-3 an untied head must be gathered around
+    the call (`deepspeed.zero.GatheredParameters`), which TRL does inside of its own loss.
     """
     valid = completion_mask.reshape(-1) != 0
     # Only valid tokens are projected, as in TRL; on a GPU the host waits for their number.
@@ -154,17 +163,21 @@ def chunked_divergence_loss(
         states.reshape(-1, states.shape[-1])[valid]
         for states in (student_hidden_states, teacher_hidden_states.detach())
     )
+    student_weights = student_lm_head_weight, student_lm_head_bias
+    student_head, student_bias = (_whole(weight, student_hidden) for weight in student_weights)
+    teacher_weights = teacher_lm_head_weight, teacher_lm_head_bias
+    teacher_head, teacher_bias = (_whole(weight, teacher_hidden) for weight in teacher_weights)
     num_valid = valid.sum()
     count = num_valid.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
     out = linear_reverse_kl(
         student_hidden,
-        student_lm_head_weight,
+        student_head,
         teacher_hidden,
-        teacher_lm_head_weight.detach(),
+        teacher_head.detach(),
         temperature=temperature,
         beta=beta,
-        student_bias=student_lm_head_bias,
-        teacher_bias=None if teacher_lm_head_bias is None else teacher_lm_head_bias.detach(),
+        student_bias=student_bias,
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
         softcap=(student_final_logit_softcapping, teacher_final_logit_softcapping),
         logit_scale=(student_logit_scale, teacher_logit_scale),
     )

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fused_kl.rows import Banned, chosen_logits
 from fused_kl.tiles import Plan
 
 T = TypeVar("T")
@@ -159,11 +161,43 @@ class TokenInputs(NamedTuple):
         return self.lm_head.shape[0]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a vocabulary: `columns` columns, from `first` on."""
+
+    group: dist.ProcessGroup
+    first: int
+    columns: int
+    total: int  # columns of all ranks
+    widest: int  # columns of the rank with the most
+
+    def gather(self, states: Tensor) -> Tensor:
+        """The states `[k, n]` of all ranks, `[ranks, k, n]`."""
+        every = states.new_empty(dist.get_world_size(self.group), *states.shape)
+        dist.all_gather([*every], states.contiguous(), group=self.group)
+        return every
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up the values of all ranks, in place."""
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def places(self, token_ids: Tensor) -> Tensor:
+        """The column of each token among this rank's, or -1 where another rank has it."""
+        place = token_ids - self.first
+        return place.masked_fill((place < 0) | (place >= self.columns), -1)
+
+    def chosen(self, logits: Tensor, places: Tensor, banned: Banned | None) -> Tensor:
+        """The logits `[n]` of the tokens at `places`, or 0 where another rank has them."""
+        return chosen_logits(logits, places.clamp_min(0), banned).masked_fill(places < 0, 0)
+
+
 class TokenOptions(NamedTuple):
     """Options that the losses of given tokens share."""
 
     logits: LogitOptions
     chunk_size: int  # 0: "auto"
+    shard: Shard | None = None  # this rank's part of the vocabulary
 
 
 class Support(NamedTuple):

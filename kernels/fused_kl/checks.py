@@ -89,8 +89,11 @@ def check_rows(num_rows: int, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float dtype or bool")
 
 
-def check_columns(allowed_columns: Tensor | None, vocab: int, used: int) -> None:
-    """allowed_columns [V] bool, with at least one True among the first `used` columns."""
+def check_columns(
+    allowed_columns: Tensor | None, vocab: int, used: int, *, sharded: bool = False
+) -> None:
+    """allowed_columns [V] bool, with at least one True among the first `used` columns, or
+    `sharded` among those of all ranks."""
     if allowed_columns is None:
         return
     if allowed_columns.shape != (vocab,):
@@ -98,7 +101,7 @@ def check_columns(allowed_columns: Tensor | None, vocab: int, used: int) -> None
     if allowed_columns.dtype != torch.bool:
         raise ValueError(f"allowed_columns has dtype {allowed_columns.dtype}, expected bool")
     # Only on the CPU: elsewhere the host would wait, and the loss becomes NaN instead.
-    if allowed_columns.device.type != "cpu" or torch.compiler.is_compiling():
+    if sharded or allowed_columns.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if not allowed_columns[:used].any():
         raise ValueError("allowed_columns allows no column, expected at least one True")
@@ -162,12 +165,6 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name} is {value}, expected a finite number > 0")
 
 
-def check_k(k: int, num_columns: int) -> None:
-    """An integer between 1 and the number of columns."""
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= num_columns:
-        raise ValueError(f"k is {k!r}, expected an integer in [1, {num_columns}]")
-
-
 def chunk_rows(chunk_size: int | str) -> int:
     """The number of rows of a chunk, 0 for 'auto'."""
     if isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1:
@@ -199,6 +196,8 @@ def _check_rows_and_columns(
     token_weights: Tensor | None,
     token_ids: Tensor | None,
     allowed_columns: Tensor | None,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Arguments of a divergence that describe its rows and columns, `shape` [N, V] of the
     student."""
@@ -206,14 +205,18 @@ def _check_rows_and_columns(
     num_columns = min(vocab, teacher_vocab)
     check_frozen("constants", token_weights=token_weights)
     check_rows(num_rows, token_weights=token_weights)
-    check_columns(allowed_columns, vocab, num_columns)
+    check_columns(allowed_columns, vocab, num_columns, sharded=sharded)
     if token_ids is not None:
         check_token_ids(token_ids, num_rows)
-        check_token_range(token_ids, num_columns, token_weights)
+        if not sharded:
+            check_token_range(token_ids, num_columns, token_weights)
 
 
-def check_divergence(inputs: DivergenceInputs, options: DivergenceOptions, check: bool) -> None:
-    """All arguments of a divergence between two models; with `check` also their values."""
+def check_divergence(
+    inputs: DivergenceInputs, options: DivergenceOptions, check: bool, *, sharded: bool = False
+) -> None:
+    """All arguments of a divergence between two models; with `check` also their values. `sharded`
+    are those of one rank of a group."""
     check_head(inputs.student, "student_")
     check_head(inputs.teacher, "teacher_")
     num_rows, vocab = inputs.num_rows, inputs.student_lm_head.shape[0]
@@ -231,8 +234,17 @@ def check_divergence(inputs: DivergenceInputs, options: DivergenceOptions, check
     check_same_device("student_hidden", inputs.student_hidden, **inputs._asdict())
     weights = inputs.token_weights
     teacher_vocab = inputs.teacher_lm_head.shape[0]
+    if sharded and teacher_vocab != vocab:
+        raise ValueError(
+            f"teacher_lm_head has {teacher_vocab} rows, expected {vocab} as the student"
+        )
     _check_rows_and_columns(
-        (num_rows, vocab), teacher_vocab, weights, inputs.token_ids, inputs.allowed_columns
+        (num_rows, vocab),
+        teacher_vocab,
+        weights,
+        inputs.token_ids,
+        inputs.allowed_columns,
+        sharded=sharded,
     )
     if check:
         check_finite(None, token_weights=weights)
@@ -247,7 +259,7 @@ def check_divergence(inputs: DivergenceInputs, options: DivergenceOptions, check
         )
 
 
-def check_tokens(inputs: TokenInputs, options: LogitOptions) -> None:
+def check_tokens(inputs: TokenInputs, options: LogitOptions, *, sharded: bool = False) -> None:
     """Arguments that the losses of given tokens share, except for the range of the ids, which does
     not matter in rows of weight 0."""
     check_head(inputs.head)
@@ -260,7 +272,8 @@ def check_tokens(inputs: TokenInputs, options: LogitOptions) -> None:
         bias=inputs.bias,
     )
     check_token_ids(inputs.token_ids, inputs.num_rows)
-    check_columns(inputs.allowed_columns, inputs.num_columns, inputs.num_columns)
+    vocab = inputs.num_columns
+    check_columns(inputs.allowed_columns, vocab, vocab, sharded=sharded)
     check_logit_options(options)
 
 

@@ -13,21 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_kl.arguments import NO_GRAD, DivergenceInputs, DivergenceOptions, NeedsGrad
+from fused_kl.arguments import NO_GRAD, DivergenceInputs, DivergenceOptions, NeedsGrad, Shard
 from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
 from fused_kl.head import keep_active
 from fused_kl.pair import ModelPair
-from fused_kl.rows import Norms, as_logprobs, chosen_logits
+from fused_kl.rows import Norms, TokenNorms, as_logprobs, chosen_logits, merge_tokens
 from fused_kl.torch_rows import topk_rows_
 
 
 @torch.no_grad()
 def fast(
-    inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
+    inputs: DivergenceInputs,
+    options: DivergenceOptions,
+    needs_grad: NeedsGrad,
+    shard: Shard | None = None,
 ) -> ComputedLoss:
     """The weighted sum and its gradients; the details are, per row, the divergence, the entropies
     of student and teacher and, with `token_ids`, the student's log-probabilities."""
-    pair = ModelPair(inputs, options, needs_grad)
+    pair = ModelPair(inputs, options, needs_grad, shard)
     stats, sums = pair.new_stats(), pair.gradient_sums()
     for rows, (columns,) in pair.blocks():
         values = add_rows(pair, sums, rows, *pair.project_student(rows, columns))
@@ -48,7 +51,8 @@ def add_rows(
     columns = slice(0, pair.num_columns)
     t = pair.project_teacher(rows, columns)
     grad = pair.grad_of(s) if any(pair.needs_grad) else None
-    values = _fast_rows(pair, rows, s, t, pair.scales[rows], grad)
+    of_rows = _fast_rows if pair.shard is None else _sharded_rows
+    values = of_rows(pair, rows, s, t, pair.scales[rows], grad)
     del t
     pair.free_teacher()
     if grad is not None:
@@ -113,6 +117,48 @@ def _sampled_rows(
     return [log_ratio(slice(None), logprobs), *details]
 
 
+def _sharded_rows(
+    pair: ModelPair, rows: slice | Tensor, s: Tensor, t: Tensor, scale: Tensor, grad: Tensor | None
+) -> list[Tensor]:
+    """As `_fast_rows`, of this rank's columns, with the statistics of all ranks."""
+    shard, programs, banned, beta = pair.shard, pair.programs, pair.banned, pair.options.beta
+    assert shard is not None
+    states = programs.divergence_statistics(s, t, banned=banned)
+    places, chosen = None, []
+    if pair.token_ids is not None:
+        places = shard.places(pair.token_ids[rows])
+        chosen = [shard.chosen(logits, places, banned) for logits in (s, t)]
+    states, chosen = pair.everywhere(states, *chosen)
+    summary = programs.summarise(states)
+    norms, details = summary.norms, [summary.student_entropy, summary.teacher_entropy]
+    if chosen:
+        logprobs = as_logprobs(chosen[0] - norms.student_max - norms.student_log_sum)
+        teacher_logprobs = as_logprobs(chosen[1] - norms.teacher_max - norms.teacher_log_sum)
+        details.append(logprobs)
+        if pair.options.estimator == "sampled":
+            ratio = torch.where(logprobs.isneginf(), 0, logprobs - teacher_logprobs)
+            if grad is not None:
+                assert places is not None
+                of_tokens = merge_tokens(programs.token_statistics(s, places, banned=banned))
+                every = TokenNorms.of(merge_tokens(shard.gather(of_tokens)))
+                rules = {"banned": banned, "scale": scale * ratio, "grad": grad}
+                programs.token_gradient_(s, places, every, **rules)
+            return [ratio, summary.reverse_kl, *details]
+    student_part = norms.mean
+    if beta in (0.0, 1.0):
+        value = summary.reverse_kl if beta else summary.forward_kl
+    else:
+        # They may overwrite the logits, which the gradient needs.
+        logits = (s, t) if grad is None else (s.clone(), t.clone())
+        parts = shard.sum_(programs.jsd_parts(*logits, norms, beta=beta, banned=banned))
+        student_part = parts[1]
+        value = (beta * parts[0] + (1 - beta) * student_part).clamp_min(0)
+    if grad is not None:
+        rules = {"beta": beta, "student_part": student_part, "banned": banned, "scale": scale}
+        programs.divergence_gradient_(s, t, norms, **rules, grad=grad)
+    return [value, value, *details]
+
+
 class RowDivergences(NamedTuple):
     """Result of lowmem's forward, `[N]` each; `student_logprobs` is empty without `token_ids`.
 
@@ -126,32 +172,39 @@ class RowDivergences(NamedTuple):
     saved: Tensor
 
 
-def lowmem(inputs: DivergenceInputs, options: DivergenceOptions) -> RowDivergences:
+def lowmem(
+    inputs: DivergenceInputs, options: DivergenceOptions, shard: Shard | None = None
+) -> RowDivergences:
     """Statistics from all tiles, and for the JSD its value from all tiles again; only numbers per
     row are kept."""
-    pair = ModelPair(inputs, options, NO_GRAD)
+    pair = ModelPair(inputs, options, NO_GRAD, shard)
     new_empty = pair.weights.new_empty
     kl, student_entropy, teacher_entropy = (new_empty(pair.num_rows) for _ in range(3))
     logprobs = new_empty(0 if pair.token_ids is None else pair.num_rows)
     saved = pair.weights.new_zeros(6, pair.num_rows)
     for rows, tiles in pair.blocks():
-        states, chosen = [], None
+        states, chosen, ids = [], [], None
+        if pair.token_ids is not None:
+            ids = pair.token_ids[rows]
+            ids = ids if shard is None else shard.places(ids)
+            chosen = [pair.weights.new_zeros(len(ids))]
         for columns in tiles:
             _, s, t, _ = pair.project(rows, columns)
             banned = pair.banned_at(columns)
             states.append(pair.programs.divergence_statistics(s, t, banned=banned))
-            if pair.token_ids is not None:
-                place = pair.token_ids[rows] - columns.start
+            if ids is not None:
+                place = ids - columns.start
                 here = chosen_logits(s, place.clamp(0, s.shape[1] - 1), banned)
-                inside = (place >= 0) & (place < s.shape[1])
-                chosen = here if chosen is None else torch.where(inside, here, chosen)
-        summary = pair.programs.summarise(torch.cat(states))
+                inside = (ids >= 0) & (place >= 0) & (place < s.shape[1])
+                chosen[0] = torch.where(inside, here, chosen[0])
+        every, chosen = pair.everywhere(torch.cat(states), *chosen)
+        summary = pair.programs.summarise(every)
         norms = summary.norms
         saved[:5, rows] = torch.stack(norms)
         student_entropy[rows] = summary.student_entropy
         teacher_entropy[rows] = summary.teacher_entropy
-        if chosen is not None:
-            logprobs[rows] = as_logprobs(chosen - norms.student_max - norms.student_log_sum)
+        if chosen:
+            logprobs[rows] = as_logprobs(chosen[0] - norms.student_max - norms.student_log_sum)
         if options.beta == 1.0:
             kl[rows] = summary.reverse_kl
         elif options.beta == 0.0:
@@ -162,6 +215,7 @@ def lowmem(inputs: DivergenceInputs, options: DivergenceOptions) -> RowDivergenc
                 _, s, t, _ = pair.project(rows, columns)
                 banned = pair.banned_at(columns)
                 parts += pair.programs.jsd_parts(s, t, norms, beta=options.beta, banned=banned)
+            parts = parts if shard is None else shard.sum_(parts)
             saved[5, rows] = parts[1]
             kl[rows] = (options.beta * parts[0] + (1 - options.beta) * parts[1]).clamp_min(0)
     if pair.token_ids is not None:
@@ -178,9 +232,10 @@ def lowmem_gradients(
     needs_grad: NeedsGrad,
     saved: Tensor,
     grad_kl: Tensor,
+    shard: Shard | None = None,
 ) -> HeadGradients:
     """Gradients of sum_n grad_kl_n token_kl_n, `grad_kl` `[N]`, from every tile once more."""
-    pair = ModelPair(inputs, options, needs_grad)
+    pair = ModelPair(inputs, options, needs_grad, shard)
     sums = pair.gradient_sums()
     scales = keep_active(grad_kl.to(pair.dtype) * pair.student.slope, pair.active)
     for rows, tiles in pair.blocks():
@@ -201,4 +256,4 @@ def lowmem_gradients(
             if derivative is not None:
                 grad.mul_(derivative)
             sums.add(rows, columns, hidden_rows, grad)
-    return sums.take()
+    return pair.gradients(sums)

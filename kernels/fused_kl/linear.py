@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fused_kl import checks, divergence, ops
 from fused_kl.arguments import (
@@ -14,11 +15,13 @@ from fused_kl.arguments import (
     LinearKLOutput,
     NeedsGrad,
     PerSide,
+    Shard,
     Support,
     under_autocast,
 )
 from fused_kl.gradients import LossWithGradients
 from fused_kl.pair import plan_of
+from fused_kl.sharded import agree, counted
 from fused_kl.sparse import sparse
 
 
@@ -43,6 +46,7 @@ def linear_reverse_kl(
     mode: Literal["auto", "fast", "lowmem", "sparse"] = "auto",
     tolerance: float = 1e-4,
     capacity: int | None = None,
+    group: ProcessGroup | None = None,
     check: bool = False,
 ) -> LinearKLOutput:
     """loss = sum_n w_n KL(p_S || p_T)_n, p = softmax((hidden @ lm_head.T + bias) / temperature).
@@ -84,10 +88,15 @@ def linear_reverse_kl(
             0 is mode "fast".
         capacity: of mode "sparse": the number of columns of each chunk, whatever they leave out;
             None is as many as `tolerance` needs, or on a GPU a sixteenth of the vocabulary.
+        group: process group whose ranks divide the vocabulary in their order: heads, biases and
+            `allowed_columns` are this rank's part, as many columns of both models; everything else
+            is the same on all ranks, `token_ids` of the whole vocabulary among it. Padding is not
+            allowed. The hidden states' gradient is complete on every rank. Not in mode "sparse".
         check: look for NaN and inf in the inputs first; on a GPU the host waits for the answer.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or range, or a teacher that requires grad.
+        ValueError: on a wrong shape, dtype, device or range, or a teacher that requires grad; on
+            all ranks of a group that do not agree.
         RuntimeError: on a second backward.
 
     Source: the generalised JSD of GKD (arXiv 2306.13649), with beta as in TRL and Liger-Kernel; the
@@ -133,6 +142,8 @@ def linear_reverse_kl(
             allowed_columns,
         )
     )
+    if group is not None:
+        return _sharded(inputs, options, reduction, group, check)
     checks.check_divergence(inputs, options, check)
     return _divergence(inputs, options, reduction)
 
@@ -192,7 +203,8 @@ def topk_reverse_kl(
         )
     )
     checks.check_divergence(inputs, options, check)
-    checks.check_k(k, inputs.num_columns)
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= inputs.num_columns:
+        raise ValueError(f"k is {k!r}, expected an integer in [1, {inputs.num_columns}]")
     return _divergence(inputs, options, "sum")
 
 
@@ -210,12 +222,18 @@ def _of_both(**logit_options: Any) -> dict[str, Any]:
 
 
 def _divergence(
-    inputs: DivergenceInputs, options: DivergenceOptions, reduction: str
+    inputs: DivergenceInputs,
+    options: DivergenceOptions,
+    reduction: str,
+    shard: Shard | None = None,
 ) -> LinearKLOutput:
     needs_grad = NeedsGrad.of(inputs.student)
     num_details, support = 3 + (inputs.token_ids is not None), None
     if options.mode == "lowmem":
-        token_kl, *others = ops.lowmem(*inputs, *options)
+        if shard is None:
+            token_kl, *others = ops.lowmem(*inputs, *options)
+        else:
+            token_kl, *others = ops.ShardedLowmem.apply(*inputs.student, inputs, options, shard)
         details = [token_kl, *others][:num_details]
         loss = token_kl
         if inputs.token_weights is not None:
@@ -228,7 +246,7 @@ def _divergence(
         loss, *results = ops.fast(*inputs, *options, *needs_grad)
         details = results[:num_details]
     else:
-        computed = divergence.fast(inputs, options, needs_grad)
+        computed = divergence.fast(inputs, options, needs_grad, shard)
         loss, *details = LossWithGradients.apply(computed, *inputs.student)
     token_kl, student_entropy, teacher_entropy, *logprobs = (value.detach() for value in details)
     return LinearKLOutput(
@@ -237,7 +255,7 @@ def _divergence(
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
         student_logprobs=logprobs[0] if logprobs else None,
-        plan=plan_of(inputs, options, needs_grad),
+        plan=plan_of(inputs, options, needs_grad, shard),
         support=support,
     )
 
@@ -253,3 +271,26 @@ def _sparse_loss(
 
 # Sizes depend on data, so that torch.compile breaks the graph here.
 _sparse: Any = torch.compiler.disable(_sparse_loss)
+
+
+def _sharded_divergence(
+    inputs: DivergenceInputs,
+    options: DivergenceOptions,
+    reduction: str,
+    group: ProcessGroup,
+    check: bool,
+) -> LinearKLOutput:
+    if options.mode == "sparse":
+        raise ValueError("mode is 'sparse', expected 'fast' or 'lowmem' with a group")
+    shard = agree(
+        group,
+        {"student_": inputs.student, "teacher_": inputs.teacher},
+        inputs.allowed_columns,
+        counted(inputs.token_ids, inputs.token_weights),
+        (options, reduction),
+        lambda: checks.check_divergence(inputs, options, check, sharded=True),
+    )
+    return _divergence(inputs, options, reduction, shard)
+
+
+_sharded: Any = torch.compiler.disable(_sharded_divergence)

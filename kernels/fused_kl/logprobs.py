@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from fused_kl import checks, head
 from fused_kl.arguments import (
@@ -19,6 +20,7 @@ from fused_kl.arguments import (
     under_autocast,
 )
 from fused_kl.gradients import GradientSums, cast_to_inputs
+from fused_kl.sharded import checked_tokens
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import TokenPass, plan_of
 
@@ -50,6 +52,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
+    group: ProcessGroup | None = None,
 ) -> LinearLogprobsOutput:
     """logprobs_n = log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
@@ -69,6 +72,8 @@ def linear_logprobs(
         softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
         logit_scale: multiplies the logits, before softcap and temperature.
         chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
+        group: process group whose ranks divide the vocabulary in their order, as in
+            `linear_reverse_kl`; `token_ids` are those of the whole vocabulary.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range.
@@ -77,8 +82,7 @@ def linear_logprobs(
     options = TokenOptions(
         LogitOptions(temperature, softcap, logit_scale), checks.chunk_rows(chunk_size)
     )
-    checks.check_tokens(inputs, options.logits)
-    checks.check_token_range(token_ids, inputs.num_columns)
+    options = checked_tokens(inputs, options, group)
     plan = plan_of(inputs, options)
     in_forward = _gradients_in_forward(inputs, plan)
     function = _GradientsInForward if in_forward else _GradientsInBackward

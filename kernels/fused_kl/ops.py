@@ -12,9 +12,10 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused_kl import divergence
-from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad, Shard
 from fused_kl.divergence import RowDivergences
 from fused_kl.gradients import HeadGradients, cast_to_inputs
 from fused_kl.head import compute_dtype
@@ -162,3 +163,32 @@ def _backward_lowmem(ctx, grad_kl, *_):
 
 
 lowmem.register_autograd(_backward_lowmem, setup_context=_save_lowmem)
+
+
+class ShardedLowmem(torch.autograd.Function):
+    """`lowmem` of a part of the vocabulary: not an op, because a group is no argument of one."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any,
+        hidden: Tensor,
+        lm_head: Tensor,
+        bias: Tensor | None,
+        inputs: DivergenceInputs,
+        options: DivergenceOptions,
+        shard: Shard,
+    ):
+        results = divergence.lowmem(inputs, options, shard)
+        ctx.save_for_backward(*inputs, results.saved)
+        ctx.options, ctx.shard = options, shard
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor, *_: Any):  # pyright: ignore
+        *tensors, saved = ctx.saved_tensors
+        inputs, needs_grad = DivergenceInputs(*tensors), NeedsGrad(*ctx.needs_input_grad[:3])
+        rows = saved, grad_kl, ctx.shard
+        gradients = divergence.lowmem_gradients(inputs, ctx.options, needs_grad, *rows)
+        return *cast_to_inputs(gradients, inputs.student), None, None, None

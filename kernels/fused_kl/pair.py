@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from fused_kl import head
-from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad
-from fused_kl.gradients import ComputedLoss, GradientSums
+from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad, Shard
+from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
 from fused_kl.head import HeadProjection
-from fused_kl.rows import Banned
+from fused_kl.rows import Banned, merge
 from fused_kl.tiles import Plan, make_plan, slices
 
 
-def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad) -> Plan:
-    """The blocks of rows and columns in which a divergence is computed."""
+def plan_of(
+    inputs: DivergenceInputs,
+    options: DivergenceOptions,
+    needs_grad: NeedsGrad,
+    shard: Shard | None = None,
+) -> Plan:
+    """The blocks of rows and columns in which a divergence is computed; all ranks of a group have
+    the same rows."""
     hidden, lm_head, _ = inputs.student
     itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
     half = head.multiplies_half(hidden, lm_head)
@@ -30,7 +36,7 @@ def plan_of(inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: Ne
     return make_plan(
         options.mode,
         inputs.num_rows,
-        inputs.num_columns,
+        inputs.num_columns if shard is None else shard.widest,
         bytes_per_logit=2 * itemsize + extra_bytes,
         freed_bytes=0 if tied else itemsize,
         gradient_rows=gradient_rows if needs_grad.lm_head and not tied else 0,
@@ -66,9 +72,14 @@ class ModelPair:
     """Student and teacher, and the buffers that hold their logits of one block."""
 
     def __init__(
-        self, inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
+        self,
+        inputs: DivergenceInputs,
+        options: DivergenceOptions,
+        needs_grad: NeedsGrad,
+        shard: Shard | None = None,
     ) -> None:
         self.inputs, self.options, self.needs_grad = inputs, options, needs_grad
+        self.shard = shard
         self.num_rows, self.num_columns = inputs.num_rows, inputs.num_columns
         self.dtype = head.compute_dtype(*inputs.student, *inputs.teacher)
         weights = inputs.token_weights
@@ -92,11 +103,12 @@ class ModelPair:
         if self.token_ids is not None and self.active is not None:
             self.token_ids = self.token_ids * self.active
         allowed = inputs.allowed_columns
-        self.banned = (
-            None if allowed is None else Banned.outside(allowed[: self.num_columns], self.dtype)
-        )
+        self.banned = None
+        if allowed is not None:
+            allowed = allowed[: self.num_columns]
+            self.banned = Banned.outside(allowed, self.dtype, part=shard is not None)
         self.programs = head.row_programs(self.weights)
-        self.plan = plan_of(inputs, options, needs_grad)
+        self.plan = plan_of(inputs, options, needs_grad, shard)
         self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
         # With a tied head, the first rows are the student's and those after them the teacher's.
         self.tied = is_tied(inputs, options)
@@ -178,4 +190,25 @@ class ModelPair:
         if self.active is not None:
             stats.masked_fill_(~self.active, 0)
         losses, *details = stats.unbind()
-        return ComputedLoss((self.weights * losses).sum(), tuple(details), sums.take())
+        return ComputedLoss((self.weights * losses).sum(), tuple(details), self.gradients(sums))
+
+    def gradients(self, sums: GradientSums) -> HeadGradients:
+        """The gradients, once every block is in them."""
+        gradients = sums.take()
+        if self.shard is not None and gradients[0] is not None:
+            self.shard.sum_(gradients[0])
+        return gradients
+
+    def everywhere(self, states: Tensor, *chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """States of the whole vocabulary, and the logits of tokens, from those of its parts.
+
+        Args:
+            states: `[parts, k, n]` of this rank's columns.
+            chosen: `[n]` each, 0 where another rank has the token.
+        """
+        if self.shard is None:
+            return states, list(chosen)
+        state = states[0] if len(states) == 1 else merge(states)
+        every = self.shard.gather(torch.stack((*state, *chosen)))
+        fields = len(state)
+        return every[:, :fields].contiguous(), [*every[:, fields:].sum(0)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fused_kl import checks
 from fused_kl.arguments import (
@@ -17,6 +19,7 @@ from fused_kl.arguments import (
     under_autocast,
 )
 from fused_kl.gradients import ComputedLoss, LossWithGradients
+from fused_kl.sharded import checked_tokens
 from fused_kl.tiles import Plan
 from fused_kl.token_pass import RowLoss, TokenPass
 
@@ -58,6 +61,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
+    group: ProcessGroup | None = None,
 ) -> LinearPolicyOutput:
     """loss = -sum_n w_n min(rho_n A_n, clip(rho_n, 1-c, 1+c) A_n), rho = exp(logprob - old).
 
@@ -89,6 +93,8 @@ def linear_policy_loss(
         softcap: c > 0 replaces the logits z by c tanh(z / c), before the temperature.
         logit_scale: multiplies the logits, before softcap and temperature.
         chunk_size: tokens at once; "auto" keeps to a memory budget (`fused_kl.tiles`).
+        group: process group whose ranks divide the vocabulary in their order, as in
+            `linear_reverse_kl`; `token_ids` are those of the whole vocabulary.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or range, or a constant that requires grad.
@@ -101,15 +107,17 @@ def linear_policy_loss(
         "old_logprobs": old_logprobs,
         "reference_logprobs": reference_logprobs,
     }
-    checks.check_rows(hidden.shape[0], **constants)
-    checks.check_frozen("constants", **constants)
-    checks.check_same_device("hidden", hidden, **constants)
-    if clip is not None and not 0.0 < clip < 1.0:
-        raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
-    checks.check_coefficient("kl_coef", kl_coef)
-    if kl_coef > 0 and reference_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
-    checks.check_coefficient("entropy_coef", entropy_coef)
+
+    def check() -> None:
+        checks.check_rows(hidden.shape[0], **constants)
+        checks.check_frozen("constants", **constants)
+        checks.check_same_device("hidden", hidden, **constants)
+        if clip is not None and not 0.0 < clip < 1.0:
+            raise ValueError(f"clip is {clip}, expected None or a number in (0, 1)")
+        checks.check_coefficient("kl_coef", kl_coef)
+        if kl_coef > 0 and reference_logprobs is None:
+            raise ValueError(f"kl_coef is {kl_coef} without reference_logprobs, expected both")
+        checks.check_coefficient("entropy_coef", entropy_coef)
 
     def row_loss(rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         advantage = advantages[rows].to(logprobs.dtype)
@@ -138,6 +146,8 @@ def linear_policy_loss(
         token_weights,
         row_loss,
         entropy_coef,
+        group=group,
+        check=check,
     )
 
 
@@ -153,6 +163,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | Literal["auto"] = "auto",
+    group: ProcessGroup | None = None,
 ) -> LinearPolicyOutput:
     """loss = -sum_n w_n log softmax((hidden_n @ lm_head.T + bias) / temperature)[token_ids_n].
 
@@ -170,6 +181,7 @@ def linear_cross_entropy(
         ),
         token_weights,
         row_loss,
+        group=group,
     )
 
 
@@ -180,13 +192,19 @@ def _token_loss(
     token_weights: Tensor | None,
     row_loss: RowLoss,
     entropy_coef: float = 0.0,
+    *,
+    group: ProcessGroup | None,
+    check: Callable[[], None] = lambda: None,
 ) -> LinearPolicyOutput:
     inputs = under_autocast(inputs)
-    checks.check_tokens(inputs, options.logits)
-    checks.check_rows(inputs.num_rows, token_weights=token_weights)
-    checks.check_frozen("constants", token_weights=token_weights)
-    checks.check_same_device("hidden", inputs.hidden, token_weights=token_weights)
-    checks.check_token_range(inputs.token_ids, inputs.num_columns, token_weights)
+
+    def check_weights() -> None:
+        check()
+        checks.check_rows(inputs.num_rows, token_weights=token_weights)
+        checks.check_frozen("constants", token_weights=token_weights)
+        checks.check_same_device("hidden", inputs.hidden, token_weights=token_weights)
+
+    options = checked_tokens(inputs, options, group, token_weights, check_weights)
     token_ids, active, masked = inputs.token_ids.long(), None, None
     if token_weights is not None:
         active, masked = token_weights != 0, token_weights == 0

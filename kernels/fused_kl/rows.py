@@ -29,14 +29,17 @@ class Banned(NamedTuple):
     value: Tensor  # 0-dim
 
     @staticmethod
-    def outside(allowed_columns: Tensor, dtype: torch.dtype) -> Banned:
+    def outside(allowed_columns: Tensor, dtype: torch.dtype, *, part: bool = False) -> Banned:
         """Ban every column that is not allowed.
 
-        If no column is allowed, the value is NaN, so that the mistake shows in the loss.
+        If no column is allowed, the value is NaN, so that the mistake shows in the loss, unless
+        these columns are a part of the vocabulary.
         """
         columns = ~allowed_columns
         value = torch.full((), FLOOR, dtype=dtype, device=columns.device)
-        return Banned(columns, value.masked_fill_(columns.all(), torch.nan))
+        if not part:
+            value.masked_fill_(columns.all(), torch.nan)
+        return Banned(columns, value)
 
     def part(self, columns: slice) -> Banned:
         """The ban on a tile of the vocabulary."""
@@ -48,6 +51,23 @@ class TokenRows(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
+
+
+class TokenNorms(NamedTuple):
+    """Per row, over the whole vocabulary: the maximum and log sum e^(logit - maximum), the
+    probability of all tokens but the given one, and the entropy; `[n]` each."""
+
+    largest: Tensor
+    log_sum: Tensor
+    rest: Tensor
+    entropy: Tensor
+
+    @staticmethod
+    def of(state: Tensor) -> TokenNorms:
+        """From the state `[4, n]` of the whole vocabulary (`merge_tokens`)."""
+        largest, total, first, others = state
+        log_sum = total.log()
+        return TokenNorms(largest, log_sum, others / total, log_sum - first / total)
 
 
 class Norms(NamedTuple):
@@ -159,6 +179,27 @@ class RowPrograms(Protocol):
         """
         ...
 
+    def token_statistics(
+        self, logits: Tensor, token_ids: Tensor, *, banned: Banned | None
+    ) -> Tensor:
+        """States `[parts, 4, n]` of some columns: max z, with x = z - max z sum e^x and sum e^x x,
+        and sum e^x of all columns but the token's; an id is -1 where the token is elsewhere."""
+        ...
+
+    def token_gradient_(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        norms: TokenNorms,
+        *,
+        banned: Banned | None,
+        scale: Tensor,
+        entropy_scale: Tensor | None = None,
+        grad: Tensor,
+    ) -> None:
+        """As `token_rows_` writes it, of some columns; an id is -1 where the token is elsewhere."""
+        ...
+
     def chosen_logprobs(
         self,
         logits: Tensor,
@@ -202,6 +243,16 @@ def merge(states: Tensor) -> Tensor:
     )
     s_sum, s_first, t_sum, t_first, s_cross, t_cross = (part.sum(0) for part in parts)
     return torch.stack((s_top, s_sum, s_first, t_top, t_sum, t_first, s_cross, t_cross))
+
+
+def merge_tokens(states: Tensor) -> Tensor:
+    """As `merge`, of the states `[parts, 4, n]` that `token_statistics` returns: `[4, n]`."""
+    maxima, sums, firsts, others = states.unbind(1)
+    largest = maxima.amax(0)
+    shift = maxima - largest
+    scale = shift.exp()
+    parts = scale * sums, scale * (firsts + sums * shift), scale * others
+    return torch.stack((largest, *(part.sum(0) for part in parts)))
 
 
 def summarise(state: Tensor) -> Summary:

@@ -12,7 +12,7 @@ from fused_kl import head
 from fused_kl.arguments import NeedsGrad, TokenInputs, TokenOptions
 from fused_kl.gradients import GradientSums, HeadGradients
 from fused_kl.head import HeadProjection
-from fused_kl.rows import Banned
+from fused_kl.rows import Banned, TokenNorms, TokenRows, TokenScale, as_logprobs, merge_tokens
 from fused_kl.tiles import Plan, make_plan, slices
 
 # (rows, their logprobs [n]) -> (loss of each row [n], its derivative by the logprob [n])
@@ -26,10 +26,11 @@ def plan_of(inputs: TokenInputs, options: TokenOptions) -> Plan:
         bytes_per_logit *= 2
     if head.multiplies_half(inputs.hidden, inputs.lm_head):
         bytes_per_logit += torch.bfloat16.itemsize
+    shard = options.shard
     return make_plan(
         "fast",
         inputs.num_rows,
-        inputs.num_columns,
+        inputs.num_columns if shard is None else shard.widest,
         bytes_per_logit=bytes_per_logit,
         device_type=inputs.hidden.device.type,
         chunk_size=options.chunk_size,
@@ -66,8 +67,10 @@ class TokenPass:
             dtype=self.dtype,
         )
         self.token_ids = inputs.token_ids
-        allowed = inputs.allowed_columns
-        self.banned = None if allowed is None else Banned.outside(allowed, self.dtype)
+        self.shard, self.banned = options.shard, None
+        if inputs.allowed_columns is not None:
+            part = self.shard is not None
+            self.banned = Banned.outside(inputs.allowed_columns, self.dtype, part=part)
         self.plan = plan_of(inputs, options)
         # The gradient of the last chunk's logits, for `run` with `keep_logits_grad`.
         self.logits_grad: Tensor | None = None
@@ -102,6 +105,7 @@ class TokenPass:
         if with_grad and projection.half:
             grad_buffer = head.logit_buffer(losses, shape, torch.bfloat16)
         programs = head.row_programs(losses)
+        token_rows_ = programs.token_rows_ if self.shard is None else self._sharded_rows_
         entropy_scale = None if entropy_slopes is None else entropy_slopes * projection.slope
         for rows in slices(self.num_rows, self.plan.rows):
             hidden_rows = projection.hidden_rows(rows)
@@ -116,7 +120,7 @@ class TokenPass:
                 # The logprob of a banned token is constant, so its gradient is 0.
                 return slope.masked_fill(values.isneginf(), 0) * projection.slope
 
-            logprobs[rows], entropy[rows] = programs.token_rows_(
+            logprobs[rows], entropy[rows] = token_rows_(
                 logits,
                 self.token_ids[rows],
                 banned=self.banned,
@@ -131,4 +135,32 @@ class TokenPass:
                     grad.mul_(derivative)
                 sums.add(rows, columns, hidden_rows, grad)
                 self.logits_grad = grad if keep_logits_grad else None
-        return TokenResults(losses, logprobs, entropy, sums.take())
+        gradients = sums.take()
+        if self.shard is not None and gradients[0] is not None:
+            self.shard.sum_(gradients[0])
+        return TokenResults(losses, logprobs, entropy, gradients)
+
+    def _sharded_rows_(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        *,
+        banned: Banned | None,
+        scale: TokenScale | None,
+        entropy_scale: Tensor | None,
+        grad: Tensor | None,
+    ) -> TokenRows:
+        """As `token_rows_`, of this rank's columns, with the statistics of all ranks."""
+        shard, programs = self.shard, head.row_programs(logits)
+        assert shard is not None
+        places = shard.places(token_ids)
+        chosen = shard.chosen(logits, places, banned)
+        state = merge_tokens(programs.token_statistics(logits, places, banned=banned))
+        every = shard.gather(torch.stack((*state, chosen)))
+        norms = TokenNorms.of(merge_tokens(every[:, :4]))
+        logprobs = as_logprobs(every[:, 4].sum(0) - norms.largest - norms.log_sum)
+        if grad is not None and scale is not None:
+            scales = scale(slice(0, len(logits)), logprobs)
+            options = {"banned": banned, "scale": scales, "entropy_scale": entropy_scale}
+            programs.token_gradient_(logits, places, norms, **options, grad=grad)
+        return TokenRows(logprobs, norms.entropy)

@@ -1,46 +1,22 @@
 """Row programs in plain torch, for every device and for fp32 and fp64: see `rows.RowPrograms`.
 
-They work in place on blocks of rows that fit into the cache, with one or two scratch blocks.
+Those of two models are here, those of given tokens in `torch_tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fused_kl.rows import (
-    MAX_LOG_RATIO,
-    Banned,
-    Norms,
-    Summary,
-    TokenRows,
-    TokenScale,
-    as_logprobs,
-    chosen_logits,
-    merge,
-)
+from fused_kl.rows import MAX_LOG_RATIO, Banned, Norms, Summary, as_logprobs, merge
 from fused_kl.rows import summarise as summarise_whole
-from fused_kl.tiles import row_block_rows, slices
+from fused_kl.torch_shared import blocks
+from fused_kl.torch_tokens import chosen_logprobs as chosen_logprobs
+from fused_kl.torch_tokens import token_gradient_ as token_gradient_
+from fused_kl.torch_tokens import token_rows_ as token_rows_
+from fused_kl.torch_tokens import token_statistics as token_statistics
 
 TINY = 1e-30
-
-
-def _blocks(
-    num_scratch: int, banned: Banned | None, logits: Tensor, *others: Tensor
-) -> Iterator[tuple]:
-    """Yield, for each block: its rows, its logits and those of `others` with banned columns
-    filled, and its scratch blocks."""
-    num_rows, num_columns = logits.shape
-    block = row_block_rows(num_columns, logits.element_size(), logits.device.type)
-    scratch = logits.new_empty(num_scratch, min(block, num_rows), num_columns)
-    for rows in slices(num_rows, block):
-        parts = [tensor[rows] for tensor in (logits, *others)]
-        if banned is not None:
-            for part in parts:
-                part.masked_fill_(banned.columns, banned.value)
-        yield rows, *parts, *scratch[:, : len(parts[0])]
 
 
 def divergence_rows_(
@@ -55,63 +31,77 @@ def divergence_rows_(
 ) -> list[Tensor]:
     # Near the teacher the log ratio r is small, so everything is formed from r: the error of
     # `sum p r - p + q` is the rounding of a probability, 6e-8 at most, whereas that of
-    # `mu - lse(s) + lse(t)` is the rounding of lse.
+    # `mu - lse(s) + lse(t)` is the rounding of lse. But log_softmax adds up 150,000 columns with a
+    # relative error of 1e-5, by which p and q miss a sum of 1: gradients, entropies and
+    # log-probabilities are divided by their sums, which torch adds in pairs.
     num_rows = len(student_logits)
     stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
     token_kl, student_entropy, teacher_entropy, *logprobs = stats
-    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
+    for rows, s, t, x, y in blocks(2, banned, student_logits, teacher_logits):
         torch.log_softmax(s, -1, out=x)  # x = log p
-        if token_ids is not None:
-            logprobs[0][rows] = as_logprobs(x.gather(-1, token_ids[rows, None]).squeeze(-1))
         torch.log_softmax(t, -1, out=y)  # y = log q
         torch.exp(y, out=s)  # s = q
-        teacher_entropy[rows] = torch.mul(s, y, out=t).sum(-1).neg_()
+        q_sum = s.sum(-1)
+        teacher_entropy[rows] = q_sum.log() - torch.mul(s, y, out=t).sum(-1) / q_sum
         torch.exp(x, out=t)  # t = p
+        p_sum = t.sum(-1)
+        if token_ids is not None:
+            chosen = x.gather(-1, token_ids[rows, None]).squeeze(-1)
+            logprobs[0][rows] = as_logprobs(chosen - p_sum.log())
         torch.sub(x, y, out=y)  # y = r = log p - log q
-        student_entropy[rows] = x.mul_(t).sum(-1).neg_()
+        student_entropy[rows] = p_sum.log() - x.mul_(t).sum(-1) / p_sum
         row_scale = None if scale is None or grad is None else scale[rows, None]
+        sums = q_sum[:, None], p_sum[:, None]
         if beta == 1.0:
-            token_kl[rows] = _reverse_block_(s, t, y, x, row_scale)
+            token_kl[rows] = _reverse_block_(s, t, y, x, sums, row_scale)
         elif beta == 0.0:
-            token_kl[rows] = _forward_block_(s, t, y, x, row_scale)
+            token_kl[rows] = _forward_block_(s, t, y, x, sums, row_scale)
         else:
-            token_kl[rows] = _jsd_block_(s, t, y, x, beta, row_scale)
+            token_kl[rows] = _jsd_block_(s, t, y, x, sums, beta, row_scale)
         if grad is not None and grad is not student_logits:
             grad[rows] = s
     return stats
 
 
-# Each takes q, p and r = log p - log q of a block, returns its divergence and, given a scale,
-# leaves the gradient in q.
+# Each takes q, p and r = log p - log q of a block, and the sums of q and p; returns its divergence
+# and, given a scale, leaves the gradient in q.
+
+Sums = tuple[Tensor, Tensor]
 
 
 def _reverse_block_(
-    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, scale: Tensor | None
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, sums: Sums, scale: Tensor | None
 ) -> Tensor:
     mean = torch.mul(p, r, out=scratch).sum(-1, keepdim=True)
     value = mean.squeeze(-1) + q.sub_(p).sum(-1)
     if scale is not None:
-        torch.mul(r.sub_(mean).mul_(scale), p, out=q)
+        torch.mul(r.sub_(mean / sums[1]).mul_(scale / sums[1]), p, out=q)
     return value.clamp_min_(0)
 
 
 def _forward_block_(
-    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, scale: Tensor | None
+    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, sums: Sums, scale: Tensor | None
 ) -> Tensor:
     cross = torch.mul(q, r, out=scratch).sum(-1)
-    torch.sub(p, q, out=scratch)
-    value = scratch.sum(-1).sub_(cross)
+    value = torch.sub(p, q, out=scratch).sum(-1).sub_(cross)
     if scale is not None:
-        torch.mul(scratch, scale, out=q)
+        torch.sub(p.mul_(scale / sums[1]), q.mul_(scale / sums[0]), out=q)
     return value.clamp_min_(0)
 
 
 def _jsd_block_(
-    q: Tensor, p: Tensor, r: Tensor, scratch: Tensor, beta: float, scale: Tensor | None
+    q: Tensor,
+    p: Tensor,
+    r: Tensor,
+    scratch: Tensor,
+    sums: Sums,
+    beta: float,
+    scale: Tensor | None,
 ) -> Tensor:
     teacher_part, student_part = _jsd_parts_(q, p, r, scratch, beta)
     if scale is not None:
-        torch.mul(r.sub_(student_part[:, None]).mul_(scale * (1 - beta)), p, out=q)
+        mean = student_part[:, None] / sums[1]
+        torch.mul(r.sub_(mean).mul_(scale * (1 - beta) / sums[1]), p, out=q)
     return teacher_part.mul_(beta).add_(student_part, alpha=1 - beta).clamp_min_(0)
 
 
@@ -125,37 +115,6 @@ def _jsd_parts_(
     teacher_part = scratch.mul_(q).sum(-1).neg_()
     r.neg_().expm1_().mul_(beta).log1p_().neg_()
     return teacher_part, torch.mul(p, r, out=scratch).sum(-1)
-
-
-def token_rows_(
-    logits: Tensor,
-    token_ids: Tensor,
-    *,
-    banned: Banned | None,
-    scale: TokenScale | None = None,
-    entropy_scale: Tensor | None = None,
-    grad: Tensor | None = None,
-) -> TokenRows:
-    num_rows = len(logits)
-    stats = TokenRows(logits.new_empty(num_rows), logits.new_empty(num_rows))
-    for rows, z, x in _blocks(1, banned, logits):
-        ids = token_ids[rows, None]
-        torch.log_softmax(z, -1, out=x)
-        stats.logprobs[rows] = as_logprobs(x.gather(-1, ids).squeeze(-1))
-        torch.exp(x, out=z)
-        stats.entropy[rows] = x.mul_(z).sum(-1).neg_()
-        if grad is not None and scale is not None:
-            if entropy_scale is not None:
-                x.addcmul_(z, stats.entropy[rows, None])  # x = p (log p + entropy)
-            # 1 - p would cancel for a near-certain token; the sum over all others does not.
-            z.neg_().scatter_(-1, ids, 0)
-            z.scatter_(-1, ids, z.sum(-1, keepdim=True).neg_())
-            z.mul_(scale(rows, stats.logprobs[rows])[:, None])
-            if entropy_scale is not None:
-                z.addcmul_(x, entropy_scale[rows, None], value=-1)
-            if grad is not logits:
-                grad[rows] = z
-    return stats
 
 
 def topk_rows_(
@@ -178,7 +137,7 @@ def topk_rows_(
     num_rows = len(student_logits)
     stats = [student_logits.new_empty(num_rows) for _ in range(3 + (token_ids is not None))]
     token_kl, student_entropy, teacher_entropy, *logprobs = stats
-    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
+    for rows, s, t, x, y in blocks(2, banned, student_logits, teacher_logits):
         torch.log_softmax(s, -1, out=x)  # x = log p
         torch.log_softmax(t, -1, out=y)  # y = log q
         if token_ids is not None:
@@ -217,7 +176,7 @@ def divergence_statistics(
 ) -> Tensor:
     num_rows = len(student_logits)
     state = student_logits.new_empty(8, num_rows)
-    for rows, s, t, x, y in _blocks(2, banned, student_logits, teacher_logits):
+    for rows, s, t, x, y in blocks(2, banned, student_logits, teacher_logits):
         s_max, t_max = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
         e = torch.sub(s, s_max, out=x).exp()
         f = torch.sub(t, t_max, out=y).exp()
@@ -230,12 +189,6 @@ def divergence_statistics(
 
 def summarise(states: Tensor) -> Summary:
     return summarise_whole(states[0] if len(states) == 1 else merge(states))
-
-
-def chosen_logprobs(
-    logits: Tensor, token_ids: Tensor, maxima: Tensor, log_sums: Tensor, banned: Banned | None
-) -> Tensor:
-    return as_logprobs(chosen_logits(logits, token_ids, banned) - maxima - log_sums)
 
 
 def _probabilities(s: Tensor, t: Tensor, norms: Norms, rows: slice) -> tuple:
@@ -254,7 +207,7 @@ def jsd_parts(
     banned: Banned | None,
 ) -> Tensor:
     parts = student_logits.new_empty(2, len(student_logits))
-    for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
+    for rows, s, t, scratch in blocks(1, banned, student_logits, teacher_logits):
         p, q, r = _probabilities(s, t, norms, rows)
         parts[:, rows] = torch.stack(_jsd_parts_(q, p, r, scratch, beta))
     return parts
@@ -271,7 +224,7 @@ def divergence_gradient_(
     scale: Tensor,
     grad: Tensor,
 ) -> None:
-    for rows, s, t, scratch in _blocks(1, banned, student_logits, teacher_logits):
+    for rows, s, t, scratch in blocks(1, banned, student_logits, teacher_logits):
         p, q, r = _probabilities(s, t, norms, rows)
         if beta == 1.0:
             out = r.sub_(norms.mean[rows, None]).mul_(p)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_kl import triton_divergence, triton_shared, triton_tokens
-from fused_kl.rows import Banned, Norms, Summary, TokenRows, TokenScale
+from fused_kl.rows import Banned, Norms, Summary, TokenNorms, TokenRows, TokenScale
 from fused_kl.tiles import RowProgram, num_multiprocessors, row_program
 
 # Programs of `scale_` on each multiprocessor; a test limits the registers of a thread, so that all
@@ -235,16 +235,26 @@ def token_rows_(
     entropy_scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> TokenRows:
+    states = token_statistics(logits, token_ids, banned=banned)
+    norms = TokenNorms(*_summary(triton_tokens.token_summary, states, 4))
+    logprobs = chosen_logprobs(logits, token_ids, norms.largest, norms.log_sum, banned)
+    if grad is not None and scale is not None:
+        scales = scale(slice(0, len(logits)), logprobs)
+        options: dict[str, Any] = {"entropy_scale": entropy_scale, "grad": grad}
+        token_gradient_(logits, token_ids, norms, banned=banned, scale=scales, **options)
+    return TokenRows(logprobs, norms.entropy)
+
+
+def token_statistics(logits: Tensor, token_ids: Tensor, *, banned: Banned | None) -> Tensor:
     num_rows, num_columns = logits.shape
     program = row_program(num_rows, num_columns)
     states = logits.new_empty(program.splits, 4, num_rows)
-    banned_columns = _banned(banned, logits)
     _launch(
         triton_tokens.token_statistics,
         program,
         num_rows,
         logits,
-        *banned_columns,
+        *_banned(banned, logits),
         token_ids,
         states,
         num_rows,
@@ -252,30 +262,38 @@ def token_rows_(
         logits.stride(0),
         HAS_BANNED=banned is not None,
     )
-    largest, log_sum, rest, entropy = _summary(triton_tokens.token_summary, states, 4).unbind()
-    logprobs = chosen_logprobs(logits, token_ids, largest, log_sum, banned)
-    if grad is not None and scale is not None:
-        _launch(
-            triton_tokens.token_gradient,
-            program,
-            num_rows,
-            logits,
-            *banned_columns,
-            token_ids,
-            largest,
-            log_sum,
-            rest,
-            scale(slice(0, num_rows), logprobs),
-            entropy,
-            logits if entropy_scale is None else entropy_scale,
-            grad,
-            num_columns,
-            logits.stride(0),
-            grad.stride(0),
-            HAS_BANNED=banned is not None,
-            WITH_ENTROPY=entropy_scale is not None,
-        )
-    return TokenRows(logprobs, entropy)
+    return states
+
+
+def token_gradient_(
+    logits: Tensor,
+    token_ids: Tensor,
+    norms: TokenNorms,
+    *,
+    banned: Banned | None,
+    scale: Tensor,
+    entropy_scale: Tensor | None = None,
+    grad: Tensor,
+) -> None:
+    num_rows, num_columns = logits.shape
+    _launch(
+        triton_tokens.token_gradient,
+        row_program(num_rows, num_columns),
+        num_rows,
+        logits,
+        *_banned(banned, logits),
+        token_ids,
+        *norms[:3],
+        scale,
+        norms.entropy,
+        logits if entropy_scale is None else entropy_scale,
+        grad,
+        num_columns,
+        logits.stride(0),
+        grad.stride(0),
+        HAS_BANNED=banned is not None,
+        WITH_ENTROPY=entropy_scale is not None,
+    )
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:

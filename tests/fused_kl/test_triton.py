@@ -20,7 +20,7 @@ from fused_kl import (
     torch_rows,
 )
 from fused_kl.head import row_programs
-from fused_kl.rows import Banned, RowPrograms
+from fused_kl.rows import Banned, RowPrograms, TokenNorms, merge_tokens
 
 triton_rows = pytest.importorskip("fused_kl.triton_rows")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, the interpreter: tests/conftest.py
@@ -66,7 +66,7 @@ def split_rows(monkeypatch, splits):
 def test_both_modules_fulfil_the_contract():
     functions = inspect.getmembers(RowPrograms, inspect.isfunction)
     contract = [(name, function) for name, function in functions if not name.startswith("_")]
-    assert len(contract) == 8
+    assert len(contract) == 10
     for name, function in contract:
         _, *expected = inspect.signature(function).parameters.values()  # without self
         for module in (torch_rows, triton_rows):
@@ -155,6 +155,57 @@ def test_token_rows(share, with_entropy, num_columns, std, splits, split_rows):
         assert_close(value.cpu().double(), truth, rtol=1e-4, atol=3e-6)
     for row, truth in zip(grad.cpu().double(), expected_grad, strict=True):
         assert (row - truth).norm() < 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@SHAPES
+def test_tokens_of_a_row_in_tiles(with_entropy, num_columns, std, splits, split_rows):
+    # What the ranks of a group do: states of parts, merged, and then gradients part by part.
+    values, _ = logits(3, num_columns, std, None)
+    banned = banned_of(num_columns, 0.5)
+    ids = torch.tensor([0, num_columns // 2, num_columns - 1])
+    scale, entropy_scale = torch.tensor([0.25, 1.0, -2.0]), torch.tensor([-0.5, 0.0, 3.0])
+    middle = num_columns // 2
+    tiles = (slice(0, middle), slice(middle, num_columns))
+    results = []
+    for programs, dtype, device in ((torch_rows, F64, "cpu"), (triton_rows, F32, DEVICE)):
+        parts = []
+        for columns in tiles:
+            ban = banned.part(columns)
+            ban = Banned(ban.columns.to(device), ban.value.to(device, dtype))
+            place = ids - columns.start
+            place = place.masked_fill((place < 0) | (ids >= columns.stop), -1).to(device)
+            parts.append((values[:, columns].to(device, dtype, copy=True), place, ban))
+        states = [
+            merge_tokens(programs.token_statistics(z, place, banned=ban)) for z, place, ban in parts
+        ]
+        norms = TokenNorms.of(merge_tokens(torch.stack(states)))
+        grads = [torch.empty_like(z) for z, _, _ in parts]
+        of_entropy = entropy_scale.to(device, dtype) if with_entropy else None
+        for (z, place, ban), grad in zip(parts, grads, strict=True):
+            programs.token_gradient_(
+                z,
+                place,
+                norms,
+                banned=ban,
+                scale=scale.to(device, dtype),
+                entropy_scale=of_entropy,
+                grad=grad,
+            )
+        results.append([*norms, torch.cat(grads, 1)])
+    wide = values.double()
+    whole = torch_rows.token_rows_(
+        wide,
+        ids,
+        banned=Banned(banned.columns, banned.value.double()),
+        scale=lambda rows, _: scale[rows].double(),
+        entropy_scale=entropy_scale.double() if with_entropy else None,
+        grad=wide,
+    )
+    assert_close(results[0][3], whole.entropy, rtol=1e-10, atol=1e-12)
+    assert_close(results[0][4], wide, rtol=1e-9, atol=1e-12)
+    for truth, actual in zip(*results, strict=True):
+        assert_close(actual.cpu().double(), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
