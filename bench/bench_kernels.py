@@ -121,6 +121,26 @@ def test_sparse(benchmark: Any, name: str) -> None:
     assert SMOKE or max(errors) <= limit
 
 
+@pytest.mark.parametrize("num_rows", [32, 256])
+def test_shared_head(benchmark: Any, num_rows: int) -> None:
+    """A head that student and teacher share, read once, by a copy of it for the teacher."""
+    dtype, device = (torch.bfloat16, "cuda") if GPU else (torch.float32, "cpu")
+    shape = Shape("smoke", 16, 2003, 32, 32) if SMOKE else Shape("", num_rows, 151_936, 512, 512)
+    problem = Problem.of(shape, dtype=dtype, device=device)
+    hidden, head, teacher_hidden, copy = problem.both
+    heads = {"shared": head.detach(), "apart": copy.copy_(head.detach())}
+
+    def call(name: str, _: int) -> None:
+        problem.clear()
+        out = linear_reverse_kl(hidden, head, teacher_hidden, heads[name])
+        (out.loss * 1.0).backward()
+
+    times = interleaved(benchmark, {name: partial(call, name) for name in heads}, 7)
+    seconds = ratio(times["shared"], times["apart"]) | {"better": "lower"}
+    benchmark.extra_info["shared / apart"] = seconds
+    print(f"\nshared head by two, {shape.num_rows} rows: {seconds}")
+
+
 @pytest.mark.skipif(GPU, reason="two ranks on the cores of a CPU")
 def test_vocabulary_parallel(benchmark: Any, tmp_path: Path) -> None:
     """Two ranks with half of the vocabulary each, by one process with all of it; a thread each."""

@@ -132,6 +132,7 @@ class DivergenceOptions(NamedTuple):
     chunk_size: int = 0  # 0: "auto"
     tolerance: float = 0.0  # mode "sparse": mass of a row that may be left out
     capacity: int = 0  # mode "sparse": columns of a support; 0: as many as needed
+    exact_value: bool = False  # mode "sparse": values over the whole vocabulary
 
     @property
     def sides(self) -> tuple[LogitOptions, LogitOptions]:

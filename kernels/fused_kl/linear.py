@@ -46,6 +46,7 @@ def linear_reverse_kl(
     mode: Literal["auto", "fast", "lowmem", "sparse"] = "auto",
     tolerance: float = 1e-4,
     capacity: int | None = None,
+    exact_value: bool = False,
     group: ProcessGroup | None = None,
     check: bool = False,
 ) -> LinearKLOutput:
@@ -88,6 +89,8 @@ def linear_reverse_kl(
             0 is mode "fast".
         capacity: of mode "sparse": the number of columns of each chunk, whatever they leave out;
             None is as many as `tolerance` needs, or on a GPU a sixteenth of the vocabulary.
+        exact_value: of mode "sparse": loss and values of the whole vocabulary instead of a lower
+            bound, for one more GEMM unit; gradients stay as they are.
         group: process group whose ranks divide the vocabulary in their order: heads, biases and
             `allowed_columns` are this rank's part, as many columns of both models; everything else
             is the same on all ranks, `token_ids` of the whole vocabulary among it. Padding is not
@@ -128,6 +131,7 @@ def linear_reverse_kl(
         chunk_size=checks.chunk_rows(chunk_size),
         tolerance=float(tolerance),
         capacity=capacity or 0,
+        exact_value=exact_value,
     )
     inputs = under_autocast(
         DivergenceInputs(

@@ -51,8 +51,8 @@ CAPACITY = 16  # on a GPU, this part of the vocabulary; a support of data-depend
 def sparse(
     inputs: DivergenceInputs, options: DivergenceOptions, needs_grad: NeedsGrad
 ) -> tuple[ComputedLoss, Support]:
-    """As `divergence.fast`, on each chunk's support; the teacher's entropy is that on the support,
-    renormalised."""
+    """As `divergence.fast`, on each chunk's support; without `exact_value` the teacher's entropy is
+    that on the support, renormalised."""
     pair = ModelPair(inputs, options, needs_grad)
     stats, sums = pair.new_stats(), pair.gradient_sums()
     if sums.hidden is not None:
@@ -74,6 +74,8 @@ def sparse(
             if any(needs_grad):
                 grad = values.grad.mul_(pair.scales[place, None])
                 sums.add_some(place, index, hidden_rows[some], grad)
+            if options.exact_value:
+                stats[:, place] = torch.stack(_exact_values(chunk, some))
         if len(dense):
             place = dense + rows.start
             s = s if len(dense) == len(s) else s[dense]
@@ -102,6 +104,16 @@ class _Chunk(NamedTuple):
     def log_probs(self, some: Tensor, index: Tensor) -> Tensor:
         """Log-probabilities of some rows of the chunk at columns `index`."""
         return self.s[some[:, None], index].sub_(self.log_sums[some, None])
+
+
+def _exact_values(chunk: _Chunk, some: Tensor) -> list[Tensor]:
+    """The statistics of some rows of the chunk over the whole vocabulary."""
+    pair, place = chunk.pair, some + chunk.rows.start
+    t = pair.project_teacher(place, slice(0, pair.num_columns))
+    ids = None if pair.token_ids is None else pair.token_ids[place]
+    s = chunk.s[some]  # a copy, which is overwritten
+    values = pair.programs.divergence_rows_(s, t, ids, beta=1.0, banned=pair.banned)
+    return [values[0], *values]
 
 
 class _OnSupport(NamedTuple):

@@ -167,6 +167,25 @@ def test_a_softcap_and_a_scale(case: Any, softcap: float | None) -> None:
         assert float((actual - expected).norm()) < 1e-3 * float(expected.norm())
 
 
+def test_exact_values_on_request(case: Any) -> None:
+    tensors = peaked(case, 100, 5003, "gaussian", 30.0)
+    with torch.no_grad():
+        tensors.student_hidden[[3, 50, 77]] *= 0.001  # flat rows, which take the dense path
+    rules: dict[str, Any] = {"token_ids": tensors.token_ids, "temperature": 0.8, "chunk_size": 60}
+    rules["token_weights"] = tensors.token_weights.masked_fill(tensors.token_ids % 4 == 0, 0)
+    rules["allowed_columns"] = tensors.allowed_columns
+    of_sparse = {"mode": "sparse", "tolerance": 1e-2}
+    bound, bound_gradients = run(tensors, **rules, **of_sparse)
+    exact, gradients = run(tensors, **rules, **of_sparse, exact_value=True)
+    fast, _ = run(tensors, **rules)
+    assert exact.support is not None and 0 < int(exact.support.dense_rows.sum()) < 90
+    for name in ("loss", "token_kl", "student_entropy", "teacher_entropy", "student_logprobs"):
+        assert_close(getattr(exact, name), getattr(fast, name))
+    assert (bound.token_kl <= fast.token_kl + 1e-12).all()
+    assert float(bound.loss) < float(fast.loss) - 1e-4
+    assert all(torch.equal(*pair) for pair in zip(gradients, bound_gradients, strict=True))
+
+
 def test_no_tolerance_is_fast(case: Any) -> None:
     tensors = peaked(case, 13, 999, "gaussian", 3.0)
     (dense, exact), (out, gradients) = run(tensors), run(tensors, mode="sparse", tolerance=0.0)
