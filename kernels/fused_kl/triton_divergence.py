@@ -53,10 +53,11 @@ def divergence_statistics(
     s_row, t_row = student + index * student_stride, teacher + index * teacher_stride
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
-    # All sums are relative to the running maxima, so that no maximum has to cancel later.
-    zero, lowest = tl.full((), 0.0, tl.float32), tl.full((), NEGATIVE, tl.float32)
+    # All sums are relative to the running maxima, so that no maximum has to cancel later. Each thread
+    # adds up its own columns: only the maxima are exchanged in every block.
+    lowest, zeros = tl.full((), NEGATIVE, tl.float32), tl.zeros([BLOCK], tl.float32)
     s_max, t_max = lowest, lowest
-    s_sum, t_sum, s_first, t_first, s_cross, t_cross = zero, zero, zero, zero, zero, zero
+    s_sum, t_sum, s_first, t_first, s_cross, t_cross = zeros, zeros, zeros, zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = load_logits(s_row, columns, end, banned, floor, HAS_BANNED)
@@ -67,21 +68,21 @@ def divergence_statistics(
         x, y = s - s_new, t - t_new
         e, f = tl.exp(x), tl.exp(y)
         gap = s_shift - t_shift
-        s_cross = s_scale * (s_cross + s_sum * gap) + tl.sum(e * (x - y))
-        t_cross = t_scale * (t_cross - t_sum * gap) + tl.sum(f * (y - x))
-        s_first = s_scale * (s_first + s_sum * s_shift) + tl.sum(e * x)
-        t_first = t_scale * (t_first + t_sum * t_shift) + tl.sum(f * y)
-        s_sum, t_sum = s_scale * s_sum + tl.sum(e), t_scale * t_sum + tl.sum(f)
+        s_cross = s_scale * (s_cross + s_sum * gap) + e * (x - y)
+        t_cross = t_scale * (t_cross - t_sum * gap) + f * (y - x)
+        s_first = s_scale * (s_first + s_sum * s_shift) + e * x
+        t_first = t_scale * (t_first + t_sum * t_shift) + f * y
+        s_sum, t_sum = s_scale * s_sum + e, t_scale * t_sum + f
         s_max, t_max = s_new, t_new
     out = states + split * 8 * num_rows + index
     tl.store(out, s_max)
-    tl.store(out + num_rows, s_sum)
-    tl.store(out + 2 * num_rows, s_first)
+    tl.store(out + num_rows, tl.sum(s_sum))
+    tl.store(out + 2 * num_rows, tl.sum(s_first))
     tl.store(out + 3 * num_rows, t_max)
-    tl.store(out + 4 * num_rows, t_sum)
-    tl.store(out + 5 * num_rows, t_first)
-    tl.store(out + 6 * num_rows, s_cross)
-    tl.store(out + 7 * num_rows, t_cross)
+    tl.store(out + 4 * num_rows, tl.sum(t_sum))
+    tl.store(out + 5 * num_rows, tl.sum(t_first))
+    tl.store(out + 6 * num_rows, tl.sum(s_cross))
+    tl.store(out + 7 * num_rows, tl.sum(t_cross))
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def divergence_gradient(
         mean, scale = tl.load(means + index), tl.load(scales + index)
         if KIND == JSD:
             mean, scale = tl.load(student_parts + index), scale * (1 - beta)
-    value, student_part = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    value, student_part = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = load_logits(s_row, columns, end, banned, floor, HAS_BANNED)
@@ -176,25 +177,25 @@ def divergence_gradient(
             r = tl.minimum(tl.maximum(r, -LIMIT), LIMIT)
             ratio = -_log1p(beta * _expm1(-r))  # log(p/m)
             if WITH_VALUE:
-                value += tl.sum(-tl.exp(y) * _log1p((1 - beta) * _expm1(r)))
-                student_part += tl.sum(p * ratio)
+                value += -tl.exp(y) * _log1p((1 - beta) * _expm1(r))
+                student_part += p * ratio
             if WITH_GRAD:
                 slope = p * (ratio - mean)
         else:
             q = tl.exp(y)
             if KIND == REVERSE:
                 if WITH_VALUE:
-                    value += tl.sum(p * r - p + q)
+                    value += p * r - p + q
                 if WITH_GRAD:
                     slope = p * (r - mean)
             else:
                 if WITH_VALUE:
-                    value += tl.sum(p - q - q * r)
+                    value += p - q - q * r
                 if WITH_GRAD:
                     slope = p - q
         if WITH_GRAD:
             tl.store(grad + index * grad_stride + columns, scale * slope, mask=columns < end)
     if WITH_VALUE:
         out = values + split * 2 * num_rows + index
-        tl.store(out, value)
-        tl.store(out + num_rows, student_part)
+        tl.store(out, tl.sum(value))
+        tl.store(out + num_rows, tl.sum(student_part))

@@ -33,8 +33,8 @@ def token_statistics(
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
     largest = tl.full((), NEGATIVE, tl.float32)
-    zero = tl.full((), 0.0, tl.float32)
-    total, first, others = zero, zero, zero
+    zeros = tl.zeros([BLOCK], tl.float32)
+    total, first, others = zeros, zeros, zeros
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = load_logits(row, columns, end, banned, floor, HAS_BANNED)
@@ -43,15 +43,15 @@ def token_statistics(
         scale = tl.exp(shift)
         x = z - new
         e = tl.exp(x)
-        first = scale * (first + total * shift) + tl.sum(e * x)
-        total = scale * total + tl.sum(e)
-        others = scale * others + tl.sum(tl.where(columns == chosen, 0.0, e))
+        first = scale * (first + total * shift) + e * x
+        total = scale * total + e
+        others = scale * others + tl.where(columns == chosen, 0.0, e)
         largest = new
     out = states + split * 4 * num_rows + index
     tl.store(out, largest)
-    tl.store(out + num_rows, total)
-    tl.store(out + 2 * num_rows, first)
-    tl.store(out + 3 * num_rows, others)
+    tl.store(out + num_rows, tl.sum(total))
+    tl.store(out + 2 * num_rows, tl.sum(first))
+    tl.store(out + 3 * num_rows, tl.sum(others))
 
 
 @triton.jit

@@ -50,6 +50,24 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: Counter[str] = Counter()
         self.programs: set[tuple] = set()
+        self.logit_bytes: Counter[str] = Counter()  # that kernels read and write, by name
+
+    def count_bytes(self, name: str, read: Any, written: Any) -> None:
+        """Count what a kernel moves of tensors with a value for each row and column."""
+        sides = [
+            {
+                x.untyped_storage()._cdata: x.numel() * x.element_size()
+                for x in tree_leaves(side)
+                if isinstance(x, Tensor)
+                and x.dim() == 2
+                and min(V, TEACHER_V) in x.shape
+                # Heads have as many rows, and a hidden size instead of rows of logits.
+                and not {HS, HT} & set(x.shape)
+            }
+            for side in (read, written)
+        ]
+        # What is overwritten is not read.
+        self.logit_bytes[name] += sum((sides[0] | sides[1]).values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = shape_of(func, args, kwargs or {})
@@ -57,6 +75,7 @@ class Launches(TorchDispatchMode):
         on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in tree_leaves(out))
         if on_gpu and not func.is_view and name not in NO_KERNEL:
             self.names[name] += 2 if name in TWO_KERNELS else 1
+            self.count_bytes(name, (args, kwargs), out)
         sources = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         from_host = any(x.device.type == "cpu" for x in sources)
         if on_gpu and from_host and name in ("_to_copy", "copy_"):
@@ -79,6 +98,11 @@ class Launches(TorchDispatchMode):
         elif "grad" in names and constants.get("WITH_GRAD", True):
             pointers = {"grad": POINTERS[known["grad"].dtype]}
         self.names[kernel.fn.__name__] += 1
+        inputs = [known[name] for name in ("student", "teacher", "logits") if name in names]
+        inputs = [] if kernel.fn.__name__ == "chosen_logprobs" else inputs  # one of each row
+        written = [known["grad"]] if "grad" in names and constants.get("WITH_GRAD", True) else []
+        self.count_bytes(kernel.fn.__name__, inputs, [])
+        self.count_bytes(kernel.fn.__name__, [], written)
         self.programs.add(variant_key(kernel, constants, flags["num_warps"], pointers))
 
 
@@ -280,6 +304,22 @@ def test_a_call_starts_few_kernels(launches, name, num_rows, limit):
     backward(LOSSES[name](build(num_rows)))
     assert launches.names["scale_in_place"] == 2, "one for each gradient"
     assert launches.names.total() <= limit, launches.names
+
+
+# Bytes for each pair of a student's and a teacher's logit: two products write them in fp32, two
+# programs read them, the second writes a gradient in bf16, and two products read that.
+@pytest.mark.parametrize(
+    ("name", "total", "programs"),
+    [("reverse", 8 + 8 + 10 + 4, 3), ("jsd", 8 + 8 + 8 + 10 + 4, 4), ("policy", 4 + 4 + 6 + 4, 3)],
+)
+def test_what_a_call_moves(launches, name, total, programs):
+    num_rows = 640
+    backward(LOSSES[name](build(num_rows)))
+    moved = {key: count / (num_rows * V) for key, count in launches.logit_bytes.items() if count}
+    assert sum(moved.values()) == pytest.approx(total), moved
+    of_rows = ("divergence_", "token_")
+    started = {key: n for key, n in launches.names.items() if key.startswith(of_rows)}
+    assert sum(started.values()) == programs, started
 
 
 @pytest.mark.parametrize("num_rows", [32, 640])

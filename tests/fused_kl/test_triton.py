@@ -368,7 +368,7 @@ def test_sizes_are_those_of_the_gpu(monkeypatch):
             plan = tiles.make_plan(mode, 1000, 10_000, **rules)
             held.append(8 * plan.rows * plan.columns)
         assert 700_000 < held[0] <= 800_000 and 350_000 < held[1] <= 400_000
-    assert tiles.row_program(4, 100_000)[:2] == (2048, 8)
+    assert tiles.row_program(4, 100_000)[:2] == (1024, 8)
     blocks = {"gpu": {2048: 8}, "GPU X": {1024: 2, 4096: 16}}
     monkeypatch.setattr("fused_kl.tiles.ROW_BLOCKS", blocks)
     monkeypatch.setattr("fused_kl.tiles.GPU_PROGRAMS", {"gpu": 4, "GPU X": 12})
