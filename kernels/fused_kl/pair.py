@@ -12,7 +12,15 @@ from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad, S
 from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
 from fused_kl.head import HeadProjection
 from fused_kl.rows import Banned, merge
-from fused_kl.tiles import Plan, make_plan, slices
+from fused_kl.tiles import Plan, budget, make_plan, slices
+
+
+def bytes_per_logit(inputs: DivergenceInputs, options: DivergenceOptions) -> int:
+    """Bytes of both models' logits of a row and column, and of what is kept beside them."""
+    itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
+    half = head.multiplies_half(*inputs.student[:2])
+    capped = options.softcap is not None or options.teacher_softcap is not None
+    return (2 + capped) * itemsize + (torch.bfloat16.itemsize if half else 0)
 
 
 def plan_of(
@@ -25,21 +33,16 @@ def plan_of(
     the same rows."""
     hidden, lm_head, _ = inputs.student
     itemsize = head.compute_dtype(*inputs.student, *inputs.teacher).itemsize
-    half = head.multiplies_half(hidden, lm_head)
-    extra_bytes = torch.bfloat16.itemsize if half else 0
-    if options.softcap is not None or options.teacher_softcap is not None:
-        extra_bytes += itemsize
-    tied = is_tied(inputs, options)
     # Number of rows whose teacher logits are as large as the head's gradient.
-    head_itemsize = torch.bfloat16.itemsize if half else itemsize
+    head_itemsize = torch.bfloat16.itemsize if head.multiplies_half(hidden, lm_head) else itemsize
     gradient_rows = lm_head.shape[1] * head_itemsize // itemsize
     return make_plan(
         options.mode,
         inputs.num_rows,
         inputs.num_columns if shard is None else shard.widest,
-        bytes_per_logit=2 * itemsize + extra_bytes,
-        freed_bytes=0 if tied else itemsize,
-        gradient_rows=gradient_rows if needs_grad.lm_head and not tied else 0,
+        bytes_per_logit=bytes_per_logit(inputs, options),
+        freed_bytes=itemsize,
+        gradient_rows=gradient_rows if needs_grad.lm_head else 0,
         device_type=hidden.device.type,
         chunk_size=options.chunk_size,
     )
@@ -110,8 +113,11 @@ class ModelPair:
         self.programs = head.row_programs(self.weights)
         self.plan = plan_of(inputs, options, needs_grad, shard)
         self._shape = shape = min(self.plan.rows, self.num_rows), self.plan.columns
-        # With a tied head, the first rows are the student's and those after them the teacher's.
-        self.tied = is_tied(inputs, options)
+        # With a tied head, the first rows are the student's and those after them the teacher's. A
+        # block that is so large because it frees the teacher's logits first has no such buffer.
+        block_bytes = self.plan.rows * self.plan.columns * bytes_per_logit(inputs, options)
+        device_type = inputs.student_hidden.device.type
+        self.tied = is_tied(inputs, options) and block_bytes <= budget(options.mode, device_type)
         size = (1 + self.tied) * shape[0], shape[1]
         self._student_logits = head.logit_buffer(self.weights, size)
         self._teacher_logits: Tensor | None = None

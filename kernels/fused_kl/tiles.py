@@ -65,6 +65,11 @@ class Plan(NamedTuple):
     columns: int
 
 
+def budget(mode: str, device_type: str) -> int:
+    """Bytes of logits that a mode holds at once."""
+    return entry(LOWMEM_BYTES if mode == "lowmem" else FAST_BYTES, device_type)
+
+
 def make_plan(
     mode: str,
     num_rows: int,
@@ -90,17 +95,17 @@ def make_plan(
     if mode != "lowmem":
         if chunk_size:
             return Plan(mode, min(chunk_size, rows), num_columns)
-        budget = entry(FAST_BYTES, device_type)
+        limit_bytes = budget(mode, device_type)
         kept_bytes = bytes_per_logit - freed_bytes
-        if rows <= min(gradient_rows, budget // (num_columns * kept_bytes)):
+        if rows <= min(gradient_rows, limit_bytes // (num_columns * kept_bytes)):
             return Plan(mode, rows, num_columns)
-        limit = max(1, budget // (num_columns * bytes_per_logit))
+        limit = max(1, limit_bytes // (num_columns * bytes_per_logit))
         if rows > limit > 128:
             return Plan(mode, limit // 128 * 128, num_columns)  # whole tiles of the products
         return Plan(mode, -(-rows // -(-rows // limit)), num_columns)
-    budget = entry(LOWMEM_BYTES, device_type) // bytes_per_logit
-    rows = min(rows, chunk_size or max(1, budget // MIN_TILE_COLUMNS))
-    columns = max(1, budget // rows)
+    logits = budget(mode, device_type) // bytes_per_logit
+    rows = min(rows, chunk_size or max(1, logits // MIN_TILE_COLUMNS))
+    columns = max(1, logits // rows)
     if columns < num_columns and columns > 128:
         columns = columns // 128 * 128
     return Plan(mode, rows, min(num_columns, columns))

@@ -53,8 +53,8 @@ def divergence_statistics(
     s_row, t_row = student + index * student_stride, teacher + index * teacher_stride
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_columns)
-    # All sums are relative to the running maxima, so that no maximum has to cancel later. Each thread
-    # adds up its own columns: only the maxima are exchanged in every block.
+    # All sums are relative to the running maxima, so that no maximum has to cancel later. Threads
+    # add up their own columns, and exchange only the maxima in every block.
     lowest, zeros = tl.full((), NEGATIVE, tl.float32), tl.zeros([BLOCK], tl.float32)
     s_max, t_max = lowest, lowest
     s_sum, t_sum, s_first, t_first, s_cross, t_cross = zeros, zeros, zeros, zeros, zeros, zeros

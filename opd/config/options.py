@@ -110,7 +110,7 @@ def merge(default: Any, file: Path | None, arguments: list[str]) -> Any:
     merged = OmegaConf.create(asdict(default))
     key = ""
     try:
-        for key, value in (leaf for source in sources for leaf in _leaves(source)):
+        for key, value in (leaf for source in sources for leaf in leaves(source)):
             require(
                 key not in sections,
                 f"{key}={printable(value)}: a section has no value; set {key}.KEY",
@@ -124,7 +124,7 @@ def merge(default: Any, file: Path | None, arguments: list[str]) -> Any:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or key
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    values = {key: _typed(key, value, types[key]) for key, value in _leaves(tree)}
+    values = {key: _typed(key, value, types[key]) for key, value in leaves(tree)}
     return _build(type(default), values)
 
 
@@ -152,11 +152,11 @@ def _read_argument(argument: str, types: dict[str, Any]) -> Any:
         raise ConfigError(f"{setting}: not a value: {' '.join(str(error).split())}") from error
 
 
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Iterate over the dotted names and values of a nested dictionary."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -3,11 +3,15 @@
 import fcntl
 import json
 import os
+import re
 import shutil
+from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
 from opd import distributed
+from opd.config.options import leaves
 from opd.config.run import Config, load_config, to_yaml
 from opd.errors import ConfigError
 from opd.files import read_rows, write_rows
@@ -80,7 +84,26 @@ class RunFolder:
             raise ConfigError(
                 f"run_dir={self.path}: not empty; choose another folder or set overwrite=true"
             )
+        else:
+            self._check_inputs()
         return resumed, finished
+
+    def _old(self) -> list[Path]:
+        """What an earlier run wrote, which a new one removes."""
+        return [self.path / found for name in WRITTEN for found in glob(name, root_dir=self.path)]
+
+    def _check_inputs(self) -> None:
+        """Raise ConfigError if the run would read from what it removes first."""
+        removed = [path.resolve() for path in self._old()]
+        for key, value in leaves(asdict(self.config)):
+            parts = {value, *re.split("[,:?&=]", value)} if isinstance(value, str) else ()
+            for part in parts:
+                source = Path(part).resolve() if part and os.path.exists(part) else None
+                if source and any(source.is_relative_to(path) for path in removed):
+                    raise ConfigError(
+                        f"{key}={value}: lies in run_dir={self.path}, whose earlier run would be "
+                        "removed; copy it elsewhere, or choose another run_dir"
+                    )
 
     def _same_run(self) -> None:
         """Raise ConfigError where the run in the folder has another configuration."""
@@ -110,8 +133,9 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._held = self._claim()
-        for written in (w for name in WRITTEN for w in self.path.glob(name) if not self.resumed):
-            shutil.rmtree(written) if written.is_dir() else written.unlink()
+        for old in [] if self.resumed else self._old():
+            is_folder = old.is_dir() and not old.is_symlink()
+            shutil.rmtree(old) if is_folder else old.unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(to_yaml(self.config))
         if first_step < self.config.steps:
             (self.path / "eval_after.jsonl").unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from opd.files import read_rows
 from opd.method import trainer
 from opd.method.trainer import Trainer
 from opd.models.load import resolve
+from opd.record.folder import RunFolder
 from tests.helpers import metric_rows, run, slow_after
 
 SHORT = (
@@ -215,6 +216,41 @@ def test_two_runs_in_one_folder_are_refused(
         with pytest.raises(ConfigError, match=f"^run_dir={run_dir}: another run is writing there$"):
             run(videos, run_dir, *SHORT, key)
     assert metric_rows(run_dir) == rows
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+@pytest.mark.parametrize("key", ["model.student", "model.teacher", "data.train", "data.video_root"])
+def test_a_run_never_removes_what_it_reads(
+    key: str, by_link: bool, crashed: Path, tmp_path: Path, videos: Path
+) -> None:
+    run_dir = shutil.copytree(crashed, tmp_path / "run")
+    source = run_dir / "student"
+    source.mkdir(exist_ok=True)
+    (source / "config.json").write_text("{}")
+    if by_link:
+        (tmp_path / "link").symlink_to(source)
+        source = tmp_path / "link"
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    message = f"^{key}={source}: lies in run_dir={run_dir}, whose earlier run would be removed; "
+    with pytest.raises(ConfigError, match=message):
+        RunFolder(load_config([f"run_dir={run_dir}", "overwrite=true", f"{key}={source}"]))
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == files
+    other = tmp_path / "other"
+    RunFolder(load_config([f"run_dir={other}", "overwrite=true", f"{key}={source}"]))
+
+
+def test_links_in_a_run_folder_are_removed_and_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "student").symlink_to(precious)
+    (run_dir / "curve.png").symlink_to(tmp_path / "nowhere")
+    folder = RunFolder(load_config([f"run_dir={run_dir}", "overwrite=true"]))
+    folder.open(0)
+    assert (precious / "file").read_text() == "kept"
+    assert not os.path.lexists(run_dir / "student") and not os.path.lexists(run_dir / "curve.png")
 
 
 def test_a_run_holds_its_folder_to_its_end(
