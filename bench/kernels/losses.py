@@ -1,4 +1,5 @@
-"""Three losses and everyone who computes them: ours, plain PyTorch and its compiler, TRL, Liger.
+"""Three losses and everyone who computes them: ours, plain PyTorch and its compiler, TRL, Liger,
+orda-kernel, Cut Cross-Entropy.
 
     reverse_kl    mean KL(student || teacher) of two heads
     policy_loss   clipped policy loss of sampled tokens, mean over tokens
@@ -127,6 +128,15 @@ def kl_liger_fused(problem: Problem) -> Tensor:
     return module(*problem.both)
 
 
+def kl_orda(problem: Problem) -> Tensor:
+    """orda-kernel's reverse KL, without its cross-entropies; on a CPU it is plain torch."""
+    orda: Any = import_module("orda_kernel")
+    hidden, head, *sides = problem.both
+    rules = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
+    call = hidden, head, problem.token_ids, orda.SeparateTeacher(*sides)
+    return orda.distillation_loss(*call, **rules, kl_divergence="reverse").loss
+
+
 @cache
 def liger(module: str, name: str, **options: Any) -> Any:
     """One of Liger's modules."""
@@ -201,6 +211,14 @@ def trl(problem: Problem, loss: Callable[[Tensor, Problem], Tensor]) -> Tensor:
     return loss(logprobs, problem)
 
 
+def cce(problem: Problem, loss: Callable[[Tensor, Problem], Tensor]) -> Tensor:
+    """Cut Cross-Entropy's log-probabilities; on a CPU it is compiled torch."""
+    entropy: Any = import_module("cut_cross_entropy").linear_cross_entropy
+    implementation = "cce" if torch.cuda.is_available() else "torch_compile"
+    options = {"reduction": "none", "impl": implementation}
+    return loss(-entropy(*problem.student, problem.token_ids, **options), problem)
+
+
 def policy_liger(problem: Problem) -> Tensor:
     """All completions at once: its own tiles bound the memory, and one completion at a time, its
     default, is slower."""
@@ -226,6 +244,7 @@ def token_task(name: str, ours: Any, truth: Any, loss: Any, **peers: Provider) -
         "dense": Provider(loss=plain),
         "compiled": Provider(loss=compiler(plain), compiled=True),
         "trl": Provider(loss=partial(trl, loss=loss), library="trl"),
+        "cce": Provider(loss=partial(cce, loss=loss), library="cut_cross_entropy", needs_gpu=True),
     }
     return Task(name=name, truth=truth, providers=providers | peers)
 
@@ -244,6 +263,7 @@ REVERSE_KL = Task(
         "trl": Provider(loss=kl_trl, library="trl"),
         "liger_chunked": Provider(loss=kl_liger_chunked, **LIGER),
         "liger_fused": Provider(loss=kl_liger_fused, needs_gpu=True, **LIGER),
+        "orda": Provider(loss=kl_orda, library="orda_kernel", needs_gpu=True),
     },
 )
 POLICY_LOSS = token_task(

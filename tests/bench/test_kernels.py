@@ -56,6 +56,20 @@ def test_every_provider_computes_the_loss(task: Task) -> None:
     assert providers.keys() | skipped.keys() == task.providers.keys()
 
 
+@pytest.mark.filterwarnings("ignore:ORDA:RuntimeWarning")
+@pytest.mark.parametrize("name", ["orda", "cce"])
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_kernels_of_a_gpu_compute_the_loss_in_plain_torch_too(task: Task, name: str) -> None:
+    if (provider := task.providers.get(name)) is None:
+        assert (task.name == "reverse_kl") == (name == "cce")
+        return
+    pytest.importorskip(provider.library or "")
+    failures: dict[str, str] = {}
+    with torch.compiler.set_stance("force_eager"):
+        proof = measure.prove_equal(task, {name: provider}, 4001, failures)
+    assert not failures and proof.keys() == {name}
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_the_trainers_call_leaves_columns_out(task: Task) -> None:
     """It is proved against the definition over the allowed columns, which another mask misses."""
