@@ -97,7 +97,7 @@ class Branches:
             own = [(next(rows), first + start, first + stop) for start, stop in tree.own]
             trunks.append((sum(row[0] for row in own), first, first + tree.shared))
             queries += own
-        ends = accumulate(length for row in lengths for length in row)
+        ends = accumulate(_flat(lengths))
         completions = [(n, end - n, end) for n, end in zip(_flat(lengths), ends, strict=True)]
         keys = width * len(paths)
         return cls(

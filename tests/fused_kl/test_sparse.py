@@ -68,9 +68,12 @@ def test_the_error_is_within_the_bound(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tail", "std"), [("zipf", 8.0), ("gaussian", 3.0)])
-def test_the_error_is_within_the_bound_at_size(case: Any, tail: str, std: float) -> None:
-    check_bound(case, tail, std, 1.0, 1024, 50_257)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1024, 50_257), (37, 151_936)])
+@pytest.mark.parametrize(("tail", "std"), [("zipf", 8.0), ("gaussian", 3.0), ("gaussian", 30.0)])
+def test_the_error_is_within_the_bound_at_size(
+    case: Any, tail: str, std: float, num_rows: int, vocab: int
+) -> None:
+    check_bound(case, tail, std, 1.0, num_rows, vocab)
 
 
 def check_bound(case: Any, tail: str, std: float, gap: float, num_rows: int, vocab: int) -> None:
