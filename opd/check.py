@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from opd import distributed
-from opd.config.command_line import fail
+from opd.config.command_line import ends_in_one_line
 from opd.config.run import Config, load_config
 from opd.data.examples import Example
 from opd.data.inspection import describe, inspect, plot
 from opd.data.sources import check_leak, check_sources, sources_of
 from opd.distributed import progress_bar
-from opd.errors import DataError, ModelError, UserError
+from opd.errors import DataError, ModelError
 from opd.models.load import load_options, load_processor
 from opd.planning.memory import Shapes
 from opd.planning.plan import USABLE, Plan, capacity_of, too_little
@@ -135,6 +135,7 @@ def check_data(texts: dict[str, str], config: Config) -> list[str]:
     return report
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit code 2 if the data cannot be used or no plan fits into memory."""
     parser = argparse.ArgumentParser(prog="opd.check", description=__doc__)
@@ -144,23 +145,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory-gib", type=float, help="memory of a device; default: this one's")
     parser.add_argument("--stages", action="store_true", help="also compare the ZeRO stages")
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if rest and not rest[0].endswith((".yaml", ".yml")) and not KEY.match(rest[0]):
-            config = load_config([f"data.eval={rest[0]}", *rest[1:]])
-            print("\n".join(check_data({"data": rest[0]}, config)))
-            return
-        config = load_config(rest)
-        texts = {f"data.{split}": getattr(config.data, split) for split in ("train", "eval")}
-        if not all(part.startswith("synthetic:") for t in texts.values() for part in t.split(",")):
-            try:
-                check_sources(config.data)
-            except DataError as error:
-                print(f"data not inspected: {error}")
-            else:
-                print("\n".join(check_data(texts, config)))
-        check_memory(config, options.ranks, options.memory_gib, options.stages)
-    except UserError as error:
-        fail(error)
+    if rest and not rest[0].endswith((".yaml", ".yml")) and not KEY.match(rest[0]):
+        config = load_config([f"data.eval={rest[0]}", *rest[1:]])
+        print("\n".join(check_data({"data": rest[0]}, config)))
+        return
+    config = load_config(rest)
+    texts = {f"data.{split}": getattr(config.data, split) for split in ("train", "eval")}
+    if not all(part.startswith("synthetic:") for t in texts.values() for part in t.split(",")):
+        try:
+            check_sources(config.data)
+        except DataError as error:
+            print(f"data not inspected: {error}")
+        else:
+            print("\n".join(check_data(texts, config)))
+    check_memory(config, options.ranks, options.memory_gib, options.stages)
 
 
 def check_memory(

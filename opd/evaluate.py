@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from opd import distributed
-from opd.config.command_line import command_line, fail
+from opd.config.command_line import command_line, ends_in_one_line
 from opd.config.run import Config, load_config, to_yaml
 from opd.data.examples import Example
 from opd.data.prompts import Prompts
 from opd.data.sources import check_leak, load_split, sources_of
 from opd.data.synthetic import splits
 from opd.distributed import progress_bar, set_up
-from opd.errors import ConfigError, DataError, UserError, printable
+from opd.errors import ConfigError, DataError, printable
 from opd.files import checksum
 from opd.generation.policy import Policy
 from opd.method.answering import evaluate
@@ -45,36 +45,32 @@ from opd.scoring.results import BUCKETS, breakdown, compared
 from opd.scoring.timeline import timeline
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
-    try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        usage = (
-            "opd.evaluate TARGET [TARGET ...] [dotted.key=value ...] [--explain [key=value ...]]"
-        )
-        changes: list[str] | None = None
-        if "--explain" in arguments:
-            at = arguments.index("--explain")
-            arguments, changes = arguments[:at], command_line(usage, arguments[at + 1 :])
-        arguments = command_line(usage, arguments)
-        targets = [a for a in arguments if "=" not in a]
-        overrides = [a for a in arguments if "=" in a]
-        if not targets or arguments[: len(targets)] != targets:
-            raise ConfigError(f"usage: python -m {usage}")
-        several = len(targets) > 1
-        if changes is not None:
-            if several or not all("=" in change for change in changes):
-                raise ConfigError(f"--explain: takes one target; usage: python -m {usage}")
-            explain(targets[0], overrides, changes)
-            return
-        configs = [config_of(target, overrides, several) for target in targets]
-        results = [run(target, c) for target, c in zip(targets, configs, strict=True)]
-        if distributed.is_first():
-            shown = {k: v for k, v in results[0].items() if k not in ("by", "conventions", "of")}
-            print(compared(targets, results) if several else json.dumps(shown, indent=2))
-        distributed.leave_at_exit()
-    except UserError as error:
-        fail(error)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    usage = "opd.evaluate TARGET [TARGET ...] [dotted.key=value ...] [--explain [key=value ...]]"
+    changes: list[str] | None = None
+    if "--explain" in arguments:
+        at = arguments.index("--explain")
+        arguments, changes = arguments[:at], command_line(usage, arguments[at + 1 :])
+    arguments = command_line(usage, arguments)
+    targets = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    if not targets or arguments[: len(targets)] != targets:
+        raise ConfigError(f"usage: python -m {usage}")
+    several = len(targets) > 1
+    if changes is not None:
+        if several or not all("=" in change for change in changes):
+            raise ConfigError(f"--explain: takes one target; usage: python -m {usage}")
+        explain(targets[0], overrides, changes)
+        return
+    configs = [config_of(target, overrides, several) for target in targets]
+    results = [run(target, c) for target, c in zip(targets, configs, strict=True)]
+    if distributed.is_first():
+        shown = {k: v for k, v in results[0].items() if k not in ("by", "conventions", "of")}
+        print(compared(targets, results) if several else json.dumps(shown, indent=2))
+    distributed.leave_at_exit()
 
 
 def explain(target: str, overrides: list[str], changes: list[str]) -> None:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from opd.config.command_line import fail
-from opd.errors import ConfigError, UserError
+from opd.config.command_line import ends_in_one_line
+from opd.errors import ConfigError
 from opd.record.curve import SCORES, Curve, plot, shared
 
 
@@ -50,19 +50,17 @@ def table(curves: Mapping[str, Curve]) -> str:
     return "\n".join(lines)
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command: print the table, and plot `report.png` into the first run's folder."""
     runs = [Path(a) for a in (sys.argv[1:] if arguments is None else arguments)]
-    try:
-        if not runs or runs[0].name in ("-h", "--help"):
-            raise ConfigError("usage: python -m opd.report RUN [RUN ...]")
-        curves = {str(run): read(run) for run in runs}
-        print(table(curves))
-        path = runs[0] / "report.png"
-        plot({name: [curve] for name, curve in curves.items()}, path)
-        print(path)
-    except UserError as error:
-        fail(error)
+    if not runs or runs[0].name in ("-h", "--help"):
+        raise ConfigError("usage: python -m opd.report RUN [RUN ...]")
+    curves = {str(run): read(run) for run in runs}
+    print(table(curves))
+    path = runs[0] / "report.png"
+    plot({name: [curve] for name, curve in curves.items()}, path)
+    print(path)
 
 
 if __name__ == "__main__":

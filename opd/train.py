@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from opd import distributed
-from opd.config.command_line import command_line, fail
+from opd.config.command_line import command_line, ends_in_one_line
 from opd.config.run import Config, load_config
 from opd.data.batch import PromptBatch
 from opd.data.examples import Example
@@ -29,7 +29,7 @@ from opd.data.prompts import Prompts
 from opd.data.schedule import micro_batches, plan_steps
 from opd.data.sources import check_leak, check_sources, load_split
 from opd.distributed import announce, progress_bar, set_up
-from opd.errors import Stopped, UserError
+from opd.errors import Stopped
 from opd.files import read_rows
 from opd.generation.policy import Policy
 from opd.method import curriculum, health
@@ -288,17 +288,12 @@ class Run:
         return {split: len(of_split) for split, of_split in lines.items()}
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake ends with one line on stderr and exit code 2."""
-    try:
-        usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
-        config = load_config(command_line(usage, sys.argv[1:] if arguments is None else arguments))
-        summary = train(config)
-    except UserError as error:
-        fail(error)
-    except Stopped as stopped:
-        distributed.leave_at_exit()
-        fail(stopped, stopped.exit_code)
+    usage = "opd.train [CONFIG.yaml] [dotted.key=value ...]"
+    config = load_config(command_line(usage, sys.argv[1:] if arguments is None else arguments))
+    summary = train(config)
     distributed.leave_at_exit()
     if distributed.is_first():
         print(table(summary))

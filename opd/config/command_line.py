@@ -1,12 +1,15 @@
 """Handling of arguments, flags and errors that the commands share."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from opd import distributed
 from opd.config.help import help_text
 from opd.config.run import Config, load_config, to_yaml
-from opd.errors import printable, require
+from opd.errors import Stopped, UserError, printable, require
 
 FLAGS = ("-h", "--help", "--print-config")
 
@@ -36,6 +39,21 @@ def command_line(usage: str, arguments: list[str]) -> list[str]:
     if flags:
         raise SystemExit(0)
     return rest
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """Context, or decorator, of a whole command: a user's mistake, an early end, and SIGINT where a
+    run does not handle it end with one line on stderr and their exit code."""
+    try:
+        yield
+    except UserError as error:
+        fail(error)
+    except Stopped as stopped:
+        distributed.leave_at_exit()
+        fail(stopped, stopped.exit_code)
+    except KeyboardInterrupt:
+        fail("SIGINT: stopped", 128 + signal.SIGINT)
 
 
 def fail(message: object, exit_code: int = 2) -> NoReturn:

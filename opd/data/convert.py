@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opd.config.command_line import fail
+from opd.config.command_line import ends_in_one_line
 from opd.data.annotations.fields import (
     LETTERS,
     VIDOR_MAP,
@@ -39,7 +39,7 @@ from opd.data.annotations.fields import (
 )
 from opd.data.annotations.records import mcq
 from opd.data.examples import Example
-from opd.errors import ConfigError, DataError, UserError
+from opd.errors import ConfigError, DataError
 
 Parse = Callable[[Place, Any], dict[str, Any]]
 
@@ -255,6 +255,7 @@ def convert(converter: str, source: str | Path, left_out: list[str]) -> Iterator
         raise DataError(f"{source}:{error}") from error
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake ends with one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -263,27 +264,24 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments in (["-h"], ["--help"]):
         print(f"{usage}\n\n{names}")
         return
+    if len(arguments) != 3 or arguments[0] not in CONVERTERS:
+        raise ConfigError(f"{usage}; {names}")
+    converter, source, target = arguments
+    out = Path(target)
+    if out.exists():
+        raise ConfigError(f"{out}: already exists; remove it or name another file")
+    left_out: list[str] = []
+    records = convert(converter, source, left_out)
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    if not lines:
+        raise DataError(f"{source}: contains no usable question")
     try:
-        if len(arguments) != 3 or arguments[0] not in CONVERTERS:
-            raise ConfigError(f"{usage}; {names}")
-        converter, source, target = arguments
-        out = Path(target)
-        if out.exists():
-            raise ConfigError(f"{out}: already exists; remove it or name another file")
-        left_out: list[str] = []
-        records = convert(converter, source, left_out)
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        for line in left_out:
-            print(f"left out: {line}", file=sys.stderr)
-        if not lines:
-            raise DataError(f"{source}: contains no usable question")
-        try:
-            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{out}: {error.strerror or error}") from error
-        print(f"{out}: {len(lines)} written, {len(left_out)} left out")
-    except UserError as error:
-        fail(error)
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror or error}") from error
+    print(f"{out}: {len(lines)} written, {len(left_out)} left out")
 
 
 def _unlettered(lines: list[str]) -> list[str]:
