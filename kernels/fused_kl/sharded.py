@@ -20,7 +20,8 @@ from fused_kl import checks
 from fused_kl.arguments import HeadInputs, Shard, TokenInputs, TokenOptions
 from fused_kl.checks import FLOATS
 
-FIRST_SIDE = 6  # place of the first model in a rank's description
+# Place of the first model in a rank's description, and numbers that describe a model.
+FIRST_SIDE, OF_SIDE = 6, 4
 
 
 def agree(
@@ -44,7 +45,7 @@ def agree(
     """
     if dist.get_rank(group) < 0:
         raise ValueError("group does not have this rank, expected a group of which it is a member")
-    own, error = [0] * (FIRST_SIDE + 3 * len(heads)), None
+    own, error = [0] * (FIRST_SIDE + OF_SIDE * len(heads)), None
     try:
         check()
     except ValueError as problem:
@@ -107,7 +108,8 @@ def _described(
     options: Any,
 ) -> list[int]:
     """Columns, rows, a checksum of the options, whether a column is allowed, smallest and largest
-    id; then of each head hidden size, dtype and whether it has a bias."""
+    id; then of each model hidden size, dtype, whether there is a bias, and whether the hidden
+    states need a gradient."""
     sides = list(heads.values())
     columns, num_rows = len(sides[0].lm_head), len(sides[0].hidden)
     allowed = 1 if allowed_columns is None else int(allowed_columns.any())
@@ -117,7 +119,8 @@ def _described(
         ends = [int(end) for end in token_ids.aminmax()]
     own += ends
     for hidden, lm_head, bias in sides:
-        own += [hidden.shape[1], FLOATS.index(lm_head.dtype), int(bias is not None)]
+        needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+        own += [hidden.shape[1], FLOATS.index(lm_head.dtype), bias is not None, needs_grad]
     return own
 
 
@@ -125,11 +128,12 @@ def _check_alike(rank: int, row: list[int], expected: list[int], prefixes: list[
     """Another rank's description, except for the number of columns, is that of rank 0."""
     fields = [(f"{prefixes[0]}hidden", "{} rows", 1), ("the call", "options {}", 2)]
     for number, prefix in enumerate(prefixes):
-        place = FIRST_SIDE + 3 * number
+        place = FIRST_SIDE + OF_SIDE * number
         fields += [
             (f"{prefix}lm_head", "hidden size {}", place),
             (f"{prefix}lm_head", "dtype {}", place + 1),
-            (f"{prefix}bias", "{}", place + 2),
+            (f"{prefix}lm_head", "{} bias", place + 2),
+            (f"{prefix}hidden", "{} gradient", place + 3),
         ]
     for name, what, place in fields:
         if row[place] == expected[place]:
@@ -137,8 +141,8 @@ def _check_alike(rank: int, row: list[int], expected: list[int], prefixes: list[
         values = [row[place], expected[place]]
         if "dtype" in what:
             values = [FLOATS[value] for value in values]
-        elif "bias" in name:
-            values = [["no values", "values"][value] for value in values]
+        elif place >= FIRST_SIDE and (place - FIRST_SIDE) % OF_SIDE >= 2:
+            values = [["no", "a"][value] for value in values]
         if place == 2:
             raise ValueError(f"the options of rank {rank} are not those of rank 0, expected equal")
         mine, other = map(what.format, values)

@@ -200,6 +200,7 @@ BAD: dict[str, Callable[[], str]] = {
         )
     ),
     "no bias": lambda: message_of(lambda part: setattr(part, "student_bias", None)),
+    "no gradient": lambda: message_of(replaced(student_hidden=Tensor.detach)),
     "its own": lambda: message_of(replaced(student_lm_head=lambda x: x[:, :8])),
     "other columns": lambda: message_of(
         replaced(teacher_lm_head=lambda x: x[1:], teacher_bias=lambda x: x[1:])

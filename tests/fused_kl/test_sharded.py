@@ -70,7 +70,10 @@ def test_every_rank_raises_where_they_do_not_agree(results):
             "expected dtype torch.float64 as on rank 0"
         )
         assert messages.pop("no bias") == (
-            f"student_bias has no values on rank {last}, expected values as on rank 0"
+            f"student_lm_head has no bias on rank {last}, expected a bias as on rank 0"
+        )
+        assert messages.pop("no gradient") == (
+            f"student_hidden has no gradient on rank {last}, expected a gradient as on rank 0"
         )
         wrong = "student_lm_head has shape"
         assert messages.pop("its own").startswith(wrong if alone else own)
