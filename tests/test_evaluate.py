@@ -83,8 +83,10 @@ def test_a_stopped_evaluation_goes_on(annotations, tmp_path, capsys, monkeypatch
         return forward(*arguments)
 
     monkeypatch.setattr(answering, "forward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         main(["embedded:student", *keys])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("error: SIGINT: stopped\n")
     part = tmp_path / "stopped" / "evaluation.0.part"
     assert len(part.read_text().splitlines()) == 8
     with part.open("a") as file:
