@@ -201,6 +201,13 @@ class TokenOptions(NamedTuple):
     shard: Shard | None = None  # this rank's part of the vocabulary
 
 
+def counted(token_ids: Tensor, token_weights: Tensor | None) -> Tensor:
+    """The ids of rows whose weight is not 0; all where the shapes do not fit, which is an error."""
+    if token_weights is None or token_weights.shape != token_ids.shape:
+        return token_ids
+    return token_ids[token_weights != 0]
+
+
 class Support(NamedTuple):
     """What mode "sparse" did: the mass that was left out of each row, a bound on the L1 norm of the
     error of each row's gradient by its logits, `[N]` both; and of each chunk the number of columns

@@ -13,6 +13,7 @@ from fused_kl.arguments import (
     HeadInputs,
     LogitOptions,
     TokenInputs,
+    counted,
 )
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,8 +124,7 @@ def check_token_range(token_ids: Tensor, vocab: int, token_weights: Tensor | Non
     """
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if token_weights is not None:
-        token_ids = token_ids[token_weights != 0]
+    token_ids = counted(token_ids, token_weights)
     if token_ids.numel() == 0:
         return
     low, high = (int(x) for x in token_ids.aminmax())

@@ -256,4 +256,4 @@ def lowmem_gradients(
             if derivative is not None:
                 grad.mul_(derivative)
             sums.add(rows, columns, hidden_rows, grad)
-    return pair.gradients(sums)
+    return sums.take(shard)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_kl.arguments import HeadInputs, NeedsGrad
+from fused_kl.arguments import HeadInputs, NeedsGrad, Shard
 from fused_kl.head import HeadProjection, product_, row_programs
 
 SECOND_BACKWARD = (
@@ -117,10 +117,13 @@ class GradientSums:
         if self.bias is not None:
             self.bias.index_add_(0, index, logits_grad.sum(0, dtype=self.bias.dtype))
 
-    def take(self) -> HeadGradients:
-        """Gradients of hidden states, head and bias."""
+    def take(self, shard: Shard | None = None) -> HeadGradients:
+        """Gradients of hidden states, head and bias; that of hidden states over all ranks, where
+        these have a shard of the vocabulary each."""
         if self._needs_grad.lm_head and self.lm_head is None:
             self.lm_head = self._allocate_head().zero_()  # there were no rows
+        if shard is not None and self.hidden is not None:
+            shard.sum_(self.hidden)
         return self.hidden, self.lm_head, self.bias
 
 

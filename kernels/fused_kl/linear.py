@@ -17,11 +17,12 @@ from fused_kl.arguments import (
     PerSide,
     Shard,
     Support,
+    counted,
     under_autocast,
 )
 from fused_kl.gradients import LossWithGradients
 from fused_kl.pair import plan_of
-from fused_kl.sharded import agree, counted
+from fused_kl.sharded import agree
 from fused_kl.sparse import sparse
 
 
@@ -286,11 +287,12 @@ def _sharded_divergence(
 ) -> LinearKLOutput:
     if options.mode == "sparse":
         raise ValueError("mode is 'sparse', expected 'fast' or 'lowmem' with a group")
+    ids = inputs.token_ids
     shard = agree(
         group,
         {"student_": inputs.student, "teacher_": inputs.teacher},
         inputs.allowed_columns,
-        counted(inputs.token_ids, inputs.token_weights),
+        None if ids is None else counted(ids, inputs.token_weights),
         (options, reduction),
         lambda: checks.check_divergence(inputs, options, check, sharded=True),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_kl import head
 from fused_kl.arguments import DivergenceInputs, DivergenceOptions, NeedsGrad, Shard
-from fused_kl.gradients import ComputedLoss, GradientSums, HeadGradients
+from fused_kl.gradients import ComputedLoss, GradientSums
 from fused_kl.head import HeadProjection
 from fused_kl.rows import Banned, merge
 from fused_kl.tiles import Plan, budget, make_plan, slices
@@ -196,14 +196,8 @@ class ModelPair:
         if self.active is not None:
             stats.masked_fill_(~self.active, 0)
         losses, *details = stats.unbind()
-        return ComputedLoss((self.weights * losses).sum(), tuple(details), self.gradients(sums))
-
-    def gradients(self, sums: GradientSums) -> HeadGradients:
-        """The gradients, once every block is in them."""
-        gradients = sums.take()
-        if self.shard is not None and gradients[0] is not None:
-            self.shard.sum_(gradients[0])
-        return gradients
+        loss = (self.weights * losses).sum()
+        return ComputedLoss(loss, tuple(details), sums.take(self.shard))
 
     def everywhere(self, states: Tensor, *chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
         """States of the whole vocabulary, and the logits of tokens, from those of its parts.

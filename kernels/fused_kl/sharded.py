@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_kl import checks
-from fused_kl.arguments import HeadInputs, Shard, TokenInputs, TokenOptions
+from fused_kl.arguments import HeadInputs, Shard, TokenInputs, TokenOptions, counted
 from fused_kl.checks import FLOATS
 
 # Place of the first model in a rank's description, and numbers that describe a model.
@@ -92,13 +92,6 @@ def checked_tokens(
     ids = counted(inputs.token_ids, token_weights)
     shard = agree(group, {"": inputs.head}, inputs.allowed_columns, ids, options, check_all)
     return options._replace(shard=shard)
-
-
-def counted(token_ids: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
-    """The ids of rows whose weight is not 0."""
-    if token_ids is None or token_weights is None or token_weights.shape != token_ids.shape:
-        return token_ids
-    return token_ids[token_weights != 0]
 
 
 def _described(

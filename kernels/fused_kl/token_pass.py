@@ -135,10 +135,7 @@ class TokenPass:
                     grad.mul_(derivative)
                 sums.add(rows, columns, hidden_rows, grad)
                 self.logits_grad = grad if keep_logits_grad else None
-        gradients = sums.take()
-        if self.shard is not None and gradients[0] is not None:
-            self.shard.sum_(gradients[0])
-        return TokenResults(losses, logprobs, entropy, gradients)
+        return TokenResults(losses, logprobs, entropy, sums.take(self.shard))
 
     def _sharded_rows_(
         self,

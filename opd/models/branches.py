@@ -17,10 +17,10 @@ token sees: with all branches under one mask it would grow with the square of th
 decoding step.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -97,8 +97,8 @@ class Branches:
             own = [(next(rows), first + start, first + stop) for start, stop in tree.own]
             trunks.append((sum(row[0] for row in own), first, first + tree.shared))
             queries += own
-        ends = accumulate(_flat(lengths))
-        completions = [(n, end - n, end) for n, end in zip(_flat(lengths), ends, strict=True)]
+        every = [*chain.from_iterable(lengths)]
+        completions = [(n, e - n, e) for n, e in zip(every, accumulate(every), strict=True)]
         keys = width * len(paths)
         return cls(
             trunks=Ranges.of(trunks, keys, False, device),
@@ -125,10 +125,6 @@ class Branches:
         """
         tensors = [x.transpose(1, 2).flatten(0, 1) for x in (query, *key, *value)]
         return _Merged.apply(*tensors, self, scale).transpose(0, 1)[None]
-
-
-def _flat(rows: Iterable[Iterable[int]]) -> Iterator[int]:
-    return (number for row in rows for number in row)
 
 
 class _Merged(torch.autograd.Function):

@@ -1,17 +1,14 @@
 """Losses over a vocabulary that is divided over the ranks of a group, against one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.engine.test_zero import torchrun
 from tests.fused_kl.shard_worker import CASES
 
-ROOT = Path(__file__).parents[2]
 OWN = "the arguments of rank {rank} are wrong: its own error says how"
 
 
@@ -19,17 +16,8 @@ OWN = "the arguments of rank {rank} are wrong: its own error says how"
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each rank found: differences by case, and messages of errors."""
     out, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     worker = str(Path(__file__).with_name("shard_worker.py"))
-    run = subprocess.run(
-        [sys.executable, *launch, worker, str(out)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    run = torchrun(ranks, worker, str(out))
     assert run.returncode == 0, run.stderr[-6000:]
     return [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
 
